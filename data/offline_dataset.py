@@ -1,0 +1,128 @@
+"""Offline datasets in D4RL's HDF5 layout, checked on load, kept on the device, sampled there with the agents' histories.
+
+    dataset = load_dataset(task, device="cuda")
+    indices = torch.randint(dataset.size, (256,), device="cuda")
+    states, actions = dataset.states[indices], dataset.actions[indices]
+    histories = dataset.histories(indices)
+
+The layout (D4RL, Fu et al. 2020): `observations`, `actions`, `rewards`, `next_observations`, `terminals`, `timeouts`, one
+row a transition, episode after episode. Here `observations` are the environment's global states.
+"""
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+
+from mamujoco_envs import ACTION_LIMIT, HISTORY_LENGTH, InputError, Task
+
+FOLDER = Path(__file__).parent
+SPLIT_SEED = 12345  # the paper's release splits 90/10 by one fixed permutation of transitions
+
+
+class OfflineDataset:
+    """N transitions on one device; every field is a tensor with N rows.
+
+    `states`, `next_states` [N, state] float32; `actions` [N, agent, action] float32, clamped to +-ACTION_LIMIT; `rewards`
+    [N] float32; `masks` [N] float32, 0 where the next state is absorbing (a time-out is not); `episode_starts` [N] int64,
+    the row at which a row's episode began.
+    """
+
+    def __init__(self, task: Task, columns: dict[str, np.ndarray], device="cpu"):
+        def tensor(name: str) -> torch.Tensor:
+            return torch.as_tensor(columns[name], dtype=torch.float32, device=device)
+
+        self.task, self.device = task, device
+        self.states, self.next_states, self.rewards = tensor("observations"), tensor("next_observations"), tensor("rewards")
+        self.actions = task.split_actions(tensor("actions")).clamp_(-ACTION_LIMIT, ACTION_LIMIT)
+        self.masks = 1 - tensor("terminals")
+        self.size = len(self.states)
+        ends = columns["terminals"].astype(bool) | columns["timeouts"].astype(bool)
+        ends[-1] = True  # D4RL's files may stop in the middle of an episode
+        self.episode_ends = np.flatnonzero(ends)
+        starts = np.concatenate([[0], self.episode_ends[:-1] + 1])
+        lengths = np.diff(np.append(starts, self.size))
+        self.episode_starts = torch.as_tensor(np.repeat(starts, lengths), device=device)
+        self._offsets = torch.arange(-HISTORY_LENGTH, 0, device=device)
+
+    def histories(self, indices: torch.Tensor) -> torch.Tensor:
+        """The agents' last ten (observation, action) pairs before rows `indices` [B]: [B, agent, 10, obs + action].
+
+        Oldest first. Pairs from before the episode's start are zero rows (Appendix A.1).
+        """
+        rows = indices[:, None] + self._offsets
+        known = rows >= self.episode_starts[indices][:, None]
+        rows = rows.clamp(min=0)
+        pairs = torch.cat([self.task.observe(self.states[rows]), self.actions[rows]], dim=-1)  # [B, 10, agent, obs + action]
+        return (pairs * known[..., None, None]).transpose(1, 2)
+
+    def bounding_box(self) -> dict[str, torch.Tensor]:
+        """The smallest and largest value of each state dimension [state] and of the reward [] (Section 3.1)."""
+        states = torch.cat([self.states, self.next_states])
+        return {
+            "state_min": states.amin(0),
+            "state_max": states.amax(0),
+            "reward_min": self.rewards.min(),
+            "reward_max": self.rewards.max(),
+        }
+
+    def split(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row indices for training (90 %) and for validation (10 %), the same in every run."""
+        order = torch.as_tensor(np.random.default_rng(SPLIT_SEED).permutation(self.size), device=self.device)
+        return order[: self.size * 9 // 10], order[self.size * 9 // 10 :]
+
+    def episode_returns(self) -> np.ndarray:
+        """The return of each episode [episode]."""
+        starts = np.concatenate([[0], self.episode_ends[:-1] + 1])
+        return np.add.reduceat(self.rewards.cpu().numpy().astype(np.float64), starts)
+
+
+def dataset_path(task: Task) -> Path:
+    return FOLDER / f"{task.dataset}.hdf5"
+
+
+def load_dataset(task: Task, path: Path | None = None, device="cpu") -> OfflineDataset:
+    """Loads a task's dataset, or the file at `path`. Reacher's is recorded from the shipped expert if it is missing.
+
+    Raises `InputError`, naming the file and the key, if the file is missing, truncated, not finite or made for another task.
+    """
+    if path is None:
+        path = dataset_path(task)
+        if not path.is_file() and task.dataset == "reacher-expert-mix":
+            from data import collect_reacher
+
+            collect_reacher.record_dataset(collect_reacher.Dataset(output=path))
+    if not Path(path).is_file():
+        raise InputError(f"no dataset at {path}; make it with: python -m data.collect_{task.name.split('-')[0]} dataset --output {path}")
+    return OfflineDataset(task, read_columns(task, Path(path)), device)
+
+
+def read_columns(task: Task, path: Path) -> dict[str, np.ndarray]:
+    """The columns of an HDF5 file in D4RL's layout, checked against the task."""
+    widths = {
+        "observations": (task.state_dim,),
+        "actions": (task.num_agents * task.action_dim,),
+        "rewards": (),
+        "next_observations": (task.state_dim,),
+        "terminals": (),
+        "timeouts": (),
+    }
+    columns = {}
+    try:
+        with h5py.File(path) as file:
+            for key, width in widths.items():
+                if key not in file:
+                    raise InputError(f"{path} has no '{key}'; {task.name} needs a file in D4RL's layout")
+                columns[key] = file[key][()]
+                size = len(columns["observations"])
+                if columns[key].shape != (size, *width):
+                    raise InputError(f"'{key}' in {path} has shape {columns[key].shape}; {task.name} needs {(size, *width)}")
+                if not np.isfinite(columns[key]).all():
+                    row = int(np.argwhere(~np.isfinite(columns[key]))[0, 0])
+                    raise InputError(f"'{key}' in {path} is not finite at row {row}; record or download the file again")
+    except OSError as error:
+        raise InputError(f"{path} is truncated or not HDF5 ({error}); delete it and record or download it again") from None
+    if not len(columns["observations"]):
+        raise InputError(f"{path} has no transitions; record or download it again")
+    return columns
