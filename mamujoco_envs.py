@@ -18,7 +18,7 @@ import difflib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -34,6 +34,12 @@ ACTION_LIMIT = 1 - 1e-5  # actions in histories and datasets are clamped to +-AC
 
 class InputError(ValueError):
     """Something that the user gave cannot be used; the message is one line that says what to do."""
+
+
+@cache
+def index_tensor(indices: tuple, device: torch.device) -> torch.Tensor:
+    """int64 tensor of nested tuples, made once for each device: a copy from the host would stall a GPU at every use."""
+    return torch.tensor(indices, device=device)
 
 
 @dataclass(frozen=True)
@@ -72,24 +78,20 @@ class Task:
         """Actions per agent."""
         return len(self.driven[0])
 
-    @cached_property
-    def padded_observed(self) -> torch.Tensor:
-        """int64 [agent, obs]; padding points one past the last state dimension, where `observe` puts a zero."""
-        width = max(self.obs_dims)
-        return torch.tensor([indices + (self.state_dim,) * (width - len(indices)) for indices in self.observed])
-
     def observe(self, states: torch.Tensor) -> torch.Tensor:
         """Agents' observations, stacked and zero-padded: [..., state] -> [..., agent, obs]."""
-        return torch.nn.functional.pad(states, (0, 1))[..., self.padded_observed.to(states.device)]
+        width = max(self.obs_dims)  # padding points one past the last state dimension, where a zero is put
+        padded = tuple(indices + (self.state_dim,) * (width - len(indices)) for indices in self.observed)
+        return torch.nn.functional.pad(states, (0, 1))[..., index_tensor(padded, states.device)]
 
     def split_actions(self, actions: torch.Tensor) -> torch.Tensor:
         """The environment's action vectors to agents' actions: [..., agent * action] -> [..., agent, action]."""
-        return actions[..., torch.tensor(self.driven, device=actions.device)]
+        return actions[..., index_tensor(self.driven, actions.device)]
 
     def join_actions(self, actions: torch.Tensor) -> torch.Tensor:
         """Agents' actions to the environment's action vectors: [..., agent, action] -> [..., agent * action]."""
-        order = torch.tensor(self.driven, device=actions.device).flatten().argsort()
-        return actions.flatten(-2)[..., order]
+        order = tuple(int(i) for i in np.argsort(np.concatenate(self.driven)))
+        return actions.flatten(-2)[..., index_tensor(order, actions.device)]
 
     def normalized_score(self, returns):
         """0 is the random team's return, 1 the mean return of the experts (Table 2); works on numbers and arrays."""
@@ -237,8 +239,11 @@ class Simulator:
 
 
 def append_to_histories(histories: torch.Tensor, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """Shifts histories [B, agent, 10, obs + action] left by one and appends this step's pair, its action clamped."""
-    pair = torch.cat([observations, actions.clamp(-ACTION_LIMIT, ACTION_LIMIT)], dim=-1)
+    """Shifts histories [B, agent, 10, action + obs] left by one and appends this step's pair, its action clamped.
+
+    The action comes first in a pair, so that the padding of narrow observations comes last.
+    """
+    pair = torch.cat([actions.clamp(-ACTION_LIMIT, ACTION_LIMIT), observations], dim=-1)
     return torch.cat([histories[:, :, 1:], pair.unsqueeze(2)], dim=2)
 
 
@@ -253,7 +258,7 @@ class Evaluation(NamedTuple):
 def evaluate(task: Task, act: Callable, episodes: int, seed: int = 10102, device="cpu") -> Evaluation:
     """Runs a team in the true environment, all episodes at once; episode i starts from seed + i.
 
-    `act(observations [B, agent, obs], histories [B, agent, 10, obs + action]) -> actions [B, agent, action]`, in [-1, 1].
+    `act(observations [B, agent, obs], histories [B, agent, 10, action + obs]) -> actions [B, agent, action]`, in [-1, 1].
     """
     simulator = Simulator(task, episodes)
     states = first_states = last_states = simulator.reset([np.random.default_rng(seed + i) for i in range(episodes)])

@@ -47,14 +47,14 @@ class OfflineDataset:
         self._offsets = torch.arange(-HISTORY_LENGTH, 0, device=device)
 
     def histories(self, indices: torch.Tensor) -> torch.Tensor:
-        """The agents' last ten (observation, action) pairs before rows `indices` [B]: [B, agent, 10, obs + action].
+        """The agents' last ten (action, observation) pairs before rows `indices` [B]: [B, agent, 10, action + obs].
 
         Oldest first. Pairs from before the episode's start are zero rows (Appendix A.1).
         """
         rows = indices[:, None] + self._offsets
         known = rows >= self.episode_starts[indices][:, None]
         rows = rows.clamp(min=0)
-        pairs = torch.cat([self.task.observe(self.states[rows]), self.actions[rows]], dim=-1)  # [B, 10, agent, obs + action]
+        pairs = torch.cat([self.actions[rows], self.task.observe(self.states[rows])], dim=-1)  # [B, 10, agent, action + obs]
         return (pairs * known[..., None, None]).transpose(1, 2)
 
     def bounding_box(self) -> dict[str, torch.Tensor]:

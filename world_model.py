@@ -1,0 +1,513 @@
+"""Trains the ensemble world model of MOMA-PPO (Section 3.1) on an offline dataset and exports it as plain tensors.
+
+Paper: Barde et al., "A Model-Based Solution to the Offline Multi-Agent Reinforcement Learning Coordination Problem",
+AAMAS 2024. Seven members predict the next state, the reward and whether the next state is absorbing from the global state
+and the joint action; the five best on held-out data are the elites. All members train at once as one batched network,
+each on minibatches of its own. Tasks that share a dataset share its world model.
+
+    python world_model.py --task reacher-leader-only            # the defaults below
+    python world_model.py --task reacher-leader-only --paper    # the paper's networks, targets, learning rate and budget
+    python world_model.py --resume runs/RUN
+
+Deviations from the paper, each a flag (README.md has the figures):
+1. Members predict the change of the state, and inputs and targets are standardised by the training data; dimensions that
+   never change are copied. The paper's predict the next state itself, from raw inputs.
+2. One network of 3 layers of 256 SiLU units predicts everything; the paper has separate ReLU networks of 4 layers of 1024.
+3. Learning rate 1e-3, decayed to zero along a cosine, for fewer steps; the paper has 3e-5 throughout.
+4. One reward and one mask for the team instead of a copy for each agent.
+5. Elites are chosen by mean predictions on the whole validation set, which is less noisy than sampled ones on a part of it.
+"""
+
+import json
+import math
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Literal, NamedTuple, Sequence
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from data.offline_dataset import OfflineDataset, load_dataset
+from mamujoco_envs import InputError, Simulator, find_task
+
+QUANTILES = (0.5, 0.9, 0.99)
+
+
+@dataclass
+class Args:
+    task: str = "reacher-leader-only"
+    """a task whose dataset is learned"""
+    seed: int = 1
+    """seed of networks and minibatches"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a CUDA GPU where there is one"""
+    total_steps: int = 100_000
+    """gradient steps of every member (the paper's: 3,000,000)"""
+    eval_every: int = 5000
+    """gradient steps between two evaluations, each followed by a checkpoint"""
+    run_dir: Path | None = None
+    """folder of the run; runs/TASK__world_model__SEED__TIME if not given"""
+    resume: Path | None = None
+    """folder of a run to go on with; all other arguments are then the run's own"""
+    compile: bool = False
+    """compile the loss with torch.compile"""
+    cudagraphs: bool = False
+    """capture the update as a CUDA graph"""
+    torch_deterministic: bool = True
+    """only deterministic algorithms"""
+
+    dataset: Path | None = None
+    """HDF5 file in D4RL's layout; the task's own if not given"""
+    output: Path | None = None
+    """file to export the world model to; world_model.pt in the run's folder if not given"""
+    paper: bool = False
+    """the paper's setting: absolute raw targets, separate ReLU networks of 4 x 1024, learning rate 3e-5, 3,000,000 steps"""
+    members: int = 7
+    """trained networks"""
+    elites: int = 5
+    """networks kept"""
+    target: Literal["delta", "absolute"] = "delta"
+    """predict the change of the state, or the next state"""
+    normalize: bool = True
+    """standardise inputs, targets and rewards by the training data"""
+    trunk: Literal["shared", "separate"] = "shared"
+    """one network for everything, or one each for state, reward and mask"""
+    layers: int = 3
+    """hidden layers"""
+    width: int = 256
+    """units of a hidden layer"""
+    activation: Literal["silu", "relu"] = "silu"
+    """non-linearity of hidden layers"""
+    batch_size: int = 256
+    """transitions in each member's own minibatch"""
+    learning_rate: float = 1e-3
+    """Adam"""
+    decay: bool = True
+    """decay the learning rate to zero along a cosine"""
+    max_grad_norm: float = 1.0
+    """largest norm of the gradient of a member"""
+
+
+class BatchedLinear(nn.Module):
+    """One `nn.Linear` per agent (or member) as one batched operation: [agent, batch, in] -> [agent, batch, out]."""
+
+    def __init__(self, in_dims: Sequence[int], out_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(len(in_dims), max(in_dims), out_dim))
+        self.bias = nn.Parameter(torch.zeros(len(in_dims), 1, out_dim))
+        for weight, bias, width in zip(self.weight.data, self.bias.data, in_dims):  # padded inputs keep zero weights
+            weight[:width].uniform_(-(width**-0.5), width**-0.5)
+            bias.uniform_(-(width**-0.5), width**-0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class MLP(nn.Sequential):
+    """One MLP per agent (or member): [agent, batch, in] -> [agent, batch, out]."""
+
+    def __init__(self, in_dims: Sequence[int], hidden: Sequence[int], out_dim: int, activation: Callable = nn.ReLU):
+        widths = [*hidden, out_dim]
+        layers = [BatchedLinear(in_dims, widths[0])]
+        for width_in, width_out in zip(widths, widths[1:]):
+            layers += [activation(), BatchedLinear([width_in] * len(in_dims), width_out)]
+        super().__init__(*layers)
+
+
+class Prediction(NamedTuple):
+    """What each member predicts, in the units of the data: two Gaussians and a Bernoulli."""
+
+    next_states: torch.Tensor  # means [member, batch, state]
+    state_log_stds: torch.Tensor  # [member, batch, state]
+    rewards: torch.Tensor  # means [member, batch]
+    reward_log_stds: torch.Tensor  # [member, batch]
+    mask_logits: torch.Tensor  # [member, batch]; above 0 if the next state is not absorbing
+
+
+class Ensemble(nn.Module):
+    """The members of the world model as one batched network (Section 3.1)."""
+
+    def __init__(
+        self, state_dim: int, action_dim: int, members: int, width: int, layers: int, activation: str, target: str, trunk: str
+    ):
+        super().__init__()
+        self.target, activate = target, {"relu": nn.ReLU, "silu": nn.SiLU}[activation]
+        self.sizes = [state_dim, state_dim, 1, 1, 1]  # the fields of a prediction
+        in_dims = [state_dim + action_dim] * members
+        if trunk == "shared":
+            self.networks = nn.ModuleList([MLP(in_dims, [width] * layers, sum(self.sizes), activate)])
+        else:  # the paper's: one network for the state, one for the reward, a smaller one for the mask
+            heads = [(layers, 2 * state_dim), (layers, 2), (2, 1)]
+            self.networks = nn.ModuleList([MLP(in_dims, [width] * depth, out_dim, activate) for depth, out_dim in heads])
+        for name, size in {"input": state_dim + action_dim, "target": state_dim, "reward": 1}.items():
+            self.register_buffer(f"{name}_mean", torch.zeros(size))
+            self.register_buffer(f"{name}_std", torch.ones(size))
+
+    def forward(self, states: torch.Tensor, actions: torch.Tensor) -> Prediction:
+        """States [member, batch, state] and joint actions [member, batch, agent * action]."""
+        x = (torch.cat([states, actions], dim=-1) - self.input_mean) / self.input_std
+        outputs = torch.cat([network(x) for network in self.networks], dim=-1)
+        state, state_log_std, reward, reward_log_std, mask_logit = outputs.split(self.sizes, dim=-1)
+        next_states = state * self.target_std + self.target_mean
+        return Prediction(
+            next_states=states + next_states if self.target == "delta" else next_states,
+            state_log_stds=state_log_std.clamp(-6, 2) + self.target_std.log(),
+            rewards=(reward * self.reward_std + self.reward_mean)[..., 0],
+            reward_log_stds=(reward_log_std.clamp(-6, 2) + self.reward_std.log())[..., 0],
+            mask_logits=mask_logit[..., 0],
+        )
+
+
+def epistemic_uncertainty(prediction: Prediction, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """eps_r, the variance of the reward over members, and eps_g, the Frobenius norm of the members' covariance: [batch] each.
+
+    The covariance is that of (next state, reward) in units of `scale` [state + 1]. With X the centred predictions
+    [member, state + 1], ||X^T X||_F = ||X X^T||_F: a Gram matrix over members instead of one over dimensions.
+    """
+    x = torch.cat([prediction.next_states, prediction.rewards[..., None]], dim=-1) / scale
+    x = (x - x.mean(0)).transpose(0, 1)  # [batch, member, state + 1]
+    epsilon_g = (x @ x.transpose(1, 2)).square().sum((1, 2)).sqrt() / (x.shape[1] - 1)
+    return prediction.rewards.var(0), epsilon_g
+
+
+def member_losses(ensemble: Ensemble, batch: Sequence[torch.Tensor], changes: torch.Tensor) -> torch.Tensor:
+    """Gaussian negative log-likelihoods of next state and reward and cross-entropy of the mask (Section 3.1): [member, 3].
+
+    `batch` is states, joint actions, next states, rewards and masks, [member, batch, ...]; `changes` [state] tells the
+    dimensions that are learned. The likelihood is averaged over dimensions, its constant dropped.
+    """
+    states, actions, next_states, rewards, masks = batch
+    prediction = ensemble(states, actions)
+    state_log_stds = prediction.state_log_stds[..., changes]
+    state_error = (next_states - prediction.next_states)[..., changes] * (-state_log_stds).exp()
+    state_loss = (state_log_stds + 0.5 * state_error.square()).mean((1, 2))
+    reward_error = (rewards - prediction.rewards) * (-prediction.reward_log_stds).exp()
+    reward_loss = (prediction.reward_log_stds + 0.5 * reward_error.square()).mean(1)
+    mask_loss = F.binary_cross_entropy_with_logits(prediction.mask_logits, masks, reduction="none").mean(1)
+    return torch.stack([state_loss, reward_loss, mask_loss], dim=1)
+
+
+def clip_member_gradients(ensemble: Ensemble, max_norm: float) -> None:
+    """Scales each member's gradient to a norm of at most `max_norm`."""
+    gradients = [parameter.grad for parameter in ensemble.parameters()]
+    norms = sum(gradient.square().sum((1, 2)) for gradient in gradients).sqrt()
+    scale = (max_norm / (norms + 1e-6)).clamp(max=1)[:, None, None]
+    torch._foreach_mul_(gradients, [scale] * len(gradients))
+
+
+@torch.no_grad()
+def standardize(ensemble: Ensemble, dataset: OfflineDataset, rows: torch.Tensor) -> None:
+    """Sets the ensemble's input, target and reward statistics to those of the training rows."""
+    states, next_states = dataset.states[rows], dataset.next_states[rows]
+    inputs = torch.cat([states, dataset.task.join_actions(dataset.actions[rows])], dim=1)
+    targets = next_states - states if ensemble.target == "delta" else next_states
+    for name, values in {"input": inputs, "target": targets, "reward": dataset.rewards[rows, None]}.items():
+        mean, std = values.double().mean(0), values.double().std(0)
+        constant = std < 1e-6
+        getattr(ensemble, f"{name}_mean").copy_(mean)
+        getattr(ensemble, f"{name}_std").copy_(torch.where(constant, 0 if name == "target" else 1, std))
+
+
+@torch.no_grad()
+def validate(ensemble: Ensemble, dataset: OfflineDataset, rows: torch.Tensor) -> torch.Tensor:
+    """Errors of mean predictions: next state (L2), reward (absolute), mask (share of wrong ones), [member, 3]."""
+    members, sums = ensemble.networks[0][0].weight.shape[0], 0
+    for part in rows.split(4096):
+        joint = dataset.task.join_actions(dataset.actions[part])
+        prediction = ensemble(dataset.states[part].expand(members, -1, -1), joint.expand(members, -1, -1))
+        state_error = (prediction.next_states - dataset.next_states[part]).norm(dim=-1)
+        wrong_masks = (prediction.mask_logits > 0) != (dataset.masks[part] > 0)
+        errors = [state_error, (prediction.rewards - dataset.rewards[part]).abs(), wrong_masks.float()]
+        sums = sums + torch.stack(errors, dim=-1).sum(1)
+    return sums / len(rows)
+
+
+@torch.no_grad()
+def open_loop(ensemble: Ensemble, dataset: OfflineDataset, rows: torch.Tensor, scale, behavior: str, steps: int = 10) -> dict:
+    """Rolls the elites out from `rows` beside the true simulator, with the dataset's actions, perturbed or random ones.
+
+    Errors of the state (L2) after one and after all steps, of the return, its bias (positive: the model promises too much),
+    and the quantiles of eps_g on the way.
+    """
+    task, device = dataset.task, dataset.device
+    members, generator = ensemble.networks[0][0].weight.shape[0], torch.Generator().manual_seed(0)
+    simulator, states = Simulator(task, len(rows)), dataset.states[rows]
+    simulator.set_states(states.cpu().numpy())
+    model_return, true_return, epsilons, errors = torch.zeros(len(rows)), torch.zeros(len(rows)), [], []
+    for t in range(steps):
+        actions = dataset.actions[rows + t].cpu()
+        if behavior == "perturbed":
+            actions = (actions + 0.3 * torch.randn(actions.shape, generator=generator)).clamp(-1, 1)
+        elif behavior == "random":
+            actions = 2 * torch.rand(actions.shape, generator=generator) - 1
+        joint = task.join_actions(actions).to(device)
+        prediction = ensemble(states.expand(members, -1, -1), joint.expand(members, -1, -1))
+        epsilons.append(epistemic_uncertainty(prediction, scale)[1])
+        member = torch.randint(members, (len(rows),), generator=generator).to(device)
+        states = prediction.next_states[member, torch.arange(len(rows), device=device)]
+        true_states, true_rewards, _ = simulator.step(actions.numpy())
+        errors.append((states.cpu() - torch.as_tensor(true_states)).norm(dim=1).mean().item())
+        model_return += prediction.rewards.mean(0).cpu()
+        true_return += torch.as_tensor(true_rewards)
+    quantiles = torch.cat(epsilons).quantile(torch.tensor(QUANTILES, device=device)).tolist()
+    return {
+        "one_step_error": errors[0],
+        "ten_step_error": errors[-1],
+        "return_error": (model_return - true_return).abs().mean().item(),
+        "return_bias": (model_return - true_return).mean().item(),
+        "epsilon_g": dict(zip(map(str, QUANTILES), quantiles)),
+    }
+
+
+@torch.no_grad()
+def retargeting_error(ensemble: Ensemble, dataset: OfflineDataset, rows: torch.Tensor) -> float:
+    """Reacher: mean error of the elites' mean reward for arms of the data with the target of another episode, at rest.
+
+    Experts are almost never still and off target, so "still means on target" fits the data; a team then learns to stop short.
+    """
+    states, other = dataset.states[rows].clone(), dataset.states[rows.roll(1)]
+    states[:, 8:10] += states[:, 4:6] - other[:, 4:6]
+    states[:, 4:6] = other[:, 4:6]
+    members = ensemble.networks[0][0].weight.shape[0]
+    rewards = ensemble(states.expand(members, -1, -1), torch.zeros(members, len(rows), 2, device=states.device)).rewards
+    return (rewards.mean(0) + states[:, 8:10].norm(dim=1)).abs().mean().item()
+
+
+def select_members(ensemble: Ensemble, architecture: dict, members: list[int]) -> Ensemble:
+    """A copy with these members alone."""
+    selected = Ensemble(**architecture | {"members": len(members)}).to(ensemble.input_mean.device)
+    weights = {name: value[members] if value.dim() == 3 else value for name, value in ensemble.state_dict().items()}
+    selected.load_state_dict(weights)
+    return selected
+
+
+def evaluate_ensemble(ensemble: Ensemble, architecture: dict, args: Args, dataset: OfflineDataset, rows, scale) -> dict:
+    """Held-out errors, the elites by them, and how far the elites can be trusted off the data."""
+    errors = validate(ensemble, dataset, rows)
+    elites = (errors[:, 0] + errors[:, 1]).argsort()[: args.elites].tolist()
+    best = select_members(ensemble, architecture, elites)
+    starts = rows[: 10 * 1000]
+    starts = starts[dataset.episode_starts[starts] == dataset.episode_starts[(starts + 9).clamp(max=dataset.size - 1)]][:1000]
+    result = {"elites": elites, "member_errors": errors.tolist()}
+    result |= dict(zip(["state_error", "reward_error", "mask_error"], errors[elites].mean(0).tolist()))
+    result |= {behavior: open_loop(best, dataset, starts, scale, behavior) for behavior in ("held-out", "perturbed", "random")}
+    if dataset.task.environment == "Reacher-v4":
+        result["retargeting_error"] = retargeting_error(best, dataset, rows[:5000])
+    return result
+
+
+class CUDAGraph:
+    """Replays a function of tensors with fixed shapes as one CUDA graph, after three eager calls that warm it up."""
+
+    def __init__(self, function: Callable):
+        self.function, self.calls, self.graph = function, 0, torch.cuda.CUDAGraph()
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, *inputs: torch.Tensor):
+        self.calls += 1
+        if self.calls <= 3:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if self.calls == 4:
+            self.inputs = [x.clone() for x in inputs]
+            with torch.cuda.graph(self.graph):
+                self.outputs = self.function(*self.inputs)
+        for static, x in zip(self.inputs, inputs):
+            static.copy_(x)
+        self.graph.replay()
+        return self.outputs
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: this machine has no CUDA GPU that PyTorch can use; take --device auto or cpu")
+    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
+
+
+def seed_everything(seed: int, deterministic: bool) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+
+
+def random_states() -> dict:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def set_random_states(states: dict) -> None:
+    torch.set_rng_state(states["cpu"].cpu())
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+
+
+def save_whole(data, path: Path) -> None:
+    """Writes a checkpoint or a result so that `path` holds the old one or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(data, indent=1)) if path.suffix == ".json" else torch.save(data, temporary)
+    temporary.replace(path)
+
+
+def open_run(args, script: str, device: torch.device) -> tuple[Path, dict | None]:
+    """The run's folder and, if it is resumed, its checkpoint, from which `args` are taken."""
+    if args.resume is None:
+        name = f"{args.task}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        run_dir = args.run_dir or Path("runs") / name
+        if run_dir.exists() and any(run_dir.iterdir()):
+            raise InputError(f"{run_dir} is not empty; go on with it by --resume {run_dir}, or give another --run-dir")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return run_dir, None
+    path = args.resume / "checkpoint.pt"
+    if not path.is_file():
+        raise InputError(f"no checkpoint at {path}; --resume takes the folder of a run that was started before")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        saved = checkpoint["args"]
+    except Exception as error:
+        raise InputError(f"{path} is not a whole checkpoint ({type(error).__name__}); start the run again") from None
+    for name, value in saved.items():
+        setattr(args, name, Path(value) if isinstance(value, str) and name in ("dataset", "world_model", "output", "run_dir") else value)
+    return path.parent, checkpoint
+
+
+def train(args: Args) -> dict:
+    find_task(args.task)
+    device = choose_device(args.device)
+    run_dir, checkpoint = open_run(args, "world_model", device)
+    task = find_task(args.task)
+    if args.paper:
+        args.target, args.normalize, args.trunk, args.activation = "absolute", False, "separate", "relu"
+        args.layers, args.width, args.learning_rate, args.decay, args.total_steps = 4, 1024, 3e-5, False, 3_000_000
+    output = args.output or run_dir / "world_model.pt"
+    if output.exists() and checkpoint is None:
+        raise InputError(f"{output} exists; give another --output, or move it away")
+    seed_everything(args.seed, args.torch_deterministic)
+    dataset = load_dataset(task, args.dataset, device)
+    training_rows, validation_rows = dataset.split()
+    architecture = {"state_dim": task.state_dim, "action_dim": task.num_agents * task.action_dim, "members": args.members}
+    architecture |= {name: getattr(args, name) for name in ("width", "layers", "activation", "target", "trunk")}
+    ensemble = Ensemble(**architecture).to(device)
+    if args.normalize:
+        standardize(ensemble, dataset, training_rows)
+    changes = ensemble.target_std.nonzero()[:, 0]
+    # What eps_g is measured in: the standard deviation of each state dimension and of the reward in the dataset.
+    scale = torch.cat([dataset.states, dataset.rewards[:, None]], dim=1).std(0)
+    scale = torch.where(scale < 1e-6, 1, scale)
+    optimizer = torch.optim.Adam(ensemble.parameters(), lr=torch.tensor(args.learning_rate), fused=True, capturable=args.cudagraphs)
+    losses = torch.compile(member_losses) if args.compile else member_losses
+    columns = [dataset.states, task.join_actions(dataset.actions), dataset.next_states, dataset.rewards, dataset.masks]
+
+    def update(*batch: torch.Tensor) -> torch.Tensor:
+        loss = losses(ensemble, batch, changes)
+        optimizer.zero_grad()
+        loss.sum().backward()
+        clip_member_gradients(ensemble, args.max_grad_norm)
+        optimizer.step()
+        return loss.detach().mean(0)
+
+    if args.cudagraphs:
+        if device.type != "cuda":
+            raise InputError("--cudagraphs needs a CUDA GPU; leave it out on this machine")
+        update = CUDAGraph(update)
+
+    first_step, seconds = 0, 0.0
+    if checkpoint is not None:
+        ensemble.load_state_dict(checkpoint["ensemble"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        set_random_states(checkpoint["random_states"])
+        first_step, seconds = checkpoint["step"], checkpoint["seconds"]
+    writer = SummaryWriter(str(run_dir), purge_step=first_step)
+    writer.add_text("arguments", "\n".join(f"- {name}: {value}" for name, value in vars(args).items()))
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "resume"}
+    print(f"{run_dir}: world model of {task.dataset}, seed {args.seed}, on {device}")
+
+    def save_checkpoint(step: int) -> None:
+        state = {"args": arguments, "step": step, "seconds": seconds, "random_states": random_states()}
+        save_whole(state | {"ensemble": ensemble.state_dict(), "optimizer": optimizer.state_dict()}, run_dir / "checkpoint.pt")
+
+    stop_signals: list[int] = []
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, lambda number, _: stop_signals.append(number))
+    progress = tqdm(total=args.total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
+    started, loss_sum = time.perf_counter(), torch.zeros(3, device=device)
+    for step in range(first_step + 1, args.total_steps + 1):
+        if args.decay:
+            learning_rate = args.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - 1) / args.total_steps))
+            optimizer.param_groups[0]["lr"].fill_(learning_rate)
+        indices = training_rows[torch.randint(len(training_rows), (args.members, args.batch_size), device=device)]
+        loss_sum += update(*[column[indices] for column in columns])
+        progress.update()
+        if step % 100 == 0 or step == args.total_steps:
+            state_loss, reward_loss, mask_loss = (loss_sum / ((step - 1) % 100 + 1)).tolist()
+            if not math.isfinite(state_loss + reward_loss + mask_loss):
+                raise InputError(f"a loss of steps {step - 99} to {step} is not finite; {run_dir}/checkpoint.pt is the last good one")
+            loss_sum.zero_()
+            for name, value in {"state": state_loss, "reward": reward_loss, "mask": mask_loss}.items():
+                writer.add_scalar(f"losses/{name}", value, step)
+        if step % args.eval_every == 0 or step == args.total_steps:
+            seconds += time.perf_counter() - started
+            result = evaluate_ensemble(ensemble, architecture, args, dataset, validation_rows, scale)
+            writer.add_scalar("charts/steps_per_second", step / seconds, step)
+            for name, value in result.items():
+                if isinstance(value, float):
+                    writer.add_scalar(f"validation/{name}", value, step)
+                elif isinstance(value, dict):
+                    for key in ("one_step_error", "ten_step_error", "return_error", "return_bias"):
+                        writer.add_scalar(f"{name}/{key}", value[key], step)
+                    writer.add_scalar(f"{name}/epsilon_g_0.99", value["epsilon_g"]["0.99"], step)
+            print(
+                f"step {step}: held-out state {result['state_error']:.4f}, reward {result['reward_error']:.5f}; ten steps on data "
+                f"{result['held-out']['ten_step_error']:.3f}, perturbed {result['perturbed']['ten_step_error']:.3f}, "
+                f"random {result['random']['ten_step_error']:.3f}; re-targeting {result.get('retargeting_error', math.nan):.4f}; "
+                f"{step / seconds:.0f} steps/s",
+                flush=True,
+            )
+            started = time.perf_counter()
+            save_checkpoint(step)
+        elif stop_signals:
+            seconds += time.perf_counter() - started
+            save_checkpoint(step)
+        if stop_signals:
+            progress.close()
+            print(f"stopped after step {step}; go on with: python world_model.py --resume {run_dir}")
+            sys.exit(128 + stop_signals[0])
+    progress.close()
+
+    description = {"dataset": task.dataset, "seed": args.seed, "total_steps": args.total_steps, "seconds": seconds, **architecture}
+    world_model = {
+        "architecture": architecture,
+        "weights": ensemble.state_dict(),
+        "elites": result["elites"],
+        "validation": result,
+        "epsilon_g": {behavior: result[behavior]["epsilon_g"] for behavior in ("held-out", "perturbed", "random")},
+        "scale": scale,
+        "bounding_box": dataset.bounding_box(),
+        "dataset": {"name": task.dataset, "transitions": dataset.size, "mean_return": float(dataset.episode_returns().mean())},
+        "description": description,
+    }
+    save_whole(world_model, output)
+    save_whole(result | {"args": arguments, "seconds": seconds, "steps_per_second": args.total_steps / seconds}, run_dir / "result.json")
+    writer.close()
+    print(f"{output}: elites {result['elites']}, {seconds:.0f} s of training")
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        train(tyro.cli(Args))
+    except InputError as error:
+        sys.exit(f"error: {error}")
