@@ -143,7 +143,7 @@ class HistoryEncoder(nn.Module):
 
     Embedding, query, key and value are linear in a pair x and its position p (one-hot), so they are multiplied out before they
     touch the batch: with E = [embedding; positions] the scores are (x, p) E Wq (E Wk)^T (x, p)^T, and the skip connection
-    plus the attended values are [(x, p), attention (x, p)] [E; E Wv]. Exactly the same function, a third of the time.
+    plus the attended values are [(x, p), attention (x, p)] [E; E Wv]. Exactly the same function, in less time.
     """
 
     def __init__(self, in_dims: Sequence[int], dim: int = 128):
@@ -173,9 +173,12 @@ class HistoryEncoder(nn.Module):
         attention = (queries @ tokens.transpose(2, 3)).softmax(dim=-1)  # [agent, batch, 10, 10]
         pair_and_attended = torch.cat([tokens, attention @ tokens], dim=-1).flatten(1, 2)
         hidden = pair_and_attended @ torch.cat([embedding, fold(self.value)], dim=1)  # [agent, batch * 10, dim]
-        hidden = F.layer_norm(hidden, hidden.shape[-1:]) * self.norm_weight + self.norm_bias
-        weights = ((hidden @ self.soft_key).tanh() @ self.soft_query).view(agents * batch, 1, time).softmax(dim=-1)
-        return (weights @ hidden.view(agents * batch, time, -1)).view(agents, batch, -1)
+        hidden = F.layer_norm(hidden, hidden.shape[-1:])  # its affine map is multiplied out, too
+        soft_key = self.norm_weight.transpose(1, 2) * self.soft_key
+        keys = torch.baddbmm(self.norm_bias @ self.soft_key, hidden, soft_key).tanh()
+        weights = (keys @ self.soft_query).view(agents * batch, 1, time).softmax(dim=-1)
+        summary = (weights @ hidden.view(agents * batch, time, -1)).view(agents, batch, -1)
+        return summary * self.norm_weight + self.norm_bias
 
 
 class Team(nn.Module):

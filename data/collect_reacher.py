@@ -12,6 +12,8 @@ on `reacher-all-observant`, where an agent sees everything, so these agents have
 """
 
 import hashlib
+import os
+import pickle
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,10 +193,13 @@ def load_experts(paths: Sequence[Path]) -> list[Team]:
     for path in paths:
         if not path.is_file():
             raise InputError(f"no expert at {path}; make it with: python -m data.collect_reacher experts --output {path}")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        teams.append(Team())
-        teams[-1].policy.load_state_dict(saved["policy"])
-        shares.append(saved["share_of_positive_bends"])
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            teams.append(Team())
+            teams[-1].policy.load_state_dict(saved["policy"])
+            shares.append(saved["share_of_positive_bends"])
+        except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError):
+            raise InputError(f"{path} is truncated or no expert; make it again with: python -m data.collect_reacher experts --output {path}") from None
     if not min(shares) < 0.05 < 0.95 < max(shares):
         raise InputError(f"the experts bend the arm to theta2 > 0 in {shares} of episodes; train others with --seed")
     return teams
@@ -204,8 +209,10 @@ def load_experts(paths: Sequence[Path]) -> list[Team]:
 def record_dataset(args: Dataset) -> None:
     """Records whole episodes of the first team, then as many of the second, into one D4RL file, written whole or not at all."""
     batch, length = 500, TASK.episode_length
-    if args.episodes % (2 * batch):
+    if args.episodes <= 0 or args.episodes % (2 * batch):
         raise InputError(f"--episodes must be a multiple of {2 * batch}, half from each team; it is {args.episodes}")
+    if not args.output.parent.is_dir():
+        raise InputError(f"no folder {args.output.parent} to write {args.output.name} to")
     teams = load_experts(args.experts)
     generator, simulator = torch.Generator().manual_seed(args.seed), Simulator(TASK, batch)
     threads = torch.get_num_threads()
@@ -231,7 +238,7 @@ def record_dataset(args: Dataset) -> None:
     torch.set_num_threads(threads)
     columns["terminals"] = np.zeros(size, dtype=bool)
     columns["timeouts"] = np.arange(1, size + 1) % length == 0
-    temporary = args.output.with_suffix(".tmp")
+    temporary = args.output.with_suffix(f".{os.getpid()}.tmp")  # scripts that start together may record at once
     with h5py.File(temporary, "w") as file:
         for name, column in columns.items():
             file.create_dataset(name, data=column)

@@ -114,14 +114,17 @@ def read_columns(task: Task, path: Path) -> dict[str, np.ndarray]:
             for key, width in widths.items():
                 if key not in file:
                     raise InputError(f"{path} has no '{key}'; {task.name} needs a file in D4RL's layout")
-                columns[key] = file[key][()]
-                size = len(columns["observations"])
-                if columns[key].shape != (size, *width):
-                    raise InputError(f"'{key}' in {path} has shape {columns[key].shape}; {task.name} needs {(size, *width)}")
+                column = file[key]
+                if not isinstance(column, h5py.Dataset) or column.dtype.kind not in "biuf":
+                    raise InputError(f"'{key}' in {path} holds no numbers; {task.name} needs a file in D4RL's layout")
+                size = size if columns else (column.shape or (0,))[0]  # the first column's
+                if column.shape != (size, *width):
+                    raise InputError(f"'{key}' in {path} has shape {column.shape}; {task.name} needs {(size, *width)}")
+                columns[key] = column[()]
                 if not np.isfinite(columns[key]).all():
                     row = int(np.argwhere(~np.isfinite(columns[key]))[0, 0])
                     raise InputError(f"'{key}' in {path} is not finite at row {row}; record or download the file again")
-    except OSError as error:
+    except (OSError, RuntimeError, KeyError) as error:  # h5py's errors for damaged files
         raise InputError(f"{path} is truncated or not HDF5 ({error}); delete it and record or download it again") from None
     if not len(columns["observations"]):
         raise InputError(f"{path} has no transitions; record or download it again")

@@ -234,13 +234,13 @@ def evaluate_by_hand(task, act, episodes, seed, dies):
         pasts = [[] for _ in env.possible_agents]
         for _ in range(task.episode_length):
             padded = [np.pad(observations[agent], (0, width - len(observations[agent]))) for agent in env.possible_agents]
-            histories = np.zeros((task.num_agents, HISTORY_LENGTH, width + task.action_dim))
+            histories = np.zeros((task.num_agents, HISTORY_LENGTH, task.action_dim + width))
             for agent, past in enumerate(pasts):
                 for age, pair in enumerate(reversed(past[-HISTORY_LENGTH:])):
                     histories[agent, HISTORY_LENGTH - 1 - age] = pair
             actions = act(torch.tensor(np.array(padded)[None]).float(), torch.tensor(histories[None]).float())[0].numpy()
             for past, observation, action in zip(pasts, padded, actions):
-                past.append(np.concatenate([observation, np.clip(action, -(1 - 1e-5), 1 - 1e-5)]))
+                past.append(np.concatenate([np.clip(action, -(1 - 1e-5), 1 - 1e-5), observation]))
             observations, rewards, *_ = env.step(dict(zip(env.possible_agents, actions)))
             total, length = total + rewards["agent_0"], length + 1
             if dies(env.state()):
@@ -275,7 +275,7 @@ def test_evaluate_equals_episodes_by_hand(dies, monkeypatch):
     by_hand = torch.cat(seen_by_hand).split(lengths.tolist())
     for episode, histories in enumerate(by_hand):
         torch.testing.assert_close(torch.stack(seen)[: len(histories), episode], histories, rtol=0, atol=2e-6)
-    assert any((histories[..., -1].abs() == ACTION_LIMIT).any() for histories in by_hand)
+    assert any((histories[..., 0].abs() == ACTION_LIMIT).any() for histories in by_hand)
 
 
 def test_plot_team_strategy_writes_a_png(tmp_path):

@@ -59,14 +59,14 @@ def path(tmp_path, columns):
 def test_histories_against_a_loop_over_episodes(task, path, columns):
     dataset = load_dataset(task, path)
     width = max(len(observed) for observed in task.observed)
-    expected = torch.zeros(ROWS, task.num_agents, 10, width + task.action_dim)
+    expected = torch.zeros(ROWS, task.num_agents, 10, task.action_dim + width)
     past = []  # rows of the running episode
     for row in range(ROWS):
         for age, old in enumerate(reversed(past[-10:])):
             for agent, (observed, driven) in enumerate(zip(task.observed, task.driven)):
                 slot = expected[row, agent, 9 - age]  # the newest pair is last, zero rows are at the old end
-                slot[: len(observed)] = torch.tensor(columns["observations"][old, list(observed)])
-                slot[width:] = torch.tensor(columns["actions"][old, list(driven)]).clamp(-(1 - 1e-5), 1 - 1e-5)
+                slot[: len(driven)] = torch.tensor(columns["actions"][old, list(driven)]).clamp(-(1 - 1e-5), 1 - 1e-5)
+                slot[len(driven) : len(driven) + len(observed)] = torch.tensor(columns["observations"][old, list(observed)])
         past.append(row)
         if columns["terminals"][row] or columns["timeouts"][row]:
             past = []
