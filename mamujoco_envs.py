@@ -18,7 +18,6 @@ import difflib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -36,10 +35,14 @@ class InputError(ValueError):
     """Something that the user gave cannot be used; the message is one line that says what to do."""
 
 
-@cache
+INDEX_TENSORS: dict[tuple, torch.Tensor] = {}
+
+
 def index_tensor(indices: tuple, device: torch.device) -> torch.Tensor:
     """int64 tensor of nested tuples, made once for each device: a copy from the host would stall a GPU at every use."""
-    return torch.tensor(indices, device=device)
+    if (indices, device) not in INDEX_TENSORS:  # a plain dictionary, because torch.compile does not see functools.cache
+        INDEX_TENSORS[indices, device] = torch.tensor(indices, device=device)
+    return INDEX_TENSORS[indices, device]
 
 
 @dataclass(frozen=True)

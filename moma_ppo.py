@@ -92,10 +92,10 @@ class Args:
     """passes over these transitions in a learning step"""
     minibatch_size: int = 256
     """transitions of a gradient step; the rest of a pass, smaller than that, is dropped"""
-    learning_rate: float = 1e-4
-    """Adam, of policies, values and mixer"""
-    memory_learning_rate: float = 1e-4
-    """Adam, of the history encoders"""
+    learning_rate: float = 3e-4
+    """Adam, of policies, values and mixer, decayed linearly to zero (the paper's: 5e-5 throughout, for 100 times the steps)"""
+    memory_learning_rate: float = 3e-4
+    """Adam, of the history encoders, decayed alike (the paper's: 1e-4)"""
     gamma: float = 0.99
     """discount factor"""
     gae_lambda: float = 0.98
@@ -245,18 +245,17 @@ class Prediction(NamedTuple):
 class Ensemble(nn.Module):
     """The members of the world model as one batched network (Section 3.1)."""
 
-    def __init__(
-        self, state_dim: int, action_dim: int, members: int, width: int, layers: int, activation: str, target: str, trunk: str
-    ):
+    def __init__(self, state_dim: int, action_dim: int, members: int, target: str, trunk: str, hidden: dict, activation: str):
+        """`hidden` gives the widths of hidden layers for "state", "reward" and "mask"; a shared trunk has the state's."""
         super().__init__()
         self.target, activate = target, {"relu": nn.ReLU, "silu": nn.SiLU}[activation]
         self.sizes = [state_dim, state_dim, 1, 1, 1]  # the fields of a prediction
         in_dims = [state_dim + action_dim] * members
         if trunk == "shared":
-            self.networks = nn.ModuleList([MLP(in_dims, [width] * layers, sum(self.sizes), activate)])
-        else:  # the paper's: one network for the state, one for the reward, a smaller one for the mask
-            heads = [(layers, 2 * state_dim), (layers, 2), (2, 1)]
-            self.networks = nn.ModuleList([MLP(in_dims, [width] * depth, out_dim, activate) for depth, out_dim in heads])
+            self.networks = nn.ModuleList([MLP(in_dims, hidden["state"], sum(self.sizes), activate)])
+        else:
+            self.networks = nn.ModuleList([MLP(in_dims, hidden["state"], 2 * state_dim, activate)])
+            self.networks.extend([MLP(in_dims, hidden["reward"], 2), MLP(in_dims, hidden["mask"], 1)])
         for name, size in {"input": state_dim + action_dim, "target": state_dim, "reward": 1}.items():
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
@@ -614,7 +613,8 @@ def train(args: Args) -> dict:
     team = Team(task, dataset.states).to(device)
     memory = list(team.memory.parameters())
     others = [parameter for name, parameter in team.named_parameters() if not name.startswith("memory.")]
-    groups = [{"params": others, "lr": args.learning_rate}, {"params": memory, "lr": args.memory_learning_rate}]
+    # Learning rates are tensors, so that a CUDA graph sees them change.
+    groups = [{"params": others, "lr": torch.zeros((), device=device)}, {"params": memory, "lr": torch.zeros((), device=device)}]
     optimizer = torch.optim.Adam(groups, fused=True, capturable=args.cudagraphs)
     loss_function, step_function = ppo_loss, rollout_step
     if args.compile:
@@ -671,6 +671,8 @@ def train(args: Args) -> dict:
     progress = tqdm(total=args.total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
     for step in range(first_step + 1, args.total_steps + 1):
         started = time.perf_counter()
+        for group, learning_rate in zip(optimizer.param_groups, (args.learning_rate, args.memory_learning_rate)):
+            group["lr"].fill_(learning_rate * (1 - (step - 1) / args.total_steps))
         # Generate synthetic data.
         report, *batch = rollouts_and_batch()
         rolled_out = time.perf_counter()

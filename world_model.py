@@ -80,18 +80,22 @@ class Args:
     """predict the change of the state, or the next state"""
     normalize: bool = True
     """standardise inputs, targets and rewards by the training data"""
-    trunk: Literal["shared", "separate"] = "shared"
-    """one network for everything, or one each for state, reward and mask"""
-    layers: int = 3
-    """hidden layers"""
-    width: int = 256
-    """units of a hidden layer"""
+    trunk: Literal["separate", "shared"] = "separate"
+    """one network each for state, reward and mask, or one for everything"""
+    hidden: tuple[int, ...] = (256, 256, 256)
+    """units of the state network's hidden layers, or of the shared trunk's"""
+    reward_hidden: tuple[int, ...] = (128, 128)
+    """units of the reward network's hidden layers, always ReLU"""
+    mask_hidden: tuple[int, ...] = (128, 128)
+    """units of the mask network's hidden layers, always ReLU"""
     activation: Literal["silu", "relu"] = "silu"
-    """non-linearity of hidden layers"""
+    """non-linearity of the state network or the shared trunk"""
     batch_size: int = 256
     """transitions in each member's own minibatch"""
     learning_rate: float = 1e-3
-    """Adam"""
+    """AdamW"""
+    reward_weight_decay: float = 0.3
+    """AdamW, of the reward network alone, so that it reads only the dimensions that explain the reward"""
     decay: bool = True
     """decay the learning rate to zero along a cosine"""
     max_grad_norm: float = 1.0
@@ -137,18 +141,17 @@ class Prediction(NamedTuple):
 class Ensemble(nn.Module):
     """The members of the world model as one batched network (Section 3.1)."""
 
-    def __init__(
-        self, state_dim: int, action_dim: int, members: int, width: int, layers: int, activation: str, target: str, trunk: str
-    ):
+    def __init__(self, state_dim: int, action_dim: int, members: int, target: str, trunk: str, hidden: dict, activation: str):
+        """`hidden` gives the widths of hidden layers for "state", "reward" and "mask"; a shared trunk has the state's."""
         super().__init__()
         self.target, activate = target, {"relu": nn.ReLU, "silu": nn.SiLU}[activation]
         self.sizes = [state_dim, state_dim, 1, 1, 1]  # the fields of a prediction
         in_dims = [state_dim + action_dim] * members
         if trunk == "shared":
-            self.networks = nn.ModuleList([MLP(in_dims, [width] * layers, sum(self.sizes), activate)])
-        else:  # the paper's: one network for the state, one for the reward, a smaller one for the mask
-            heads = [(layers, 2 * state_dim), (layers, 2), (2, 1)]
-            self.networks = nn.ModuleList([MLP(in_dims, [width] * depth, out_dim, activate) for depth, out_dim in heads])
+            self.networks = nn.ModuleList([MLP(in_dims, hidden["state"], sum(self.sizes), activate)])
+        else:
+            self.networks = nn.ModuleList([MLP(in_dims, hidden["state"], 2 * state_dim, activate)])
+            self.networks.extend([MLP(in_dims, hidden["reward"], 2), MLP(in_dims, hidden["mask"], 1)])
         for name, size in {"input": state_dim + action_dim, "target": state_dim, "reward": 1}.items():
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
@@ -391,7 +394,8 @@ def train(args: Args) -> dict:
     task = find_task(args.task)
     if args.paper:
         args.target, args.normalize, args.trunk, args.activation = "absolute", False, "separate", "relu"
-        args.layers, args.width, args.learning_rate, args.decay, args.total_steps = 4, 1024, 3e-5, False, 3_000_000
+        args.hidden, args.reward_hidden, args.mask_hidden = (1024,) * 4, (1024,) * 4, (1024,) * 2
+        args.learning_rate, args.reward_weight_decay, args.decay, args.total_steps = 3e-5, 0.0, False, 3_000_000
     output = args.output or run_dir / "world_model.pt"
     if output.exists() and checkpoint is None:
         raise InputError(f"{output} exists; give another --output, or move it away")
@@ -399,7 +403,8 @@ def train(args: Args) -> dict:
     dataset = load_dataset(task, args.dataset, device)
     training_rows, validation_rows = dataset.split()
     architecture = {"state_dim": task.state_dim, "action_dim": task.num_agents * task.action_dim, "members": args.members}
-    architecture |= {name: getattr(args, name) for name in ("width", "layers", "activation", "target", "trunk")}
+    architecture |= {"target": args.target, "trunk": args.trunk, "activation": args.activation}
+    architecture["hidden"] = {"state": list(args.hidden), "reward": list(args.reward_hidden), "mask": list(args.mask_hidden)}
     ensemble = Ensemble(**architecture).to(device)
     if args.normalize:
         standardize(ensemble, dataset, training_rows)
@@ -407,7 +412,10 @@ def train(args: Args) -> dict:
     # What eps_g is measured in: the standard deviation of each state dimension and of the reward in the dataset.
     scale = torch.cat([dataset.states, dataset.rewards[:, None]], dim=1).std(0)
     scale = torch.where(scale < 1e-6, 1, scale)
-    optimizer = torch.optim.Adam(ensemble.parameters(), lr=torch.tensor(args.learning_rate), fused=True, capturable=args.cudagraphs)
+    learning_rate = torch.tensor(args.learning_rate, device=device)  # a tensor, so that a CUDA graph sees it change
+    decays = [args.reward_weight_decay if len(ensemble.networks) == 3 and i == 1 else 0.0 for i in range(len(ensemble.networks))]
+    groups = [{"params": network.parameters(), "weight_decay": decay} for network, decay in zip(ensemble.networks, decays)]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True, capturable=args.cudagraphs)
     losses = torch.compile(member_losses) if args.compile else member_losses
     columns = [dataset.states, task.join_actions(dataset.actions), dataset.next_states, dataset.rewards, dataset.masks]
 
@@ -446,8 +454,8 @@ def train(args: Args) -> dict:
     started, loss_sum = time.perf_counter(), torch.zeros(3, device=device)
     for step in range(first_step + 1, args.total_steps + 1):
         if args.decay:
-            learning_rate = args.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - 1) / args.total_steps))
-            optimizer.param_groups[0]["lr"].fill_(learning_rate)
+            for group in optimizer.param_groups:
+                group["lr"].fill_(args.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - 1) / args.total_steps)))
         indices = training_rows[torch.randint(len(training_rows), (args.members, args.batch_size), device=device)]
         loss_sum += update(*[column[indices] for column in columns])
         progress.update()

@@ -17,7 +17,7 @@ import pickle
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
+from typing import Callable, Sequence
 
 import h5py
 import numpy as np
@@ -66,7 +66,7 @@ class Dataset:
 
 
 class BatchedLinear(nn.Module):
-    """One `nn.Linear` per agent as one batched operation: [agent, batch, in] -> [agent, batch, out]."""
+    """One `nn.Linear` per agent (or member) as one batched operation: [agent, batch, in] -> [agent, batch, out]."""
 
     def __init__(self, in_dims: Sequence[int], out_dim: int):
         super().__init__()
@@ -81,13 +81,13 @@ class BatchedLinear(nn.Module):
 
 
 class MLP(nn.Sequential):
-    """One ReLU MLP per agent: [agent, batch, in] -> [agent, batch, out]."""
+    """One MLP per agent (or member): [agent, batch, in] -> [agent, batch, out]."""
 
-    def __init__(self, in_dims: Sequence[int], hidden: Sequence[int], out_dim: int):
+    def __init__(self, in_dims: Sequence[int], hidden: Sequence[int], out_dim: int, activation: Callable = nn.ReLU):
         widths = [*hidden, out_dim]
         layers = [BatchedLinear(in_dims, widths[0])]
         for width_in, width_out in zip(widths, widths[1:]):
-            layers += [nn.ReLU(), BatchedLinear([width_in] * len(in_dims), width_out)]
+            layers += [activation(), BatchedLinear([width_in] * len(in_dims), width_out)]
         super().__init__(*layers)
 
 
