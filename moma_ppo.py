@@ -198,7 +198,8 @@ class Team(nn.Module):
         self.policy[-1].bias.data.zero_()
         self.policy[-1].bias.data[..., task.action_dim :] = -0.5  # off the bound of the clamp, where the gradient is zero
         self.register_buffer("state_mean", states.mean(0))
-        self.register_buffer("state_std", states.std(0).clamp(min=1e-6) + (states.std(0) < 1e-6))
+        std = states.std(0)
+        self.register_buffer("state_std", torch.where(std < 1e-6, 1, std))
         self.register_buffer("entropy_alpha", torch.zeros(()))
 
     def inputs(self, observations: torch.Tensor, histories: torch.Tensor) -> torch.Tensor:
