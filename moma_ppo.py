@@ -54,8 +54,8 @@ class Args:
     """learning steps of `transitions` each (the paper's: 100,000)"""
     eval_every: int = 50
     """learning steps between two evaluations, each followed by a checkpoint"""
-    eval_episodes: int = 5
-    """greedy episodes of an evaluation; the final one has 100"""
+    eval_episodes: int = 20
+    """greedy episodes of an evaluation (the paper's: 5); the final one has 100"""
     run_dir: Path | None = None
     """folder of the run; runs/TASK__moma_ppo__SEED__TIME if not given"""
     resume: Path | None = None
@@ -92,14 +92,14 @@ class Args:
     """passes over these transitions in a learning step"""
     minibatch_size: int = 256
     """transitions of a gradient step; the rest of a pass, smaller than that, is dropped"""
-    learning_rate: float = 3e-4
-    """Adam, of policies, values and mixer, decayed linearly to zero (the paper's: 5e-5 throughout, for 100 times the steps)"""
-    memory_learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
+    """Adam, of policies, values and mixer, decayed linearly to zero (the paper's: 5e-5)"""
+    memory_learning_rate: float = 1e-3
     """Adam, of the history encoders, decayed alike (the paper's: 1e-4)"""
-    gamma: float = 0.99
-    """discount factor"""
-    gae_lambda: float = 0.98
-    """lambda of generalized advantage estimation"""
+    gamma: float = 0.97
+    """discount factor (the paper's: 0.99)"""
+    gae_lambda: float = 0.95
+    """lambda of generalized advantage estimation (the paper's: 0.98)"""
     clip: float = 0.2
     """clip value of the probability ratio and of the change of the value"""
     critic_coefficient: float = 0.5
@@ -194,6 +194,10 @@ class Team(nn.Module):
         self.policy = MLP(input_dims, [256, 256], 2 * task.action_dim)
         self.value = MLP(input_dims, [256, 256], 1)
         self.mixer = MLP([task.state_dim], [256, 256], task.num_agents + 1)
+        for network in (self.policy, self.value):  # start as networks of the observation alone, the memory joins in as it learns
+            for weight, width in zip(network[0].weight.data, task.obs_dims):
+                weight[:128] = 0
+                weight[128 : 128 + width].uniform_(-(width**-0.5), width**-0.5)
         self.policy[-1].weight.data.mul_(0.1)
         self.policy[-1].bias.data.zero_()
         self.policy[-1].bias.data[..., task.action_dim :] = -0.5  # off the bound of the clamp, where the gradient is zero
@@ -303,9 +307,7 @@ class WorldModel:
     """The elites of a checkpoint by world_model.py, as a function from states and actions to a step (Section 3.1)."""
 
     def __init__(self, task: Task, path: Path, device: torch.device):
-        self.task, self.checkpoint = task, read_world_model(task, path, device)
-        self.ensemble = Ensemble(**self.checkpoint["architecture"]).to(device)
-        self.ensemble.load_state_dict(self.checkpoint["weights"])
+        self.task, (self.ensemble, self.checkpoint) = task, read_world_model(task, path, device)
         for parameter in self.ensemble.parameters():  # keep the elites alone
             parameter.data = parameter.data[self.checkpoint["elites"]]
         self.box, self.members = self.checkpoint["bounding_box"], len(self.checkpoint["elites"])
@@ -480,22 +482,26 @@ def calibrate(args: Args, checkpoint: dict) -> None:
         args.lambda_g = float(checkpoint["scale"][-1]) / (10 * checkpoint["epsilon_g"]["held-out"]["0.99"])
 
 
-def read_world_model(task: Task, path: Path, device: torch.device) -> dict:
-    """A checkpoint by world_model.py, checked against the task."""
+def read_world_model(task: Task, path: Path, device: torch.device) -> tuple[Ensemble, dict]:
+    """A checkpoint by world_model.py, all members and the rest of it, checked against the task."""
     command = f"python world_model.py --task {task.name} --output {path}"
     if not path.is_file():
         raise InputError(f"no world model at {path}; make it with: {command}")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         dataset = checkpoint["dataset"]["name"]
+        ensemble = Ensemble(**checkpoint["architecture"]).to(device)
+        ensemble.load_state_dict(checkpoint["weights"])
+        tensors = checkpoint["weights"] | checkpoint["bounding_box"] | {"scale": checkpoint["scale"]}
+        checkpoint["elites"], checkpoint["epsilon_g"]["held-out"]["0.99"], checkpoint["description"]
     except Exception as error:
         raise InputError(f"{path} is not a whole world model ({type(error).__name__}); make it again with: {command}") from None
     if dataset != task.dataset:
         raise InputError(f"{path} is a world model of {dataset}; {task.name} needs one of {task.dataset}: {command}")
-    for name, weight in checkpoint["weights"].items():
-        if not weight.isfinite().all():
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
             raise InputError(f"'{name}' in {path} is not finite; make the world model again with: {command}")
-    return checkpoint
+    return ensemble, checkpoint
 
 
 @torch.no_grad()
@@ -543,10 +549,20 @@ class CUDAGraph:
         return self.outputs
 
 
-def choose_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
+def check_positive(args, *names: str) -> None:
+    for name in names:
+        if not getattr(args, name) > 0:
+            raise InputError(f"--{name.replace('_', '-')} must be above 0; it is {getattr(args, name)}")
+
+
+def choose_device(args) -> torch.device:
+    cuda = torch.cuda.is_available()
+    if args.device == "cuda" and not cuda:
         raise InputError("--device cuda: this machine has no CUDA GPU that PyTorch can use; take --device auto or cpu")
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
+    device = torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
+    if args.cudagraphs and device.type == "cpu":
+        raise InputError("--cudagraphs needs a CUDA GPU; leave it out on this machine")
+    return device
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
@@ -574,33 +590,36 @@ def save_whole(data, path: Path) -> None:
     temporary.replace(path)
 
 
-def open_run(args, script: str, device: torch.device) -> tuple[Path, dict | None]:
+def open_run(args, script: str) -> tuple[Path, dict | None]:
     """The run's folder and, if it is resumed, its checkpoint, from which `args` are taken."""
     if args.resume is None:
-        name = f"{args.task}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        run_dir = args.run_dir or Path("runs") / name
-        if run_dir.exists() and any(run_dir.iterdir()):
-            raise InputError(f"{run_dir} is not empty; go on with it by --resume {run_dir}, or give another --run-dir")
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir = args.run_dir or Path("runs") / f"{args.task}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        if run_dir.is_file() or run_dir.exists() and any(run_dir.iterdir()):
+            raise InputError(f"{run_dir} is in use; go on with that run by --resume {run_dir}, or give another --run-dir")
         return run_dir, None
     path = args.resume / "checkpoint.pt"
     if not path.is_file():
         raise InputError(f"no checkpoint at {path}; --resume takes the folder of a run that was started before")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         saved = checkpoint["args"]
     except Exception as error:
         raise InputError(f"{path} is not a whole checkpoint ({type(error).__name__}); start the run again") from None
+    if saved.keys() | {"resume"} != vars(args).keys():
+        raise InputError(f"{args.resume} is not a run of this {script}.py; resume it with the script and version that started it")
     for name, value in saved.items():
-        setattr(args, name, Path(value) if isinstance(value, str) and name in ("dataset", "world_model", "output", "run_dir") else value)
+        paths = ("dataset", "world_model", "output", "run_dir")
+        setattr(args, name, Path(value) if name in paths and value is not None else value)
     return path.parent, checkpoint
 
 
 def train(args: Args) -> dict:
-    find_task(args.task)
-    device = choose_device(args.device)
-    run_dir, checkpoint = open_run(args, "moma_ppo", device)
-    task = find_task(args.task)
+    check_positive(args, "total_steps", "eval_every", "eval_episodes", "transitions", "rollout_length", "epochs", "minibatch_size")
+    check_positive(args, "learning_rate", "memory_learning_rate", "max_grad_norm")
+    if args.transitions // args.rollout_length * args.rollout_length < args.minibatch_size:
+        raise InputError("--transitions must fill a --minibatch-size with rollouts of --rollout-length")
+    run_dir, checkpoint = open_run(args, "moma_ppo")
+    task, device = find_task(args.task), choose_device(args)
     seed_everything(args.seed, args.torch_deterministic)
     dataset = load_dataset(task, args.dataset, device)
     if args.ground_truth:
@@ -635,8 +654,6 @@ def train(args: Args) -> dict:
         return torch.cat([torch.stack([loss.detach(), norm]), metrics])
 
     if args.cudagraphs:
-        if device.type != "cuda":
-            raise InputError("--cudagraphs needs a CUDA GPU; leave it out on this machine")
         update = CUDAGraph(update)
         rollouts_and_batch = rollouts_and_batch if args.ground_truth else CUDAGraph(rollouts_and_batch)
 
@@ -646,7 +663,7 @@ def train(args: Args) -> dict:
         optimizer.load_state_dict(checkpoint["optimizer"])
         set_random_states(checkpoint["random_states"])
         first_step, seconds, evaluations = checkpoint["step"], checkpoint["seconds"], checkpoint["evaluations"]
-    writer = SummaryWriter(str(run_dir), purge_step=first_step)
+    writer = SummaryWriter(str(run_dir), purge_step=first_step + 1)
     writer.add_text("arguments", "\n".join(f"- {name}: {value}" for name, value in vars(args).items()))
     print(f"{run_dir}: {task.name}, seed {args.seed}, on {device}; lambda_g {args.lambda_g:.3g}, l_eps {args.max_uncertainty:.3g}")
 
@@ -662,6 +679,7 @@ def train(args: Args) -> dict:
         return evaluation, record
 
     def save_checkpoint(step: int) -> None:
+        writer.flush()  # what is logged up to here is never logged again
         arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "resume"}
         state = {"args": arguments, "step": step, "seconds": seconds, "evaluations": evaluations, "random_states": random_states()}
         save_whole(state | {"team": team.state_dict(), "optimizer": optimizer.state_dict()}, run_dir / "checkpoint.pt")
@@ -684,8 +702,9 @@ def train(args: Args) -> dict:
             for indices in order.split(args.minibatch_size)[: len(order) // args.minibatch_size]:
                 sums += update(*[field[indices] for field in batch])
         metrics = (sums / (args.epochs * (len(order) // args.minibatch_size))).tolist()
-        if not math.isfinite(metrics[0]):
-            raise InputError(f"the loss of step {step} is not finite; {run_dir}/checkpoint.pt is the last good one")
+        if not math.isfinite(metrics[0] + metrics[1]):  # loss and norm of the gradient
+            last_good = f"; {run_dir}/checkpoint.pt is the last good one" if (run_dir / "checkpoint.pt").exists() else ""
+            raise InputError(f"the loss of step {step} is not finite{last_good}")
         updated = time.perf_counter()
         seconds += updated - started
 

@@ -299,8 +299,8 @@ def evaluate_ensemble(ensemble: Ensemble, architecture: dict, args: Args, datase
     errors = validate(ensemble, dataset, rows)
     elites = (errors[:, 0] + errors[:, 1]).argsort()[: args.elites].tolist()
     best = select_members(ensemble, architecture, elites)
-    starts = rows[: 10 * 1000]
-    starts = starts[dataset.episode_starts[starts] == dataset.episode_starts[(starts + 9).clamp(max=dataset.size - 1)]][:1000]
+    starts = rows[rows + 9 < dataset.size]
+    starts = starts[dataset.episode_starts[starts] == dataset.episode_starts[starts + 9]][:1000]  # ten steps within an episode
     result = {"elites": elites, "member_errors": errors.tolist()}
     result |= dict(zip(["state_error", "reward_error", "mask_error"], errors[elites].mean(0).tolist()))
     result |= {behavior: open_loop(best, dataset, starts, scale, behavior) for behavior in ("held-out", "perturbed", "random")}
@@ -334,10 +334,20 @@ class CUDAGraph:
         return self.outputs
 
 
-def choose_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
+def check_positive(args, *names: str) -> None:
+    for name in names:
+        if not getattr(args, name) > 0:
+            raise InputError(f"--{name.replace('_', '-')} must be above 0; it is {getattr(args, name)}")
+
+
+def choose_device(args) -> torch.device:
+    cuda = torch.cuda.is_available()
+    if args.device == "cuda" and not cuda:
         raise InputError("--device cuda: this machine has no CUDA GPU that PyTorch can use; take --device auto or cpu")
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
+    device = torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
+    if args.cudagraphs and device.type == "cpu":
+        raise InputError("--cudagraphs needs a CUDA GPU; leave it out on this machine")
+    return device
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
@@ -365,33 +375,35 @@ def save_whole(data, path: Path) -> None:
     temporary.replace(path)
 
 
-def open_run(args, script: str, device: torch.device) -> tuple[Path, dict | None]:
+def open_run(args, script: str) -> tuple[Path, dict | None]:
     """The run's folder and, if it is resumed, its checkpoint, from which `args` are taken."""
     if args.resume is None:
-        name = f"{args.task}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        run_dir = args.run_dir or Path("runs") / name
-        if run_dir.exists() and any(run_dir.iterdir()):
-            raise InputError(f"{run_dir} is not empty; go on with it by --resume {run_dir}, or give another --run-dir")
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir = args.run_dir or Path("runs") / f"{args.task}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        if run_dir.is_file() or run_dir.exists() and any(run_dir.iterdir()):
+            raise InputError(f"{run_dir} is in use; go on with that run by --resume {run_dir}, or give another --run-dir")
         return run_dir, None
     path = args.resume / "checkpoint.pt"
     if not path.is_file():
         raise InputError(f"no checkpoint at {path}; --resume takes the folder of a run that was started before")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         saved = checkpoint["args"]
     except Exception as error:
         raise InputError(f"{path} is not a whole checkpoint ({type(error).__name__}); start the run again") from None
+    if saved.keys() | {"resume"} != vars(args).keys():
+        raise InputError(f"{args.resume} is not a run of this {script}.py; resume it with the script and version that started it")
     for name, value in saved.items():
-        setattr(args, name, Path(value) if isinstance(value, str) and name in ("dataset", "world_model", "output", "run_dir") else value)
+        paths = ("dataset", "world_model", "output", "run_dir")
+        setattr(args, name, Path(value) if name in paths and value is not None else value)
     return path.parent, checkpoint
 
 
 def train(args: Args) -> dict:
-    find_task(args.task)
-    device = choose_device(args.device)
-    run_dir, checkpoint = open_run(args, "world_model", device)
-    task = find_task(args.task)
+    check_positive(args, "total_steps", "eval_every", "members", "batch_size", "learning_rate", "max_grad_norm")
+    if not 2 <= args.elites <= args.members:
+        raise InputError(f"--elites must be from 2 to --members {args.members}; it is {args.elites}")
+    run_dir, checkpoint = open_run(args, "world_model")
+    task, device = find_task(args.task), choose_device(args)
     if args.paper:
         args.target, args.normalize, args.trunk, args.activation = "absolute", False, "separate", "relu"
         args.hidden, args.reward_hidden, args.mask_hidden = (1024,) * 4, (1024,) * 4, (1024,) * 2
@@ -399,6 +411,8 @@ def train(args: Args) -> dict:
     output = args.output or run_dir / "world_model.pt"
     if output.exists() and checkpoint is None:
         raise InputError(f"{output} exists; give another --output, or move it away")
+    if args.output and not output.parent.is_dir():
+        raise InputError(f"no folder {output.parent} to write {output.name} to")
     seed_everything(args.seed, args.torch_deterministic)
     dataset = load_dataset(task, args.dataset, device)
     training_rows, validation_rows = dataset.split()
@@ -428,8 +442,6 @@ def train(args: Args) -> dict:
         return loss.detach().mean(0)
 
     if args.cudagraphs:
-        if device.type != "cuda":
-            raise InputError("--cudagraphs needs a CUDA GPU; leave it out on this machine")
         update = CUDAGraph(update)
 
     first_step, seconds = 0, 0.0
@@ -438,20 +450,24 @@ def train(args: Args) -> dict:
         optimizer.load_state_dict(checkpoint["optimizer"])
         set_random_states(checkpoint["random_states"])
         first_step, seconds = checkpoint["step"], checkpoint["seconds"]
-    writer = SummaryWriter(str(run_dir), purge_step=first_step)
+    writer = SummaryWriter(str(run_dir), purge_step=first_step + 1)
     writer.add_text("arguments", "\n".join(f"- {name}: {value}" for name, value in vars(args).items()))
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "resume"}
     print(f"{run_dir}: world model of {task.dataset}, seed {args.seed}, on {device}")
 
     def save_checkpoint(step: int) -> None:
+        writer.flush()  # what is logged up to here is never logged again
         state = {"args": arguments, "step": step, "seconds": seconds, "random_states": random_states()}
         save_whole(state | {"ensemble": ensemble.state_dict(), "optimizer": optimizer.state_dict()}, run_dir / "checkpoint.pt")
+
+    def evaluation() -> dict:
+        return evaluate_ensemble(ensemble, architecture, args, dataset, validation_rows, scale)
 
     stop_signals: list[int] = []
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, lambda number, _: stop_signals.append(number))
     progress = tqdm(total=args.total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
-    started, loss_sum = time.perf_counter(), torch.zeros(3, device=device)
+    started, logged_step, loss_sum = time.perf_counter(), first_step, torch.zeros(3, device=device)
     for step in range(first_step + 1, args.total_steps + 1):
         if args.decay:
             for group in optimizer.param_groups:
@@ -459,16 +475,19 @@ def train(args: Args) -> dict:
         indices = training_rows[torch.randint(len(training_rows), (args.members, args.batch_size), device=device)]
         loss_sum += update(*[column[indices] for column in columns])
         progress.update()
-        if step % 100 == 0 or step == args.total_steps:
-            state_loss, reward_loss, mask_loss = (loss_sum / ((step - 1) % 100 + 1)).tolist()
+        evaluate = step % args.eval_every == 0 or step == args.total_steps
+        if step % 100 == 0 or evaluate or stop_signals:
+            state_loss, reward_loss, mask_loss = (loss_sum / (step - logged_step)).tolist()
             if not math.isfinite(state_loss + reward_loss + mask_loss):
-                raise InputError(f"a loss of steps {step - 99} to {step} is not finite; {run_dir}/checkpoint.pt is the last good one")
-            loss_sum.zero_()
+                last_good = f"; {run_dir}/checkpoint.pt is the last good one" if (run_dir / "checkpoint.pt").exists() else ""
+                raise InputError(f"a loss of steps {logged_step + 1} to {step} is not finite{last_good}")
             for name, value in {"state": state_loss, "reward": reward_loss, "mask": mask_loss}.items():
                 writer.add_scalar(f"losses/{name}", value, step)
-        if step % args.eval_every == 0 or step == args.total_steps:
+            logged_step = step
+            loss_sum.zero_()
+        if evaluate:
             seconds += time.perf_counter() - started
-            result = evaluate_ensemble(ensemble, architecture, args, dataset, validation_rows, scale)
+            result = evaluation()
             writer.add_scalar("charts/steps_per_second", step / seconds, step)
             for name, value in result.items():
                 if isinstance(value, float):
@@ -495,6 +514,8 @@ def train(args: Args) -> dict:
             sys.exit(128 + stop_signals[0])
     progress.close()
 
+    if first_step == args.total_steps:  # stopped after the last checkpoint
+        result = evaluation()
     description = {"dataset": task.dataset, "seed": args.seed, "total_steps": args.total_steps, "seconds": seconds, **architecture}
     world_model = {
         "architecture": architecture,

@@ -52,8 +52,10 @@ def float64():
 def scramble(module, scale=0.3):
     """Moves all parameters off their initial values, among which are ones and zeros, but not the weights of padding."""
     for name, parameter in module.named_parameters():
-        keep = (parameter == 0) if name.endswith("0.weight") or name.endswith("embedding.weight") else False
-        parameter.data.add_(torch.where(torch.as_tensor(keep), 0, scale * torch.randn_like(parameter)))
+        keep = (parameter == 0) if name.endswith("0.weight") or name.endswith("embedding.weight") else torch.tensor(False)
+        if name in ("policy.0.weight", "value.0.weight"):
+            keep[:, :128] = False  # the memory's, which are zero at first
+        parameter.data.add_(torch.where(keep, 0, scale * torch.randn_like(parameter)))
 
 
 # --- Networks ---
@@ -203,6 +205,9 @@ def test_the_team_starts_near_zero_off_the_clamp_and_with_different_agents():
     assert log_std.max() < 0 and log_std.min() > -1
     assert team.entropy_alpha == 0
     for name, parameter in team.named_parameters():
+        if name in ("policy.0.weight", "value.0.weight"):  # as of a layer of the observation's width: nothing from the memory yet
+            assert (parameter[:, :128] == 0).all() and (parameter[1, 134:] == 0).all()
+            assert 0.3 < parameter[0, 128:].abs().max() <= 8**-0.5 and 0.3 < parameter[1, 128:134].abs().max() <= 6**-0.5
         if len(parameter) == TASK.num_agents and "norm" not in name and not name.startswith("policy.4.bias"):
             assert not torch.equal(parameter[0], parameter[1]), name
 
@@ -274,7 +279,7 @@ def model(tmp_path):
         buffer.copy_(torch.rand_like(buffer) + 0.5)
     box = {"state_min": -torch.rand(11), "state_max": torch.rand(11), "reward_min": torch.tensor(-0.3), "reward_max": torch.tensor(0.3)}
     checkpoint = {"architecture": ARCHITECTURE, "weights": ensemble.state_dict(), "elites": ELITES, "scale": torch.rand(12) + 0.1}
-    checkpoint |= {"bounding_box": box, "dataset": {"name": TASK.dataset}, "epsilon_g": {"held-out": {"0.99": 0.02}}}
+    checkpoint |= {"bounding_box": box, "dataset": {"name": TASK.dataset}, "epsilon_g": {"held-out": {"0.99": 0.02}}, "description": {}}
     torch.save(checkpoint, tmp_path / "world_model.pt")
     return WorldModel(TASK, tmp_path / "world_model.pt", torch.device("cpu"))
 

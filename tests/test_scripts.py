@@ -1,0 +1,601 @@
+"""The scripts as people run them, on a dataset and a world model so small that a run takes seconds.
+
+Whole runs, stops and resumes are processes of their own. Command lines that must end at once with one line are given to the
+same scripts inside this process, because importing PyTorch takes longer than refusing them.
+"""
+
+import ast
+import functools
+import importlib
+import io
+import json
+import math
+import os
+import random
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(
+    str(path.relative_to(ROOT))
+    for pattern in ("*.py", "baselines/*.py", "data/collect_*.py")
+    for path in ROOT.glob(pattern)
+    if "\nif __name__ ==" in path.read_text()
+)
+TRAINING = [script for script in SCRIPTS if not script.startswith("data")]
+TINY = {
+    "moma_ppo.py": ["--transitions", "300", "--epochs", "1", "--total-steps", "8", "--eval-every", "1"],
+    "world_model.py": ["--hidden", "16", "16", "--reward-hidden", "16", "--mask-hidden", "16", "--total-steps", "60", "--eval-every", "20"],
+}
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+
+
+def command(script, *arguments):
+    module = ["-m", script.removesuffix(".py").replace("/", ".")] if script.startswith("data") else [script]
+    return [sys.executable, *module, *map(str, arguments)]
+
+
+def run(script, *arguments):
+    """A script in a process of its own."""
+    return subprocess.run(command(script, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def run_here(script, *arguments, monkeypatch):
+    """A script in this process, from its first line to its main block: exit status or message, and what it printed."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    output, status = io.StringIO(), 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    random_states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        with redirect_stdout(output), redirect_stderr(output):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as error:
+        status = error.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        random.setstate(random_states[0]), np.random.set_state(random_states[1]), torch.set_rng_state(random_states[2])
+        torch.use_deterministic_algorithms(False)
+    return status, output.getvalue()
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """The first and the last 40 episodes of a small recording: both experts."""
+    folder = tmp_path_factory.mktemp("dataset")
+    recorded = run("data/collect_reacher.py", "dataset", "--episodes", 1000, "--output", folder / "recording.hdf5")
+    assert recorded.returncode == 0, recorded.stderr
+    with h5py.File(folder / "recording.hdf5") as recording, h5py.File(folder / "dataset.hdf5", "w") as small:
+        for name, column in recording.items():
+            small[name] = np.concatenate([column[:2000], column[-2000:]])
+    (folder / "recording.hdf5").unlink()
+    return folder / "dataset.hdf5"
+
+
+@pytest.fixture(scope="module")
+def world_model_run(dataset, tmp_path_factory):
+    """A run of world_model.py that was never stopped."""
+    run_dir = tmp_path_factory.mktemp("world_model") / "run"
+    finished = run("world_model.py", "--dataset", dataset, "--run-dir", run_dir, *TINY["world_model.py"])
+    assert finished.returncode == 0, finished.stderr
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def world_model(world_model_run):
+    return world_model_run / "world_model.pt"
+
+
+@pytest.fixture(scope="module")
+def moma_run(dataset, world_model, tmp_path_factory):
+    """A run of moma_ppo.py that was never stopped."""
+    run_dir = tmp_path_factory.mktemp("moma_ppo") / "run"
+    finished = run("moma_ppo.py", "--dataset", dataset, "--world-model", world_model, "--run-dir", run_dir, *TINY["moma_ppo.py"])
+    assert finished.returncode == 0, finished.stderr
+    assert "score" in finished.stdout.splitlines()[-3] and "1.00 ± 0.01" in finished.stdout  # beside the paper's
+    return run_dir
+
+
+@pytest.fixture
+def moma_here(dataset, world_model, tmp_path, monkeypatch):
+    """moma_ppo.py in this process, two learning steps unless told otherwise; its result and its TensorBoard scalars."""
+
+    def moma_here(*arguments):
+        run_dir = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        shared = ["--dataset", dataset, "--run-dir", run_dir, *TINY["moma_ppo.py"], "--total-steps", 2, "--eval-every", 2]
+        if "--ground-truth" not in arguments:
+            shared += ["--world-model", world_model]
+        status, output = run_here("moma_ppo.py", *shared, *arguments, monkeypatch=monkeypatch)
+        assert status == 0, output
+        return json.loads((run_dir / "result.json").read_text()), scalars(run_dir)
+
+    return moma_here
+
+
+def scalars(run_dir):
+    """What TensorBoard shows of a run: {tag: {step: value}}."""
+    accumulator = EventAccumulator(str(run_dir))
+    accumulator.Reload()
+    return {tag: {event.step: event.value for event in accumulator.Scalars(tag)} for tag in accumulator.Tags()["scalars"]}
+
+
+# --- Runs ---
+
+
+def test_result_of_moma_ppo(moma_run):
+    result = json.loads((moma_run / "result.json").read_text())
+    assert len(result["returns"]) == 100
+    scores = (np.array(result["returns"]) + 11.144625) / (-4.2370844 + 11.144625)
+    assert result["score"] == pytest.approx(scores.mean())
+    assert result["score_stderr"] == pytest.approx(scores.std(ddof=1) / 10)
+    assert [evaluation["step"] for evaluation in result["evaluations"]] == list(range(1, 9))
+    assert all(len(evaluation["returns"]) == 20 for evaluation in result["evaluations"])
+    assert result["best_score"] == max([result["score"]] + [evaluation["score"] for evaluation in result["evaluations"]])
+    assert len({tuple(evaluation["returns"]) for evaluation in result["evaluations"]}) == 8  # the team changes
+    assert result["args"]["transitions"] == 300 and result["args"]["lambda_g"] > 0  # as calibrated
+    assert result["versions"]["torch"] == torch.__version__
+    assert result["dataset"]["transitions"] == 4000
+    assert result["world_model"]["dataset"] == "reacher-expert-mix" and result["world_model"]["total_steps"] == 60
+    assert result["seconds"] > 0 and result["steps_per_second"] == pytest.approx(8 / result["seconds"])
+
+
+def test_files_of_moma_ppo(moma_run):
+    names = {path.name for path in moma_run.iterdir() if not path.name.startswith("events.")}
+    assert names == {"checkpoint.pt", "result.json", "strategy.png"}
+    assert (moma_run / "strategy.png").read_bytes().startswith(b"\x89PNG")
+    checkpoint = torch.load(moma_run / "checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == 8
+    assert all(tensor.isfinite().all() for tensor in checkpoint["team"].values())
+
+
+def test_tensorboard_of_moma_ppo(moma_run):
+    shown = scalars(moma_run)
+    names = {"charts": ["SPS"], "eval": ["return", "normalized_score"], "world_model": ["penalty", "epsilon_g", "rollout_length"]}
+    names["losses"] = ["actor", "critic", "entropy", "action_penalty"]
+    for group, tags in names.items():
+        for tag in tags:
+            assert all(map(math.isfinite, shown[f"{group}/{tag}"].values())), tag
+    assert list(shown["eval/return"]) == list(range(1, 9))
+    result = json.loads((moma_run / "result.json").read_text())
+    for evaluation in result["evaluations"][:-1]:  # the last step has the final evaluation, too
+        assert shown["eval/normalized_score"][evaluation["step"]] == pytest.approx(evaluation["score"])
+
+
+def test_run_of_world_model(world_model_run):
+    result = json.loads((world_model_run / "result.json").read_text())
+    errors = np.array(result["member_errors"])
+    assert sorted(result["elites"]) == sorted(errors[:, :2].sum(1).argsort()[:5])
+    assert result["state_error"] == pytest.approx(errors[result["elites"], 0].mean())
+    shown = scalars(world_model_run)
+    assert list(shown["validation/state_error"]) == [20, 40, 60]
+    assert shown["validation/state_error"][60] < shown["validation/state_error"][20]
+    exported = torch.load(world_model_run / "world_model.pt", weights_only=True)
+    assert exported["elites"] == result["elites"] and exported["dataset"]["transitions"] == 4000
+    assert torch.load(world_model_run / "checkpoint.pt", weights_only=True)["step"] == 60
+
+
+# --- Stopping and resuming ---
+
+
+def start_until_it_reports(script, *arguments):
+    """Starts a script and returns when it has printed its first "step ..." line."""
+    process = subprocess.Popen(command(script, *arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith("step "):
+            return process
+    raise AssertionError(f"ended with {process.wait()} before its first step")
+
+
+def stop_resume_kill_resume(script, run_dir, *arguments):
+    """Asked to stop, resumed, killed, resumed again, each time after the first evaluation."""
+    process = start_until_it_reports(script, *arguments, "--run-dir", run_dir, *TINY[script])
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate()
+    assert process.returncode == 143  # 128 + SIGTERM, as a shell reports it
+    assert output.splitlines()[-1].endswith(f"go on with: python {script} --resume {run_dir}")
+    process = start_until_it_reports(script, "--resume", run_dir)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (run_dir / "result.json").exists()
+    finished = run(script, "--resume", run_dir)
+    assert finished.returncode == 0, finished.stderr
+
+
+def assert_same_tensors(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def test_moma_ppo_resumes_to_the_bit(dataset, world_model, moma_run, tmp_path):
+    run_dir = tmp_path / "run"
+    stop_resume_kill_resume("moma_ppo.py", run_dir, "--dataset", dataset, "--world-model", world_model)
+    one, other = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (run_dir, moma_run)]
+    assert_same_tensors(one["team"], other["team"])
+    one, other = [json.loads((folder / "result.json").read_text()) for folder in (run_dir, moma_run)]
+    for name in ("score", "returns", "model_returns"):
+        assert one[name] == other[name]
+    for evaluation, expected in zip(one["evaluations"], other["evaluations"], strict=True):
+        for name in ("step", "score", "returns", "model_returns"):
+            assert evaluation[name] == expected[name]
+    assert scalars(run_dir)["eval/return"] == scalars(moma_run)["eval/return"]  # none lost, none twice
+
+
+def test_world_model_resumes_to_the_bit(dataset, world_model_run, tmp_path):
+    run_dir = tmp_path / "run"
+    stop_resume_kill_resume("world_model.py", run_dir, "--dataset", dataset)
+    one, other = [torch.load(folder / "world_model.pt", weights_only=True) for folder in (run_dir, world_model_run)]
+    assert_same_tensors(one["weights"], other["weights"])
+    assert one["validation"] == other["validation"]
+    assert scalars(run_dir)["validation/state_error"] == scalars(world_model_run)["validation/state_error"]
+
+
+@pytest.mark.parametrize("script, run_dir", [("moma_ppo.py", "moma_run"), ("world_model.py", "world_model_run")])
+def test_resuming_a_finished_run_finishes_again(script, run_dir, request, tmp_path, monkeypatch):
+    """As after a stop between the last checkpoint and the result."""
+    finished, again = request.getfixturevalue(run_dir), tmp_path / "run"
+    again.mkdir()
+    (again / "checkpoint.pt").write_bytes((finished / "checkpoint.pt").read_bytes())
+    status, output = run_here(script, "--resume", again, monkeypatch=monkeypatch)
+    assert status == 0, output
+    one, other = [json.loads((folder / "result.json").read_text()) for folder in (again, finished)]
+    for name in ("returns", "score") if script == "moma_ppo.py" else ("member_errors", "elites"):
+        assert one[name] == other[name]
+
+
+# --- Options ---
+
+
+@pytest.mark.parametrize("penalty", ["aleatoric", "none"])
+def test_other_penalties(penalty, moma_here):
+    result, shown = moma_here("--penalty", penalty, "--lambda-a", 5)
+    assert (shown["world_model/penalty"][2] > 0) == (penalty == "aleatoric")
+    assert math.isfinite(result["score"])
+
+
+def test_no_adaptive_rollouts(moma_here):
+    _, shown = moma_here("--max-uncertainty", "inf", "--lambda-g", 0.1, "--task", "reacher-independent", "--no-torch-deterministic")
+    assert shown["world_model/uncertain"][2] == 0
+    assert shown["world_model/rollout_length"][2] == pytest.approx(10)
+
+
+def test_adaptive_rollouts_with_short_bounds(moma_here):
+    _, shown = moma_here("--max-uncertainty", 0, "--task", "reacher-all-observant")
+    assert shown["world_model/uncertain"][2] == 1
+    assert shown["world_model/rollout_length"][2] == pytest.approx(1)
+
+
+def test_rollouts_in_the_true_simulator(moma_here):
+    result, shown = moma_here("--ground-truth", "--rollout-length", 50)
+    assert result["world_model"] is None and result["model_returns"] is None
+    assert shown["world_model/penalty"][2] == shown["world_model/epsilon_g"][2] == 0
+    assert shown["world_model/rollout_length"][2] == pytest.approx(50)
+
+
+def test_seeds_differ_and_repeat(moma_here):
+    returns = [moma_here("--seed", seed)[0]["returns"] for seed in (2, 2, 3)]
+    assert returns[0] == returns[1] != returns[2]
+
+
+def test_compile_computes_what_eager_mode_computes(moma_here, monkeypatch):
+    """Traced as --compile does it, update and rollout, random numbers included, but run without generated code."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    (eager, eager_shown), (compiled, compiled_shown) = moma_here(), moma_here("--compile")
+    np.testing.assert_allclose(compiled["returns"], eager["returns"], rtol=1e-3)
+    for tag in ("losses/critic", "losses/entropy", "world_model/penalty", "world_model/reward"):
+        assert compiled_shown[tag][2] == pytest.approx(eager_shown[tag][2], rel=1e-3), tag
+
+
+def test_compile_of_the_world_model(dataset, world_model_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    arguments = ["--dataset", dataset, *TINY["world_model.py"], "--run-dir", tmp_path / "run", "--compile"]
+    status, output = run_here("world_model.py", *arguments, monkeypatch=monkeypatch)
+    assert status == 0, output
+    one, other = [json.loads((folder / "result.json").read_text()) for folder in (tmp_path / "run", world_model_run)]
+    np.testing.assert_allclose(one["member_errors"], other["member_errors"], rtol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("option", ["--cudagraphs", "--compile"])
+def test_options_for_a_gpu_compute_what_eager_mode_computes(option, moma_here):
+    arguments = ["--device", "cuda", "--epochs", 5]  # ten updates: a graph is captured at the fourth
+    (eager, eager_shown), (fast, fast_shown) = moma_here(*arguments), moma_here(*arguments, option)
+    np.testing.assert_allclose(fast["returns"], eager["returns"], rtol=1e-2)
+    assert fast_shown["losses/critic"][2] == pytest.approx(eager_shown["losses/critic"][2], rel=1e-2)
+
+
+def test_a_world_model_of_other_networks_is_read_as_well(dataset, moma_here, tmp_path, monkeypatch):
+    """Every flag of the architecture, the other way round."""
+    output, folder = tmp_path / "other.pt", tmp_path / "world_model"
+    arguments = ["--trunk", "shared", "--target", "absolute", "--activation", "relu", "--no-normalize", "--no-decay", "--members", 3]
+    arguments += ["--elites", 2, "--dataset", dataset, "--run-dir", folder, "--output", output]
+    status, printed = run_here("world_model.py", *TINY["world_model.py"], *arguments, monkeypatch=monkeypatch)
+    assert status == 0, printed
+    result, _ = moma_here("--world-model", output)
+    assert result["world_model"]["trunk"] == "shared" and math.isfinite(result["score"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help(script, monkeypatch):
+    status, output = run_here(script, "--help", monkeypatch=monkeypatch)
+    assert status == 0 and "usage" in output
+
+
+def script_module(script):
+    return importlib.import_module(script.removesuffix(".py").replace("/", "."))
+
+
+def parse(script, arguments):
+    module = script_module(script)
+    if hasattr(module, "Args"):
+        return tyro.cli(module.Args, args=arguments)
+    return tyro.extras.subcommand_cli_from_dict({"experts": module.Experts, "dataset": module.Dataset}, args=arguments)
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_each_boolean_flag_goes_both_ways(script):
+    flags = [name for name, kind in script_module(script).Args.__annotations__.items() if kind is bool]
+    assert flags
+    for name in flags:
+        option = name.replace("_", "-")
+        assert getattr(parse(script, [f"--{option}"]), name) is True
+        assert getattr(parse(script, [f"--no-{option}"]), name) is False
+
+
+def documented_commands():
+    """Lines that start with `python ` in the README's code blocks and in the scripts' own documentation."""
+    readme = ROOT / "README.md"
+    texts = readme.read_text().split("```")[1::2] if readme.exists() else []
+    texts += [ast.get_docstring(ast.parse((ROOT / script).read_text())) or "" for script in SCRIPTS]
+    lines = "\n".join(texts).replace("\\\n", " ").splitlines()
+    return list(dict.fromkeys(line.strip() for line in lines if line.strip().startswith("python ")))
+
+
+@pytest.mark.parametrize("line", documented_commands())
+def test_documented_commands_parse(line):
+    _, script, *arguments = shlex.split(line, comments=True)
+    if script == "-m":
+        module, *arguments = arguments
+        if module == "pytest":
+            pytest.skip("the tests themselves")
+        script = module.replace(".", "/") + ".py"
+    assert script in SCRIPTS
+    parse(script, arguments)
+
+
+# --- Bad input ---
+
+
+def assert_one_line(status, *parts):
+    assert isinstance(status, str) and status.startswith("error: "), status
+    assert "\n" not in status and "Traceback" not in status
+    for part in parts:
+        assert str(part) in status, status
+
+
+@pytest.fixture
+def refused(dataset, world_model, tmp_path, monkeypatch):
+    """Runs a script inside this process that must end with one line that holds all `parts`."""
+
+    def refused(script, *arguments, parts):
+        shared = [] if "--resume" in arguments else ["--dataset", dataset, "--run-dir", tmp_path / "refused", *TINY[script]]
+        if script == "moma_ppo.py" and shared:
+            shared += ["--world-model", world_model]
+        status, _ = run_here(script, *shared, *arguments, monkeypatch=monkeypatch)
+        assert_one_line(status, *parts)
+        assert not (tmp_path / "refused" / "checkpoint.pt").exists()
+
+    return refused
+
+
+each_script = pytest.mark.parametrize("script", ["moma_ppo.py", "world_model.py"])
+
+
+def test_an_error_is_one_line_and_a_failure_for_the_shell():
+    finished = run("moma_ppo.py", "--task", "reacher-leader")
+    assert finished.returncode == 1
+    assert finished.stderr.startswith("error: unknown task 'reacher-leader'; did you mean reacher-leader-only")
+    assert finished.stderr.count("\n") == 1
+
+
+@each_script
+def test_unknown_task(script, refused):
+    refused(script, "--task", "reacher-leadr-only", parts=["reacher-leadr-only", "reacher-leader-only"])
+
+
+@each_script
+def test_missing_dataset(script, refused, tmp_path):
+    refused(script, "--dataset", tmp_path / "nowhere.hdf5", parts=[tmp_path / "nowhere.hdf5", "python -m data.collect_reacher dataset"])
+
+
+@each_script
+@pytest.mark.parametrize("fault, part", [("truncated", "truncated"), ("nan", "'actions'"), ("ant", "(4000, 27)"), ("no rewards", "'rewards'")])
+def test_bad_dataset(script, fault, part, refused, dataset, tmp_path):
+    path = tmp_path / "bad.hdf5"
+    path.write_bytes(dataset.read_bytes()[: 100_000 if fault == "truncated" else None])
+    if fault != "truncated":
+        with h5py.File(path, "a") as file:
+            if fault == "nan":
+                file["actions"][1234, 1] = np.nan
+            if fault == "no rewards":
+                del file["rewards"]
+            if fault == "ant":
+                for name in ("observations", "next_observations"):
+                    del file[name]
+                    file[name] = np.zeros((4000, 27))
+    refused(script, "--dataset", path, parts=[path, part])
+
+
+def test_missing_world_model(refused, tmp_path):
+    path = tmp_path / "nowhere.pt"
+    refused("moma_ppo.py", "--world-model", path, parts=[path, f"python world_model.py --task reacher-leader-only --output {path}"])
+
+
+def bad_world_model(path, fault, world_model):
+    """A copy of the world model with a fault; returns what the message must name."""
+    content = world_model.read_bytes()
+    if fault in ("empty", "text", "truncated"):
+        path.write_bytes({"empty": b"", "text": b"not a world model", "truncated": content[: len(content) // 2]}[fault])
+        return []
+    saved, named = torch.load(world_model, weights_only=True), []
+    if fault == "another dataset":
+        saved["dataset"]["name"] = "ant-expert"
+        named = ["ant-expert", "reacher-expert-mix"]
+    elif fault == "a list":
+        saved = [saved]
+    elif fault.startswith("no "):
+        del saved[fault.removeprefix("no ")]
+    elif fault == "older networks":
+        saved["architecture"] = {"state_dim": 11, "action_dim": 2, "members": 7, "width": 16, "layers": 2}
+    elif fault == "other shapes":
+        saved["architecture"]["hidden"]["state"] = [32, 32]
+    elif fault == "nan weights":
+        name = next(name for name in saved["weights"] if name.endswith("weight"))
+        saved["weights"][name][0, 0, 0] = math.nan
+        named = [name]
+    elif fault == "nan scale":
+        saved["scale"][3] = math.nan
+        named = ["scale"]
+    elif fault == "nan box":
+        saved["bounding_box"]["state_min"][3] = math.nan
+        named = ["state_min"]
+    torch.save(saved, path)
+    return named
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["empty", "text", "truncated", "a list", "another dataset", "nan weights", "nan scale", "nan box"]
+    + ["no weights", "no elites", "no scale", "no bounding_box", "no epsilon_g", "older networks", "other shapes"],
+)
+def test_bad_world_model(fault, refused, world_model, tmp_path):
+    path = tmp_path / "bad.pt"
+    named = bad_world_model(path, fault, world_model)
+    refused("moma_ppo.py", "--world-model", path, parts=[path, "python world_model.py", *named])
+
+
+def test_a_checkpoint_is_no_world_model(refused, moma_run):
+    path = moma_run / "checkpoint.pt"
+    refused("moma_ppo.py", "--world-model", path, parts=[path])
+
+
+@each_script
+@without_gpu
+def test_no_gpu(script, refused):
+    refused(script, "--device", "cuda", parts=["--device cuda"])
+    refused(script, "--cudagraphs", parts=["--cudagraphs"])
+
+
+@each_script
+def test_a_run_dir_in_use_is_left_alone(script, refused, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    refused(script, "--run-dir", tmp_path / "mine", parts=[tmp_path / "mine"])
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
+
+
+@each_script
+def test_a_file_as_run_dir(script, refused, tmp_path):
+    (tmp_path / "file").write_text("keep")
+    refused(script, "--run-dir", tmp_path / "file", parts=[tmp_path / "file"])
+    assert (tmp_path / "file").read_text() == "keep"
+
+
+@each_script
+@pytest.mark.parametrize("folder", ["nowhere", "empty"])
+def test_resume_without_a_checkpoint(script, folder, refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused(script, "--resume", tmp_path / folder, parts=[tmp_path / folder / "checkpoint.pt"])
+    assert not (tmp_path / "nowhere").exists() and not any((tmp_path / "empty").iterdir())
+
+
+RUNS = {"moma_ppo.py": "moma_run", "world_model.py": "world_model_run"}
+
+
+@each_script
+@pytest.mark.parametrize("kept", [0, 0.5, 0.99])
+def test_resume_of_a_truncated_checkpoint(script, kept, refused, request, tmp_path):
+    content = (request.getfixturevalue(RUNS[script]) / "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").write_bytes(content[: int(kept * len(content))])
+    refused(script, "--resume", tmp_path, parts=[tmp_path / "checkpoint.pt"])
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+@each_script
+def test_resume_of_the_other_scripts_run(script, refused, request, tmp_path):
+    other = {"moma_ppo.py": "world_model_run", "world_model.py": "moma_run"}[script]
+    (tmp_path / "checkpoint.pt").write_bytes((request.getfixturevalue(other) / "checkpoint.pt").read_bytes())
+    refused(script, "--resume", tmp_path, parts=[tmp_path])
+
+
+def test_an_existing_world_model_is_not_overwritten(refused, world_model):
+    before = world_model.read_bytes()
+    refused("world_model.py", "--output", world_model, parts=[world_model])
+    assert world_model.read_bytes() == before
+
+
+def test_output_in_a_missing_folder_is_refused_before_the_training(refused, tmp_path):
+    refused("world_model.py", "--output", tmp_path / "nowhere" / "x.pt", parts=[tmp_path / "nowhere"])
+
+
+NONSENSE = [
+    *[("moma_ppo.py", "transitions", value) for value in (-400, 0, 5, 200)],  # 200 is less than one minibatch
+    *[("moma_ppo.py", name, 0) for name in ("rollout_length", "minibatch_size", "epochs", "eval_episodes")],
+    *[("moma_ppo.py", "rollout_length", value) for value in (-1, 301)],
+    *[("world_model.py", name, 0) for name in ("batch_size", "members", "elites")],
+    ("world_model.py", "elites", 1),  # no variance
+    ("world_model.py", "elites", 8),  # of seven
+    *[(script, name, value) for script in TINY for name in ("total_steps", "eval_every") for value in (0, -1)],
+    *[(script, "learning_rate", value) for script in TINY for value in (-1, "nan")],
+]
+
+
+@pytest.mark.parametrize("script, name, value", NONSENSE)
+def test_nonsense_numbers(script, name, value, refused):
+    option = "--" + name.replace("_", "-")
+    refused(script, option, value, parts=[option])
+
+
+@each_script
+def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(script, request, refused, tmp_path):
+    finished, path = request.getfixturevalue(RUNS[script]), tmp_path / "checkpoint.pt"
+    checkpoint = torch.load(finished / "checkpoint.pt", weights_only=True)
+    checkpoint["args"] |= {"learning_rate": 1e30, "total_steps": 200, "eval_every": 200} | ({"epochs": 5} if script == "moma_ppo.py" else {})
+    torch.save(checkpoint, path)
+    before = path.read_bytes()
+    refused(script, "--resume", tmp_path, parts=["finite", f"step {checkpoint['step'] + 1}" if script == "moma_ppo.py" else "steps", path])
+    assert path.read_bytes() == before and not (tmp_path / "result.json").exists()
+
+
+def test_a_first_loss_that_is_not_finite_promises_no_checkpoint(dataset, world_model, tmp_path, monkeypatch):
+    arguments = ["--dataset", dataset, "--world-model", world_model, "--run-dir", tmp_path / "run", *TINY["moma_ppo.py"]]
+    status, _ = run_here("moma_ppo.py", *arguments, "--learning-rate", 1e30, "--epochs", 5, monkeypatch=monkeypatch)
+    assert_one_line(status, "step 1 ", "finite")
+    assert "checkpoint.pt" not in status and not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+@each_script
+def test_no_checkpoint_ever_holds_weights_that_are_not_finite(script, dataset, world_model, tmp_path, monkeypatch):
+    """Evaluated and saved after each step, as soon as the weights, but not yet a loss, have gone wrong."""
+    arguments = ["--dataset", dataset, "--run-dir", tmp_path / "run", *TINY[script], "--eval-every", 1, "--total-steps", 5]
+    arguments += ["--world-model", world_model] if script == "moma_ppo.py" else []
+    status, _ = run_here(script, *arguments, "--learning-rate", 1e30, monkeypatch=monkeypatch)
+    assert_one_line(status, "finite")
+    if (tmp_path / "run" / "checkpoint.pt").exists():
+        checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+        for tensor in checkpoint["team" if script == "moma_ppo.py" else "ensemble"].values():
+            assert tensor.isfinite().all()
