@@ -159,7 +159,10 @@ class Reacher:
         return qpos, qvel
 
     def restore(self, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """qpos and qvel [B, 4] of global states [B, 11], exact to rounding."""
+        """qpos and qvel [B, 4] of global states [B, 11], exact to rounding for angles within +-pi.
+
+        The elbow's limit of 3 rad is soft: constant full torque can push it beyond pi, which a state cannot tell from beyond -pi.
+        """
         angles = np.arctan2(states[:, 2:4], states[:, 0:2])
         return np.hstack([angles, states[:, 4:6]]), np.hstack([states[:, 6:8], np.zeros_like(angles)])
 
@@ -373,6 +376,9 @@ class ParallelEnv:
         return self.current_state.copy()
 
     def render(self):
+        """A frame [height, width, 3] with `render_mode="rgb_array"`, None with "human"."""
+        if self.render_mode is None:
+            raise InputError('nothing to render to: make the task with parallel_env(task, render_mode="rgb_array") or "human"')
         return self.environment.render()
 
     def close(self) -> None:

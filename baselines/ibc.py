@@ -53,7 +53,7 @@ class Args:
     """seed of networks and minibatches"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a CUDA GPU where there is one"""
-    total_steps: int = 20_000
+    total_steps: int = 10_000
     """gradient steps (the paper's: 1,000,000)"""
     eval_every: int = 1000
     """gradient steps between two evaluations, each followed by a checkpoint"""

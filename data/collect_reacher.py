@@ -190,16 +190,17 @@ def train_expert(args: Experts) -> dict:
 def load_experts(paths: Sequence[Path]) -> list[Team]:
     """The two teams; raises `InputError` unless they bend the arm to opposite sides."""
     teams, shares = [], []
-    for path in paths:
+    for seed, path in enumerate(paths, start=1):
+        command = f"python -m data.collect_reacher experts --seed {seed} --output {path}"
         if not path.is_file():
-            raise InputError(f"no expert at {path}; make it with: python -m data.collect_reacher experts --output {path}")
+            raise InputError(f"no expert at {path}; make it with: {command}")
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             teams.append(Team())
             teams[-1].policy.load_state_dict(saved["policy"])
             shares.append(saved["share_of_positive_bends"])
         except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError):
-            raise InputError(f"{path} is truncated or no expert; make it again with: python -m data.collect_reacher experts --output {path}") from None
+            raise InputError(f"{path} is truncated or no expert; make it again with: {command}") from None
     if not min(shares) < 0.05 < 0.95 < max(shares):
         raise InputError(f"the experts bend the arm to theta2 > 0 in {shares} of episodes; train others with --seed")
     return teams

@@ -83,7 +83,7 @@ def dataset_path(task: Task) -> Path:
 
 
 def load_dataset(task: Task, path: Path | None = None, device="cpu") -> OfflineDataset:
-    """Loads a task's dataset, or the file at `path`. Reacher's is recorded from the shipped expert if it is missing.
+    """Loads a task's dataset, or the file at `path`. Reacher's is recorded from the shipped experts if it is missing.
 
     Raises `InputError`, naming the file and the key, if the file is missing, truncated, not finite or made for another task.
     """

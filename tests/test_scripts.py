@@ -38,6 +38,7 @@ TRAINING = [script for script in SCRIPTS if not script.startswith("data")]
 TINY = {
     "moma_ppo.py": ["--transitions", "300", "--epochs", "1", "--total-steps", "8", "--eval-every", "1"],
     "world_model.py": ["--hidden", "16", "16", "--reward-hidden", "16", "--mask-hidden", "16", "--total-steps", "60", "--eval-every", "20"],
+    "baselines/ibc.py": ["--batch-size", "32", "--total-steps", "60", "--eval-every", "20"],
 }
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
@@ -105,6 +106,15 @@ def moma_run(dataset, world_model, tmp_path_factory):
     finished = run("moma_ppo.py", "--dataset", dataset, "--world-model", world_model, "--run-dir", run_dir, *TINY["moma_ppo.py"])
     assert finished.returncode == 0, finished.stderr
     assert "score" in finished.stdout.splitlines()[-3] and "1.00 ± 0.01" in finished.stdout  # beside the paper's
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def ibc_run(dataset, tmp_path_factory):
+    """A run of a baseline that was never stopped."""
+    run_dir = tmp_path_factory.mktemp("ibc") / "run"
+    finished = run("baselines/ibc.py", "--dataset", dataset, "--run-dir", run_dir, *TINY["baselines/ibc.py"])
+    assert finished.returncode == 0, finished.stderr
     return run_dir
 
 
@@ -242,7 +252,16 @@ def test_world_model_resumes_to_the_bit(dataset, world_model_run, tmp_path):
     assert scalars(run_dir)["validation/state_error"] == scalars(world_model_run)["validation/state_error"]
 
 
-@pytest.mark.parametrize("script, run_dir", [("moma_ppo.py", "moma_run"), ("world_model.py", "world_model_run")])
+def test_a_baseline_resumes_to_the_bit(dataset, ibc_run, tmp_path):
+    run_dir = tmp_path / "run"
+    stop_resume_kill_resume("baselines/ibc.py", run_dir, "--dataset", dataset)
+    one, other = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (run_dir, ibc_run)]
+    assert_same_tensors(one["team"], other["team"])
+    one, other = [json.loads((folder / "result.json").read_text()) for folder in (run_dir, ibc_run)]
+    assert one["returns"] == other["returns"] and len(one["returns"]) == 100
+
+
+@pytest.mark.parametrize("script, run_dir", [("moma_ppo.py", "moma_run"), ("world_model.py", "world_model_run"), ("baselines/ibc.py", "ibc_run")])
 def test_resuming_a_finished_run_finishes_again(script, run_dir, request, tmp_path, monkeypatch):
     """As after a stop between the last checkpoint and the result."""
     finished, again = request.getfixturevalue(run_dir), tmp_path / "run"
@@ -251,7 +270,7 @@ def test_resuming_a_finished_run_finishes_again(script, run_dir, request, tmp_pa
     status, output = run_here(script, "--resume", again, monkeypatch=monkeypatch)
     assert status == 0, output
     one, other = [json.loads((folder / "result.json").read_text()) for folder in (again, finished)]
-    for name in ("returns", "score") if script == "moma_ppo.py" else ("member_errors", "elites"):
+    for name in ("member_errors", "elites") if script == "world_model.py" else ("returns", "score"):
         assert one[name] == other[name]
 
 
@@ -401,7 +420,7 @@ def refused(dataset, world_model, tmp_path, monkeypatch):
     return refused
 
 
-each_script = pytest.mark.parametrize("script", ["moma_ppo.py", "world_model.py"])
+each_script = pytest.mark.parametrize("script", TINY)
 
 
 def test_an_error_is_one_line_and_a_failure_for_the_shell():
@@ -523,7 +542,7 @@ def test_resume_without_a_checkpoint(script, folder, refused, tmp_path):
     assert not (tmp_path / "nowhere").exists() and not any((tmp_path / "empty").iterdir())
 
 
-RUNS = {"moma_ppo.py": "moma_run", "world_model.py": "world_model_run"}
+RUNS = {"moma_ppo.py": "moma_run", "world_model.py": "world_model_run", "baselines/ibc.py": "ibc_run"}
 
 
 @each_script
@@ -537,7 +556,7 @@ def test_resume_of_a_truncated_checkpoint(script, kept, refused, request, tmp_pa
 
 @each_script
 def test_resume_of_the_other_scripts_run(script, refused, request, tmp_path):
-    other = {"moma_ppo.py": "world_model_run", "world_model.py": "moma_run"}[script]
+    other = next(run for name, run in RUNS.items() if name != script)
     (tmp_path / "checkpoint.pt").write_bytes((request.getfixturevalue(other) / "checkpoint.pt").read_bytes())
     refused(script, "--resume", tmp_path, parts=[tmp_path])
 
@@ -597,5 +616,5 @@ def test_no_checkpoint_ever_holds_weights_that_are_not_finite(script, dataset, w
     assert_one_line(status, "finite")
     if (tmp_path / "run" / "checkpoint.pt").exists():
         checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-        for tensor in checkpoint["team" if script == "moma_ppo.py" else "ensemble"].values():
+        for tensor in checkpoint["ensemble" if script == "world_model.py" else "team"].values():
             assert tensor.isfinite().all()
