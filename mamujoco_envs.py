@@ -66,6 +66,8 @@ class Task:
     """returns that the normalised score calls 0 and 1 (Table 2)"""
     entropy_target: float
     """joint entropy that PPO keeps (Appendix A.1)"""
+    discrete: bool = False
+    """actions are one-hot vectors, and agents need no memory (Section 5.2)"""
 
     @property
     def num_agents(self) -> int:
@@ -244,6 +246,14 @@ class Simulator:
         return self.environment.state(np.stack(self.qpos), np.stack(self.qvel), np.stack(self.xpos))
 
 
+SIMULATORS = {"Reacher-v4": Simulator}
+
+
+def make_simulator(task: Task, num_envs: int):
+    """`num_envs` copies of the task's environment."""
+    return SIMULATORS[task.environment](task, num_envs)
+
+
 def append_to_histories(histories: torch.Tensor, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
     """Shifts histories [B, agent, 10, action + obs] left by one and appends this step's pair, its action clamped.
 
@@ -266,7 +276,7 @@ def evaluate(task: Task, act: Callable, episodes: int, seed: int = 10102, device
 
     `act(observations [B, agent, obs], histories [B, agent, 10, action + obs]) -> actions [B, agent, action]`, in [-1, 1].
     """
-    simulator = Simulator(task, episodes)
+    simulator = make_simulator(task, episodes)
     states = first_states = last_states = simulator.reset([np.random.default_rng(seed + i) for i in range(episodes)])
     width = max(task.obs_dims) + task.action_dim
     histories = torch.zeros(episodes, task.num_agents, HISTORY_LENGTH, width, device=device)

@@ -27,6 +27,7 @@ import os
 import platform
 import random
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -41,26 +42,30 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import coordination_game  # noqa: F401, its tasks
 from data.offline_dataset import OfflineDataset, load_dataset
-from mamujoco_envs import HISTORY_LENGTH, InputError, Simulator, Task, append_to_histories, evaluate, find_task, plot_team_strategy
+from mamujoco_envs import HISTORY_LENGTH, InputError, Task, append_to_histories, evaluate, find_task, make_simulator, plot_team_strategy
 
-PAPER_SCORES = {  # Table 4, MOMA-PPO
+PAPER_SCORES = {  # Tables 3 and 4, MOMA-PPO
     "reacher-all-observant": "1.07 ± 0.01",
     "reacher-independent": "0.95 ± 0.06",
     "reacher-leader-only": "1.00 ± 0.01",
+    "coordination-favorable": "1.00 ± 0.00",
+    "coordination-neutral": "1.00 ± 0.00",
+    "coordination-unfavorable": "1.00 ± 0.00",
 }
 
 
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """reacher-all-observant, reacher-independent or reacher-leader-only"""
+    """reacher-{all-observant,independent,leader-only} or coordination-{favorable,neutral,unfavorable}"""
     seed: int = 1
     """seed of networks, rollouts and minibatches"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a CUDA GPU where there is one"""
-    total_steps: int = 600
-    """learning steps of `transitions` each (the paper's: 100,000)"""
+    total_steps: int | None = None
+    """learning steps of `transitions` each; if not given, 600, or 30 in the coordination game (the paper's: 100,000)"""
     eval_every: int = 50
     """learning steps between two evaluations, each followed by a checkpoint"""
     eval_episodes: int = 20
@@ -105,8 +110,8 @@ class Args:
     """Adam, of policies, values and mixer, decayed linearly to zero (the paper's: 5e-5)"""
     memory_learning_rate: float = 1e-3
     """Adam, of the history encoders, decayed alike (the paper's: 1e-4)"""
-    gamma: float = 0.97
-    """discount factor (the paper's: 0.99)"""
+    gamma: float | None = None
+    """discount factor; if not given, 0.97, or 0.5 in the coordination game, where a step has no consequences (the paper's: 0.99)"""
     gae_lambda: float = 0.95
     """lambda of generalized advantage estimation (the paper's: 0.98)"""
     clip: float = 0.2
@@ -190,6 +195,48 @@ class HistoryEncoder(nn.Module):
         return summary * self.norm_weight + self.norm_bias
 
 
+class Gaussian(NamedTuple):
+    """Policies of continuous actions: means and log standard deviations [batch, agent, action]."""
+
+    mean: torch.Tensor
+    log_std: torch.Tensor
+
+    def sample(self) -> torch.Tensor:
+        return self.mean + self.log_std.exp() * torch.randn_like(self.mean)
+
+    def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
+        """Joint log-density of the agents' actions, Eq. (6): [batch, agent, action] -> [batch]."""
+        normalized = (actions - self.mean) * (-self.log_std).exp()
+        return (-0.5 * normalized.square() - self.log_std - 0.5 * math.log(2 * math.pi)).sum((1, 2))
+
+    def greedy(self) -> torch.Tensor:
+        return self.mean.clamp(-1, 1)
+
+    def excess(self) -> torch.Tensor:
+        """How far greedy actions are beyond +-1, squared (Appendix A.1): [batch]."""
+        return (self.mean.abs() - 1).clamp(min=0).square().sum((1, 2))
+
+
+class Categorical(NamedTuple):
+    """Policies of discrete actions, which are one-hot vectors: logits [batch, agent, action]."""
+
+    logits: torch.Tensor
+
+    def sample(self) -> torch.Tensor:
+        gumbel = -torch.empty_like(self.logits).exponential_().log()
+        return F.one_hot((self.logits + gumbel).argmax(dim=-1), self.logits.shape[-1]).to(self.logits)
+
+    def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
+        """Joint log-probability of the agents' actions, Eq. (6): [batch, agent, action] -> [batch]."""
+        return (actions * self.logits.log_softmax(dim=-1)).sum((1, 2))
+
+    def greedy(self) -> torch.Tensor:
+        return F.one_hot(self.logits.argmax(dim=-1), self.logits.shape[-1]).to(self.logits)
+
+    def excess(self) -> torch.Tensor:
+        return torch.zeros_like(self.logits[:, 0, 0])
+
+
 class Team(nn.Module):
     """Policies, values and history encoders of all agents, separate weights in one batch, and the value mixer."""
 
@@ -197,38 +244,45 @@ class Team(nn.Module):
         """`states` [N, state]: their mean and standard deviation standardise what the networks see."""
         super().__init__()
         self.task = task
-        pair_dims = [width + task.action_dim for width in task.obs_dims]
-        input_dims = [128 + width for width in task.obs_dims]  # an agent's input is [memory, observation]: padding comes last
-        self.memory = HistoryEncoder(pair_dims)
-        self.policy = MLP(input_dims, [256, 256], 2 * task.action_dim)
+        memory_dim = 0 if task.discrete else 128
+        if memory_dim:
+            self.memory = HistoryEncoder([width + task.action_dim for width in task.obs_dims], memory_dim)
+        input_dims = [memory_dim + width for width in task.obs_dims]  # an agent's input is [memory, observation]: padding comes last
+        self.policy = MLP(input_dims, [256, 256], task.action_dim if task.discrete else 2 * task.action_dim)
         self.value = MLP(input_dims, [256, 256], 1)
         self.mixer = MLP([task.state_dim], [256, 256], task.num_agents + 1)
         for network in (self.policy, self.value):  # networks of the observation alone at first; the memory joins in as it learns
             for weight, width in zip(network[0].weight.data, task.obs_dims):
-                weight[:128] = 0
-                weight[128 : 128 + width].uniform_(-(width**-0.5), width**-0.5)
+                weight[:memory_dim] = 0
+                weight[memory_dim : memory_dim + width].uniform_(-(width**-0.5), width**-0.5)
         self.policy[-1].weight.data.mul_(0.1)
         self.policy[-1].bias.data.zero_()
-        self.policy[-1].bias.data[..., task.action_dim :] = -0.5  # off the bound of the clamp, where the gradient is zero
+        if not task.discrete:  # off the bound of the clamp, where the gradient is zero
+            self.policy[-1].bias.data[..., task.action_dim :] = -0.5
         self.register_buffer("state_mean", states.mean(0))
         std = states.std(0)
         self.register_buffer("state_std", torch.where(std < 1e-6, 1, std))
         self.register_buffer("entropy_alpha", torch.zeros(()))
 
     def inputs(self, observations: torch.Tensor, histories: torch.Tensor) -> torch.Tensor:
-        """h_t^i, what policies and values see: [batch, agent, obs], [batch, agent, 10, pair] -> [agent, batch, 128 + obs]."""
+        """h_t^i, what policies and values see: [batch, agent, obs], [batch, agent, 10, pair] -> [agent, batch, memory + obs]."""
         mean = self.task.observe(self.state_mean)  # [agent, obs]
         std = self.task.observe(self.state_std)
         std = std + (std == 0)
         observations = (observations - mean) / std
+        if self.task.discrete:
+            return observations.transpose(0, 1)
         pair_mean, pair_std = F.pad(mean, (self.task.action_dim, 0)), F.pad(std, (self.task.action_dim, 0), value=1.0)
         histories = (histories - pair_mean[:, None]) / pair_std[:, None]
         return torch.cat([self.memory(histories), observations.transpose(0, 1)], dim=-1)
 
-    def distribution(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log standard deviation of the policies' Gaussians, [batch, agent, action] each."""
-        mean, log_std = self.policy(inputs).transpose(0, 1).chunk(2, dim=-1)
-        return mean, log_std.clamp(-6, 0)
+    def distribution(self, inputs: torch.Tensor) -> Gaussian | Categorical:
+        """The policies' distributions over actions; those of the agents are independent, given what each sees."""
+        outputs = self.policy(inputs).transpose(0, 1)
+        if self.task.discrete:
+            return Categorical(outputs)
+        mean, log_std = outputs.chunk(2, dim=-1)
+        return Gaussian(mean, log_std.clamp(-6, 0))
 
     def team_value(self, inputs: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """V(s) = sum_i w_i(s) V_i(h_i) + b(s) (Section 3.2, Eq. 4): [batch]."""
@@ -237,13 +291,7 @@ class Team(nn.Module):
 
     def act_greedily(self, observations: torch.Tensor, histories: torch.Tensor) -> torch.Tensor:
         """[batch, agent, action] in [-1, 1]."""
-        return self.distribution(self.inputs(observations, histories))[0].clamp(-1, 1)
-
-
-def log_prob(actions: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
-    """Joint log-density of the agents' actions, Eq. (6): [batch, agent, action] -> [batch]."""
-    normalized = (actions - mean) * (-log_std).exp()
-    return (-0.5 * normalized.square() - log_std - 0.5 * math.log(2 * math.pi)).sum((1, 2))
+        return self.distribution(self.inputs(observations, histories)).greedy()
 
 
 class Prediction(NamedTuple):
@@ -345,7 +393,7 @@ class GroundTruth:
     """The true simulator behind the interface of `WorldModel`; its uncertainty is zero."""
 
     def __init__(self, task: Task, num_envs: int):
-        self.simulator = Simulator(task, num_envs)
+        self.simulator = make_simulator(task, num_envs)
 
     def step(self, states: torch.Tensor, actions: torch.Tensor) -> Step:
         self.simulator.set_states(states.cpu().numpy())
@@ -387,8 +435,8 @@ def rollout_step(team: Team, model, dataset: OfflineDataset, args: Args, states,
     """One step of all rollouts: a transition, what the model reported of it, and the next (states, histories, age)."""
     observations = dataset.task.observe(states)
     inputs = team.inputs(observations, histories)
-    mean, log_std = team.distribution(inputs)
-    actions = mean + log_std.exp() * torch.randn_like(mean)
+    distribution = team.distribution(inputs)
+    actions = distribution.sample()
     step = model.step(states, actions)
     penalty = torch.zeros_like(step.rewards)
     if args.penalty == "epistemic":  # bounded by l_eps (Section 3.1), whereas the test below is on the raw eps_g
@@ -401,7 +449,7 @@ def rollout_step(team: Team, model, dataset: OfflineDataset, args: Args, states,
     time_out = uncertain | (age == args.rollout_length)
     next_histories = append_to_histories(histories, observations, actions)
     transition = Rollouts(
-        states, observations, histories, actions, log_prob(actions, mean, log_std), team.team_value(inputs, states),
+        states, observations, histories, actions, distribution.log_prob(actions), team.team_value(inputs, states),
         step.next_states, next_histories, step.rewards - penalty, step.masks, 1 - time_out.float(),
     )  # fmt: skip
     ended = time_out | (step.masks == 0)
@@ -453,8 +501,8 @@ def make_batch(team: Team, rollouts: Rollouts, args: Args) -> Minibatch:
 def ppo_loss(team: Team, batch: Minibatch, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     """Actor, critic, entropy bonus and action penalty (Appendix A.1); the loss [] and what is logged of it [7]."""
     inputs = team.inputs(batch.observations, batch.histories)
-    mean, log_std = team.distribution(inputs)
-    log_probs = log_prob(batch.actions, mean, log_std)
+    distribution = team.distribution(inputs)
+    log_probs = distribution.log_prob(batch.actions)
     log_ratio = (log_probs - batch.log_probs).clamp(max=10)
     ratio = log_ratio.exp()
     clipped_ratio = ratio.clamp(1 - args.clip, 1 + args.clip)
@@ -468,7 +516,7 @@ def ppo_loss(team: Team, batch: Minibatch, args: Args) -> tuple[torch.Tensor, to
     with torch.no_grad():  # a dual variable: it grows while the entropy is below its target
         target_gap = team.task.entropy_target - entropy
         team.entropy_alpha.add_(args.entropy_coefficient * target_gap).clamp_(min=0)
-    excess = (mean.abs() - 1).clamp(min=0).square().sum((1, 2))
+    excess = distribution.excess()
     action_penalty = torch.max((ratio * excess).mean(), (clipped_ratio * excess).mean())
 
     loss = actor_loss + args.critic_coefficient * critic_loss - team.entropy_alpha * entropy + args.action_penalty * action_penalty
@@ -623,24 +671,37 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
 
 
 def train(args: Args) -> dict:
+    game = args.task.startswith("coordination")
+    if args.total_steps is None:
+        args.total_steps = 30 if game else 600
+    if args.gamma is None:
+        args.gamma = 0.5 if game else 0.97
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "transitions", "rollout_length", "epochs", "minibatch_size")
     check_positive(args, "learning_rate", "memory_learning_rate", "max_grad_norm")
     if args.transitions // args.rollout_length * args.rollout_length < args.minibatch_size:
         raise InputError("--transitions must fill a --minibatch-size with rollouts of --rollout-length")
     run_dir, checkpoint = open_run(args, "moma_ppo")
     task, device = find_task(args.task), choose_device(args)
+    if task.discrete:  # each step of the game is known to the bit: single steps, no uncertainty
+        args.rollout_length, args.penalty, args.max_uncertainty = 1, "none", math.inf
     seed_everything(args.seed, args.torch_deterministic)
     dataset = load_dataset(task, args.dataset, device)
     if args.ground_truth:
         model, args.lambda_g, args.max_uncertainty = GroundTruth(task, args.transitions // args.rollout_length), 0.0, math.inf
     else:
+        if task.environment == "coordination" and args.world_model is None:  # trained in seconds, so none ships
+            args.world_model = run_dir / "world_model" / "world_model.pt"
+            if not args.world_model.is_file():
+                command = [sys.executable, Path(__file__).parent / "world_model.py", "--task", task.name, "--seed", str(args.seed)]
+                command += ["--total-steps", "300", "--hidden", "64", "64", "--reward-hidden", "64", "64", "--mask-hidden", "64"]
+                subprocess.run([*command, "--run-dir", args.world_model.parent, "--device", device.type], check=True)
         args.world_model = args.world_model or Path(__file__).parent / "data" / f"{task.dataset}.pt"
         model = WorldModel(task, args.world_model, device)
         calibrate(args, model.checkpoint)
 
     # Initialize MAPPO policies and value function.
     team = Team(task, dataset.states).to(device)
-    memory = list(team.memory.parameters())
+    memory = [parameter for name, parameter in team.named_parameters() if name.startswith("memory.")]
     others = [parameter for name, parameter in team.named_parameters() if not name.startswith("memory.")]
     # Learning rates are tensors, so that a CUDA graph sees them change.
     groups = [{"params": others, "lr": torch.zeros((), device=device)}, {"params": memory, "lr": torch.zeros((), device=device)}]
@@ -667,7 +728,7 @@ def train(args: Args) -> dict:
         update = CUDAGraph(update)
         rollouts_and_batch = rollouts_and_batch if args.ground_truth else CUDAGraph(rollouts_and_batch)
 
-    first_step, seconds, evaluations = 0, 0.0, []
+    first_step, seconds, evaluations, timings = 0, 0.0, [], []
     if checkpoint is not None:
         team.load_state_dict(checkpoint["team"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -717,6 +778,7 @@ def train(args: Args) -> dict:
             raise InputError(f"the loss of step {step} is not finite{last_good}")
         updated = time.perf_counter()
         seconds += updated - started
+        timings.append([rolled_out - started, updated - rolled_out])
 
         if step % 10 == 0 or step == args.total_steps:
             names = ["loss", "grad_norm", "actor", "critic", "entropy", "action_penalty", "approx_kl", "clip_fraction", "entropy_alpha"]
@@ -750,7 +812,7 @@ def train(args: Args) -> dict:
         "score": record["score"],
         "score_stderr": float(scores.std(ddof=1) / len(scores) ** 0.5),
         "best_score": max(entry["score"] for entry in [*evaluations, record]),
-        "paper_score": PAPER_SCORES[task.name],
+        "paper_score": PAPER_SCORES.get(task.name),
         "returns": record["returns"],
         "model_returns": record.get("model_returns"),
         "evaluations": evaluations,
@@ -760,12 +822,14 @@ def train(args: Args) -> dict:
         "world_model": None if args.ground_truth else model.checkpoint["description"],
         "seconds": seconds,
         "steps_per_second": args.total_steps / seconds,
+        "median_seconds": dict(zip(["rollout", "update"], np.median(timings, axis=0).tolist())) if timings else None,
     }
     save_checkpoint(args.total_steps)
     save_whole(result, run_dir / "result.json")
-    plot_team_strategy(task, evaluation, run_dir / "strategy.png")
+    if task.environment == "Reacher-v4":
+        plot_team_strategy(task, evaluation, run_dir / "strategy.png")
     writer.close()
-    print(f"{task.name}: score {result['score']:.3f} ± {result['score_stderr']:.3f} over 100 greedy episodes (paper: {PAPER_SCORES[task.name]})")
+    print(f"{task.name}: score {result['score']:.3f} ± {result['score_stderr']:.3f} over 100 greedy episodes (paper: {PAPER_SCORES.get(task.name, '-')})")
     if record.get("model_returns"):
         print(f"return {evaluation.returns.mean():.2f} in the environment, {np.mean(record['model_returns']):.2f} in the world model")
     print(f"{seconds:.0f} s of training; everything is in {run_dir}")

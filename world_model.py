@@ -38,8 +38,9 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import coordination_game  # noqa: F401, its tasks
 from data.offline_dataset import OfflineDataset, load_dataset
-from mamujoco_envs import InputError, Simulator, find_task
+from mamujoco_envs import InputError, Task, find_task, make_simulator
 
 QUANTILES = (0.5, 0.9, 0.99)
 
@@ -236,6 +237,19 @@ def validate(ensemble: Ensemble, dataset: OfflineDataset, rows: torch.Tensor) ->
     return sums / len(rows)
 
 
+def disturb(task: Task, actions: torch.Tensor, behavior: str, generator: torch.Generator) -> torch.Tensor:
+    """Actions [batch, agent, action] of the data as they are, perturbed, or replaced by uniformly random ones."""
+    if behavior == "held-out":
+        return actions
+    if task.discrete:  # perturbed: three in ten are random
+        choices = torch.randint(task.action_dim, actions.shape[:-1], generator=generator)
+        replaced = torch.rand(choices.shape, generator=generator) < (0.3 if behavior == "perturbed" else 1)
+        return torch.where(replaced[..., None], F.one_hot(choices, task.action_dim).to(actions), actions)
+    if behavior == "perturbed":
+        return (actions + 0.3 * torch.randn(actions.shape, generator=generator)).clamp(-1, 1)
+    return 2 * torch.rand(actions.shape, generator=generator) - 1
+
+
 @torch.no_grad()
 def open_loop(ensemble: Ensemble, dataset: OfflineDataset, rows: torch.Tensor, scale, behavior: str, steps: int = 10) -> dict:
     """Rolls the elites out from `rows` beside the true simulator, with the dataset's actions, perturbed or random ones.
@@ -245,15 +259,11 @@ def open_loop(ensemble: Ensemble, dataset: OfflineDataset, rows: torch.Tensor, s
     """
     task, device = dataset.task, dataset.device
     members, generator = ensemble.networks[0][0].weight.shape[0], torch.Generator().manual_seed(0)
-    simulator, states = Simulator(task, len(rows)), dataset.states[rows]
+    simulator, states = make_simulator(task, len(rows)), dataset.states[rows]
     simulator.set_states(states.cpu().numpy())
     model_return, true_return, epsilons, errors = torch.zeros(len(rows)), torch.zeros(len(rows)), [], []
     for t in range(steps):
-        actions = dataset.actions[rows + t].cpu()
-        if behavior == "perturbed":
-            actions = (actions + 0.3 * torch.randn(actions.shape, generator=generator)).clamp(-1, 1)
-        elif behavior == "random":
-            actions = 2 * torch.rand(actions.shape, generator=generator) - 1
+        actions = disturb(task, dataset.actions[rows + t].cpu(), behavior, generator)
         joint = task.join_actions(actions).to(device)
         prediction = ensemble(states.expand(members, -1, -1), joint.expand(members, -1, -1))
         epsilons.append(epistemic_uncertainty(prediction, scale)[1])

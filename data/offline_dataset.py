@@ -35,7 +35,9 @@ class OfflineDataset:
 
         self.task, self.device = task, device
         self.states, self.next_states, self.rewards = tensor("observations"), tensor("next_observations"), tensor("rewards")
-        self.actions = task.split_actions(tensor("actions")).clamp_(-ACTION_LIMIT, ACTION_LIMIT)
+        self.actions = task.split_actions(tensor("actions"))
+        if not task.discrete:
+            self.actions.clamp_(-ACTION_LIMIT, ACTION_LIMIT)
         self.masks = 1 - tensor("terminals")
         self.size = len(self.states)
         ends = columns["terminals"].astype(bool) | columns["timeouts"].astype(bool)
@@ -87,6 +89,10 @@ def load_dataset(task: Task, path: Path | None = None, device="cpu") -> OfflineD
 
     Raises `InputError`, naming the file and the key, if the file is missing, truncated, not finite or made for another task.
     """
+    if path is None and task.environment == "coordination":
+        from coordination_game import make_columns
+
+        return OfflineDataset(task, make_columns(task), device)
     if path is None:
         path = dataset_path(task)
         if not path.is_file() and task.dataset == "reacher-expert-mix":
