@@ -12,7 +12,7 @@ multi-agent PPO (Section 3.2, Appendix A). The team is scored in the true enviro
     python moma_ppo.py --resume runs/RUN                                # goes on where RUN stopped, to the bit
 
 Deviations from the paper, README.md has the figures:
-1. A hundredth of its learning steps, and what that needs: learning rates of 1e-3 that decay to zero, gamma 0.97 and lambda
+1. Far fewer learning steps, and what that needs: learning rates of 1e-3 that decay to zero, gamma 0.97 and lambda
    0.95. The paper's values, for those who have the time: --total-steps 100000 --learning-rate 5e-5
    --memory-learning-rate 1e-4 --gamma 0.99 --gae-lambda 0.98 (these would decay, too).
 2. Observations are standardised by the dataset's statistics.
@@ -414,7 +414,7 @@ def rollout_step(team: Team, model, dataset: OfflineDataset, args: Args, states,
 
 @torch.no_grad()
 def generate_rollouts(step: Callable, dataset: OfflineDataset, args: Args) -> tuple[Rollouts, torch.Tensor]:
-    """Algorithm 1, "generate synthetic data": exactly `transitions` of them, and the means of what the model reported."""
+    """Algorithm 1, "generate synthetic data": `transitions` of them in whole rollouts, and the means of what the model reported."""
     indices = torch.randint(dataset.size, (args.transitions // args.rollout_length,), device=dataset.device)
     carry = dataset.states[indices], dataset.histories(indices), torch.zeros(len(indices), device=dataset.device)
     transitions, reports = [], []
@@ -424,7 +424,9 @@ def generate_rollouts(step: Callable, dataset: OfflineDataset, args: Args) -> tu
         reports.append(report)
     rollouts = Rollouts(*[torch.stack(field) for field in zip(*transitions)])
     rollouts.time_out_masks[-1] = 0
-    return rollouts, torch.stack(reports).mean(0)
+    reports = torch.stack(reports)
+    reports[-1, -1] = 1  # the last step ends every rollout
+    return rollouts, reports.mean(0)
 
 
 class Minibatch(NamedTuple):
@@ -504,12 +506,12 @@ def read_world_model(task: Task, path: Path, device: torch.device) -> tuple[Ense
         tensors = checkpoint["weights"] | checkpoint["bounding_box"] | {"scale": checkpoint["scale"]}
         checkpoint["elites"], checkpoint["epsilon_g"]["held-out"]["0.99"], checkpoint["description"]
     except Exception as error:
-        raise InputError(f"{path} is not a whole world model ({type(error).__name__}); make it again with: {command}") from None
+        raise InputError(f"{path} is not a whole world model ({type(error).__name__}); move it away and make it again with: {command}") from None
     if dataset != task.dataset:
         raise InputError(f"{path} is a world model of {dataset}; {task.name} needs one of {task.dataset}: {command}")
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise InputError(f"'{name}' in {path} is not finite; make the world model again with: {command}")
+            raise InputError(f"'{name}' in {path} is not finite; move it away and make it again with: {command}")
     return ensemble, checkpoint
 
 
@@ -575,6 +577,8 @@ def choose_device(args) -> torch.device:
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
+    if not 0 <= seed < 2**32:
+        raise InputError(f"--seed must be from 0 to {2**32 - 1}; it is {seed}")
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -583,19 +587,19 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 
 
 def random_states() -> dict:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
 
 
 def set_random_states(states: dict) -> None:
     torch.set_rng_state(states["cpu"].cpu())
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    if torch.cuda.is_available() and states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"].cpu())
 
 
 def save_whole(data, path: Path) -> None:
     """Writes a checkpoint or a result so that `path` holds the old one or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=1)) if path.suffix == ".json" else torch.save(data, temporary)
+    temporary.write_text(json.dumps(data, indent=1)) if path.name == "result.json" else torch.save(data, temporary)
     temporary.replace(path)
 
 
@@ -605,6 +609,10 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
         run_dir = args.run_dir or Path("runs") / f"{args.task}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         if run_dir.is_file() or run_dir.exists() and any(run_dir.iterdir()):
             raise InputError(f"{run_dir} is in use; go on with that run by --resume {run_dir}, or give another --run-dir")
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make the folder {run_dir} ({error.strerror}); give another --run-dir") from None
         return run_dir, None
     path = args.resume / "checkpoint.pt"
     if not path.is_file():
@@ -629,8 +637,8 @@ def train(args: Args) -> dict:
         raise InputError("--transitions must fill a --minibatch-size with rollouts of --rollout-length")
     run_dir, checkpoint = open_run(args, "moma_ppo")
     task, device = find_task(args.task), choose_device(args)
+    dataset = load_dataset(task, args.dataset, device)  # before seeding: recording it draws random numbers
     seed_everything(args.seed, args.torch_deterministic)
-    dataset = load_dataset(task, args.dataset, device)
     if args.ground_truth:
         model, args.lambda_g, args.max_uncertainty = GroundTruth(task, args.transitions // args.rollout_length), 0.0, math.inf
     else:
@@ -667,10 +675,12 @@ def train(args: Args) -> dict:
         update = CUDAGraph(update)
         rollouts_and_batch = rollouts_and_batch if args.ground_truth else CUDAGraph(rollouts_and_batch)
 
-    first_step, seconds, evaluations = 0, 0.0, []
+    first_step, seconds, evaluations, timings = 0, 0.0, [], []
     if checkpoint is not None:
         team.load_state_dict(checkpoint["team"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"].to(device)
         set_random_states(checkpoint["random_states"])
         first_step, seconds, evaluations = checkpoint["step"], checkpoint["seconds"], checkpoint["evaluations"]
     writer = SummaryWriter(str(run_dir), purge_step=first_step + 1)
@@ -704,6 +714,8 @@ def train(args: Args) -> dict:
             group["lr"].fill_(learning_rate * (1 - (step - 1) / args.total_steps))
         # Generate synthetic data.
         report, *batch = rollouts_and_batch()
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # for an honest time, once in a learning step
         rolled_out = time.perf_counter()
         # Train agents.
         sums = torch.zeros(9, device=device)
@@ -717,6 +729,7 @@ def train(args: Args) -> dict:
             raise InputError(f"the loss of step {step} is not finite{last_good}")
         updated = time.perf_counter()
         seconds += updated - started
+        timings.append([rolled_out - started, updated - rolled_out])
 
         if step % 10 == 0 or step == args.total_steps:
             names = ["loss", "grad_norm", "actor", "critic", "entropy", "action_penalty", "approx_kl", "clip_fraction", "entropy_alpha"]
@@ -754,12 +767,13 @@ def train(args: Args) -> dict:
         "returns": record["returns"],
         "model_returns": record.get("model_returns"),
         "evaluations": evaluations,
-        "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "args": {name: str(value) if isinstance(value, Path) or value == math.inf else value for name, value in vars(args).items()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "dataset": {"name": task.dataset, "transitions": dataset.size, "mean_return": float(dataset.episode_returns().mean())},
         "world_model": None if args.ground_truth else model.checkpoint["description"],
         "seconds": seconds,
         "steps_per_second": args.total_steps / seconds,
+        "median_seconds": dict(zip(["rollout", "update"], np.median(timings, axis=0).tolist())) if timings else None,
     }
     save_checkpoint(args.total_steps)
     save_whole(result, run_dir / "result.json")
