@@ -12,12 +12,16 @@ multi-agent PPO (Section 3.2, Appendix A). The team is scored in the true enviro
     python moma_ppo.py --resume runs/RUN                                # goes on where RUN stopped, to the bit
 
 Deviations from the paper, README.md has the figures:
-1. A hundredth of its learning steps, and what that needs: learning rates of 1e-3 that decay to zero, gamma 0.97 and lambda
+1. Far fewer learning steps, and what that needs: learning rates of 1e-3 that decay to zero, gamma 0.97 and lambda
    0.95. The paper's values, for those who have the time: --total-steps 100000 --learning-rate 5e-5
    --memory-learning-rate 1e-4 --gamma 0.99 --gae-lambda 0.98 (these would decay, too).
 2. Observations are standardised by the dataset's statistics.
-3. The memory, 128 dimensions of noise at first, starts at a tenth of its scale, and policies and values without weights on it.
-4. lambda_g and l_eps are calibrated on held-out data by one rule (`calibrate`), and eps_g is measured in units of the
+3. Rollouts are whole episodes, from first states of the dataset (--start-states any --rollout-length 10: the release's).
+   Those from later states start where experts, who saw everything, have brought the arm; what agents must tell each other on
+   the way is then learned from a tenth of the data alone.
+4. Policies start with a standard deviation of 0.22 instead of 1, close to the actions that the world model has seen.
+5. The memory, 128 dimensions of noise at first, starts at a tenth of its scale, and policies and values without weights on it.
+6. lambda_g and l_eps are calibrated on held-out data by one rule (`calibrate`), and eps_g is measured in units of the
    dataset's standard deviations. The release has 0.1 and 2 for every task, on raw states.
 """
 
@@ -64,8 +68,8 @@ class Args:
     """seed of networks, rollouts and minibatches"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a CUDA GPU where there is one"""
-    total_steps: int | None = None
-    """learning steps of `transitions` each; if not given, 600, or 30 in the coordination game (the paper's: 100,000)"""
+    total_steps: int = 300
+    """learning steps of `transitions` each (the paper's: 100,000)"""
     eval_every: int = 50
     """learning steps between two evaluations, each followed by a checkpoint"""
     eval_episodes: int = 20
@@ -87,8 +91,10 @@ class Args:
     """checkpoint written by world_model.py; the one shipped for the task's dataset if not given"""
     ground_truth: bool = False
     """roll out in the true simulator instead of the world model (Table 5)"""
-    rollout_length: int = 10
-    """k, steps of a rollout (Figure 9: 5 to 50 make no difference)"""
+    start_states: Literal["first", "any"] = "first"
+    """rollouts start from first states of the dataset's episodes, or from any state of the dataset (the paper's)"""
+    rollout_length: int = 50
+    """k, steps of a rollout (Figure 9: 5 to 50 make no difference; the release's: 10)"""
     penalty: Literal["epistemic", "aleatoric", "none"] = "epistemic"
     """what is subtracted from the reward: lambda_r eps_r + lambda_g eps_g, lambda_a eps_a (MOPO, Figure 4), or nothing"""
     lambda_r: float = 0.05
@@ -257,8 +263,7 @@ class Team(nn.Module):
                 weight[memory_dim : memory_dim + width].uniform_(-(width**-0.5), width**-0.5)
         self.policy[-1].weight.data.mul_(0.1)
         self.policy[-1].bias.data.zero_()
-        if not task.discrete:  # off the bound of the clamp, where the gradient is zero
-            self.policy[-1].bias.data[..., task.action_dim :] = -0.5
+        self.policy[-1].bias.data[..., task.action_dim :] = -1.5  # actions of a size that the world model has seen
         self.register_buffer("state_mean", states.mean(0))
         std = states.std(0)
         self.register_buffer("state_std", torch.where(std < 1e-6, 1, std))
@@ -431,6 +436,12 @@ class Rollouts(NamedTuple):
     time_out_masks: torch.Tensor
 
 
+def draw_starts(dataset: OfflineDataset, args: Args, number: int) -> torch.Tensor:
+    """Rows of the dataset from whose states and histories rollouts start: [number]."""
+    rows = torch.randint(dataset.size, (number,), device=dataset.device)
+    return dataset.episode_starts[rows] if args.start_states == "first" else rows
+
+
 def rollout_step(team: Team, model, dataset: OfflineDataset, args: Args, states, histories, age):
     """One step of all rollouts: a transition, what the model reported of it, and the next (states, histories, age)."""
     observations = dataset.task.observe(states)
@@ -454,7 +465,7 @@ def rollout_step(team: Team, model, dataset: OfflineDataset, args: Args, states,
     )  # fmt: skip
     ended = time_out | (step.masks == 0)
     report = torch.stack([step.rewards, penalty, step.epsilon_g, uncertain.float(), ended.float()]).mean(1)
-    indices = torch.randint(dataset.size, (len(states),), device=states.device)
+    indices = draw_starts(dataset, args, len(states))
     states = torch.where(ended[:, None], dataset.states[indices], step.next_states)
     histories = torch.where(ended[:, None, None, None], dataset.histories(indices), next_histories)
     return transition, report, (states, histories, torch.where(ended, 0, age))
@@ -462,8 +473,8 @@ def rollout_step(team: Team, model, dataset: OfflineDataset, args: Args, states,
 
 @torch.no_grad()
 def generate_rollouts(step: Callable, dataset: OfflineDataset, args: Args) -> tuple[Rollouts, torch.Tensor]:
-    """Algorithm 1, "generate synthetic data": exactly `transitions` of them, and the means of what the model reported."""
-    indices = torch.randint(dataset.size, (args.transitions // args.rollout_length,), device=dataset.device)
+    """Algorithm 1, "generate synthetic data": `transitions` of them in whole rollouts, and the means of what the model reported."""
+    indices = draw_starts(dataset, args, args.transitions // args.rollout_length)
     carry = dataset.states[indices], dataset.histories(indices), torch.zeros(len(indices), device=dataset.device)
     transitions, reports = [], []
     for _ in range(args.rollout_length):
@@ -472,7 +483,9 @@ def generate_rollouts(step: Callable, dataset: OfflineDataset, args: Args) -> tu
         reports.append(report)
     rollouts = Rollouts(*[torch.stack(field) for field in zip(*transitions)])
     rollouts.time_out_masks[-1] = 0
-    return rollouts, torch.stack(reports).mean(0)
+    reports = torch.stack(reports)
+    reports[-1, -1] = 1  # the last step ends every rollout
+    return rollouts, reports.mean(0)
 
 
 class Minibatch(NamedTuple):
@@ -552,12 +565,12 @@ def read_world_model(task: Task, path: Path, device: torch.device) -> tuple[Ense
         tensors = checkpoint["weights"] | checkpoint["bounding_box"] | {"scale": checkpoint["scale"]}
         checkpoint["elites"], checkpoint["epsilon_g"]["held-out"]["0.99"], checkpoint["description"]
     except Exception as error:
-        raise InputError(f"{path} is not a whole world model ({type(error).__name__}); make it again with: {command}") from None
+        raise InputError(f"{path} is not a whole world model ({type(error).__name__}); move it away and make it again with: {command}") from None
     if dataset != task.dataset:
         raise InputError(f"{path} is a world model of {dataset}; {task.name} needs one of {task.dataset}: {command}")
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise InputError(f"'{name}' in {path} is not finite; make the world model again with: {command}")
+            raise InputError(f"'{name}' in {path} is not finite; move it away and make it again with: {command}")
     return ensemble, checkpoint
 
 
@@ -623,6 +636,8 @@ def choose_device(args) -> torch.device:
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
+    if not 0 <= seed < 2**32:
+        raise InputError(f"--seed must be from 0 to {2**32 - 1}; it is {seed}")
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -631,19 +646,19 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 
 
 def random_states() -> dict:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
 
 
 def set_random_states(states: dict) -> None:
     torch.set_rng_state(states["cpu"].cpu())
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    if torch.cuda.is_available() and states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"].cpu())
 
 
 def save_whole(data, path: Path) -> None:
     """Writes a checkpoint or a result so that `path` holds the old one or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=1)) if path.suffix == ".json" else torch.save(data, temporary)
+    temporary.write_text(json.dumps(data, indent=1)) if path.name == "result.json" else torch.save(data, temporary)
     temporary.replace(path)
 
 
@@ -653,6 +668,10 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
         run_dir = args.run_dir or Path("runs") / f"{args.task}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         if run_dir.is_file() or run_dir.exists() and any(run_dir.iterdir()):
             raise InputError(f"{run_dir} is in use; go on with that run by --resume {run_dir}, or give another --run-dir")
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make the folder {run_dir} ({error.strerror}); give another --run-dir") from None
         return run_dir, None
     path = args.resume / "checkpoint.pt"
     if not path.is_file():
@@ -682,10 +701,8 @@ def train(args: Args) -> dict:
         raise InputError("--transitions must fill a --minibatch-size with rollouts of --rollout-length")
     run_dir, checkpoint = open_run(args, "moma_ppo")
     task, device = find_task(args.task), choose_device(args)
-    if task.discrete:  # each step of the game is known to the bit: single steps, no uncertainty
-        args.rollout_length, args.penalty, args.max_uncertainty = 1, "none", math.inf
+    dataset = load_dataset(task, args.dataset, device)  # before seeding: recording it draws random numbers
     seed_everything(args.seed, args.torch_deterministic)
-    dataset = load_dataset(task, args.dataset, device)
     if args.ground_truth:
         model, args.lambda_g, args.max_uncertainty = GroundTruth(task, args.transitions // args.rollout_length), 0.0, math.inf
     else:
@@ -732,6 +749,8 @@ def train(args: Args) -> dict:
     if checkpoint is not None:
         team.load_state_dict(checkpoint["team"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"].to(device)
         set_random_states(checkpoint["random_states"])
         first_step, seconds, evaluations = checkpoint["step"], checkpoint["seconds"], checkpoint["evaluations"]
     writer = SummaryWriter(str(run_dir), purge_step=first_step + 1)
@@ -765,6 +784,8 @@ def train(args: Args) -> dict:
             group["lr"].fill_(learning_rate * (1 - (step - 1) / args.total_steps))
         # Generate synthetic data.
         report, *batch = rollouts_and_batch()
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # for an honest time, once in a learning step
         rolled_out = time.perf_counter()
         # Train agents.
         sums = torch.zeros(9, device=device)
@@ -816,7 +837,7 @@ def train(args: Args) -> dict:
         "returns": record["returns"],
         "model_returns": record.get("model_returns"),
         "evaluations": evaluations,
-        "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "args": {name: str(value) if isinstance(value, Path) or value == math.inf else value for name, value in vars(args).items()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "dataset": {"name": task.dataset, "transitions": dataset.size, "mean_return": float(dataset.episode_returns().mean())},
         "world_model": None if args.ground_truth else model.checkpoint["description"],

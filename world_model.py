@@ -9,7 +9,7 @@ each on minibatches of its own. Tasks that share a dataset share its world model
     python world_model.py --task reacher-leader-only --paper    # the paper's networks, targets, learning rate and budget
     python world_model.py --resume runs/RUN
 
-Deviations from the paper, each a flag (README.md has the figures):
+Deviations from the paper, the first three behind flags (README.md has the figures):
 1. Members predict the change of the state, and inputs and targets are standardised by the training data; dimensions that
    never change are copied. The paper's predict the next state itself, from raw inputs.
 2. Smaller networks: 3 layers of 256 SiLU units for the state, 2 of 128 ReLU units for reward and mask; the paper has ReLU
@@ -73,7 +73,7 @@ class Args:
     output: Path | None = None
     """file to export the world model to; world_model.pt in the run's folder if not given"""
     paper: bool = False
-    """the paper's setting: absolute raw targets, separate ReLU networks of 4 x 1024, learning rate 3e-5, 3,000,000 steps"""
+    """the paper's setting: absolute raw targets, separate ReLU networks of 4 x 1024 (mask: 2), learning rate 3e-5, 3,000,000 steps"""
     members: int = 7
     """trained networks"""
     elites: int = 5
@@ -285,7 +285,7 @@ def open_loop(ensemble: Ensemble, dataset: OfflineDataset, rows: torch.Tensor, s
 
 @torch.no_grad()
 def retargeting_error(ensemble: Ensemble, dataset: OfflineDataset, rows: torch.Tensor) -> float:
-    """Reacher: mean error of the elites' mean reward for arms of the data with the target of another episode, at rest.
+    """Reacher: mean error of the elites' mean reward for arms of the data with the target of another episode and no torque.
 
     Experts are almost never still and off target, so "still means on target" fits the data; a team then learns to stop short.
     """
@@ -362,6 +362,8 @@ def choose_device(args) -> torch.device:
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
+    if not 0 <= seed < 2**32:
+        raise InputError(f"--seed must be from 0 to {2**32 - 1}; it is {seed}")
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -370,19 +372,19 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 
 
 def random_states() -> dict:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
 
 
 def set_random_states(states: dict) -> None:
     torch.set_rng_state(states["cpu"].cpu())
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    if torch.cuda.is_available() and states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"].cpu())
 
 
 def save_whole(data, path: Path) -> None:
     """Writes a checkpoint or a result so that `path` holds the old one or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=1)) if path.suffix == ".json" else torch.save(data, temporary)
+    temporary.write_text(json.dumps(data, indent=1)) if path.name == "result.json" else torch.save(data, temporary)
     temporary.replace(path)
 
 
@@ -392,6 +394,10 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
         run_dir = args.run_dir or Path("runs") / f"{args.task}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         if run_dir.is_file() or run_dir.exists() and any(run_dir.iterdir()):
             raise InputError(f"{run_dir} is in use; go on with that run by --resume {run_dir}, or give another --run-dir")
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make the folder {run_dir} ({error.strerror}); give another --run-dir") from None
         return run_dir, None
     path = args.resume / "checkpoint.pt"
     if not path.is_file():
@@ -413,6 +419,8 @@ def train(args: Args) -> dict:
     check_positive(args, "total_steps", "eval_every", "members", "batch_size", "learning_rate", "max_grad_norm")
     if not 2 <= args.elites <= args.members:
         raise InputError(f"--elites must be from 2 to --members {args.members}; it is {args.elites}")
+    if min(*args.hidden, *args.reward_hidden, *args.mask_hidden, 1) < 1:
+        raise InputError("--hidden, --reward-hidden and --mask-hidden must be above 0")
     run_dir, checkpoint = open_run(args, "world_model")
     task, device = find_task(args.task), choose_device(args)
     if args.paper:
@@ -424,8 +432,8 @@ def train(args: Args) -> dict:
         raise InputError(f"{output} exists; give another --output, or move it away")
     if args.output and not output.parent.is_dir():
         raise InputError(f"no folder {output.parent} to write {output.name} to")
+    dataset = load_dataset(task, args.dataset, device)  # before seeding: recording it draws random numbers
     seed_everything(args.seed, args.torch_deterministic)
-    dataset = load_dataset(task, args.dataset, device)
     training_rows, validation_rows = dataset.split()
     architecture = {"state_dim": task.state_dim, "action_dim": task.num_agents * task.action_dim, "members": args.members}
     architecture |= {"target": args.target, "trunk": args.trunk, "activation": args.activation}
@@ -459,6 +467,8 @@ def train(args: Args) -> dict:
     if checkpoint is not None:
         ensemble.load_state_dict(checkpoint["ensemble"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"].to(device)
         set_random_states(checkpoint["random_states"])
         first_step, seconds = checkpoint["step"], checkpoint["seconds"]
     writer = SummaryWriter(str(run_dir), purge_step=first_step + 1)

@@ -233,6 +233,8 @@ def choose_device(args) -> torch.device:
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
+    if not 0 <= seed < 2**32:
+        raise InputError(f"--seed must be from 0 to {2**32 - 1}; it is {seed}")
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -241,19 +243,19 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 
 
 def random_states() -> dict:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
 
 
 def set_random_states(states: dict) -> None:
     torch.set_rng_state(states["cpu"].cpu())
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    if torch.cuda.is_available() and states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"].cpu())
 
 
 def save_whole(data, path: Path) -> None:
     """Writes a checkpoint or a result so that `path` holds the old one or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=1)) if path.suffix == ".json" else torch.save(data, temporary)
+    temporary.write_text(json.dumps(data, indent=1)) if path.name == "result.json" else torch.save(data, temporary)
     temporary.replace(path)
 
 
@@ -263,6 +265,10 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
         run_dir = args.run_dir or Path("runs") / f"{args.task}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         if run_dir.is_file() or run_dir.exists() and any(run_dir.iterdir()):
             raise InputError(f"{run_dir} is in use; go on with that run by --resume {run_dir}, or give another --run-dir")
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make the folder {run_dir} ({error.strerror}); give another --run-dir") from None
         return run_dir, None
     path = args.resume / "checkpoint.pt"
     if not path.is_file():
@@ -284,8 +290,8 @@ def train(args: Args) -> dict:
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size", "learning_rate")
     run_dir, checkpoint = open_run(args, "ibc")
     task, device = find_task(args.task), choose_device(args)
+    dataset = load_dataset(task, args.dataset, device)  # before seeding: recording it draws random numbers
     seed_everything(args.seed, args.torch_deterministic)
-    dataset = load_dataset(task, args.dataset, device)
     team = Team(task, dataset.states).to(device)
     learning_rate = torch.tensor(args.learning_rate, device=device)  # a tensor, so that a CUDA graph sees it change
     optimizer = torch.optim.Adam(team.parameters(), lr=learning_rate, fused=True, capturable=args.cudagraphs)
@@ -305,6 +311,8 @@ def train(args: Args) -> dict:
     if checkpoint is not None:
         team.load_state_dict(checkpoint["team"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"].to(device)
         set_random_states(checkpoint["random_states"])
         first_step, seconds, evaluations = checkpoint["step"], checkpoint["seconds"], checkpoint["evaluations"]
     writer = SummaryWriter(str(run_dir), purge_step=first_step + 1)

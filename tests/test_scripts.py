@@ -287,7 +287,7 @@ def test_other_penalties(penalty, moma_here):
 def test_no_adaptive_rollouts(moma_here):
     _, shown = moma_here("--max-uncertainty", "inf", "--lambda-g", 0.1, "--task", "reacher-independent", "--no-torch-deterministic")
     assert shown["world_model/uncertain"][2] == 0
-    assert shown["world_model/rollout_length"][2] == pytest.approx(10)
+    assert shown["world_model/rollout_length"][2] == pytest.approx(50)
 
 
 def test_adaptive_rollouts_with_short_bounds(moma_here):
