@@ -68,8 +68,8 @@ class Args:
     """seed of networks, rollouts and minibatches"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a CUDA GPU where there is one"""
-    total_steps: int = 300
-    """learning steps of `transitions` each (the paper's: 100,000)"""
+    total_steps: int | None = None
+    """learning steps of `transitions` each; if not given, 300, or 10 in the coordination game (the paper's: 100,000)"""
     eval_every: int = 50
     """learning steps between two evaluations, each followed by a checkpoint"""
     eval_episodes: int = 20
@@ -263,7 +263,8 @@ class Team(nn.Module):
                 weight[memory_dim : memory_dim + width].uniform_(-(width**-0.5), width**-0.5)
         self.policy[-1].weight.data.mul_(0.1)
         self.policy[-1].bias.data.zero_()
-        self.policy[-1].bias.data[..., task.action_dim :] = -1.5  # actions of a size that the world model has seen
+        if not task.discrete:  # actions of a size that the world model has seen
+            self.policy[-1].bias.data[..., task.action_dim :] = -1.5
         self.register_buffer("state_mean", states.mean(0))
         std = states.std(0)
         self.register_buffer("state_std", torch.where(std < 1e-6, 1, std))
@@ -692,7 +693,7 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
 def train(args: Args) -> dict:
     game = args.task.startswith("coordination")
     if args.total_steps is None:
-        args.total_steps = 30 if game else 600
+        args.total_steps = 10 if game else 300
     if args.gamma is None:
         args.gamma = 0.5 if game else 0.97
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "transitions", "rollout_length", "epochs", "minibatch_size")
@@ -701,6 +702,8 @@ def train(args: Args) -> dict:
         raise InputError("--transitions must fill a --minibatch-size with rollouts of --rollout-length")
     run_dir, checkpoint = open_run(args, "moma_ppo")
     task, device = find_task(args.task), choose_device(args)
+    if task.discrete:  # single steps from any state, and no uncertainty (Section 5.2)
+        args.rollout_length, args.start_states, args.penalty, args.max_uncertainty = 1, "any", "none", math.inf
     dataset = load_dataset(task, args.dataset, device)  # before seeding: recording it draws random numbers
     seed_everything(args.seed, args.torch_deterministic)
     if args.ground_truth:

@@ -17,7 +17,8 @@ CROSSED = replace(LEADER_ONLY, name="reacher-crossed", driven=((1,), (0,)))
 # What y -> -y does to each state dimension. Actions change sign too.
 REFLECTION = np.array([1, 1, -1, -1, 1, -1, -1, -1, 1, -1, 1])
 
-each_task = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+REACHER = {name: task for name, task in TASKS.items() if task.environment == "Reacher-v4"}  # others register when they are imported
+each_task = pytest.mark.parametrize("task", REACHER.values(), ids=REACHER)
 
 
 def joint_action(task, actions):
@@ -185,7 +186,7 @@ def test_observe_against_a_loop(task):
 FOUR_LEGS = replace(LEADER_ONLY, observed=((0,),) * 4, driven=((2, 3), (4, 5), (6, 7), (0, 1)))
 
 
-@pytest.mark.parametrize("task", [*TASKS.values(), CROSSED, FOUR_LEGS])
+@pytest.mark.parametrize("task", [*REACHER.values(), CROSSED, FOUR_LEGS])
 def test_split_and_join_actions(task):
     joint = torch.randn(3, 5, task.num_agents * task.action_dim)
     split = task.split_actions(joint)
