@@ -541,16 +541,18 @@ def ppo_loss(team: Team, batch: Minibatch, args: Args) -> tuple[torch.Tensor, to
 
 
 def calibrate(args: Args, checkpoint: dict) -> None:
-    """lambda_g and l_eps by one rule for every dataset, from the eps_g that the model has on held-out data.
+    """lambda_g and l_eps by one rule for every dataset, from q, the 0.99 quantile of eps_g that the model has on held-out data.
 
-    l_eps is ten times the 0.99 quantile there: a rollout is cut where the members disagree far more than on data. lambda_g
-    makes the penalty at l_eps one standard deviation of the dataset's reward. (The paper gives no numbers; its release has
-    lambda_g = 0.1 and l_eps = 2 for every task, which fit the scale of its own model's eps_g only.)
+    l_eps is 100 q: a rollout is cut where the members disagree as they never do on data. lambda_g makes the penalty one standard
+    deviation of the dataset's reward at 10 q. So a team cannot earn by actions whose cost the model never saw, for which it
+    pays up to ten standard deviations a step. (The paper gives no numbers; its release has lambda_g = 0.1 and l_eps = 2 for every
+    task, which fit the scale of its own model's eps_g only.)
     """
+    quantile = checkpoint["epsilon_g"]["held-out"]["0.99"]
     if args.max_uncertainty is None:
-        args.max_uncertainty = 10 * checkpoint["epsilon_g"]["held-out"]["0.99"]
+        args.max_uncertainty = 100 * quantile
     if args.lambda_g is None:
-        args.lambda_g = float(checkpoint["scale"][-1]) / (10 * checkpoint["epsilon_g"]["held-out"]["0.99"])
+        args.lambda_g = float(checkpoint["scale"][-1]) / (10 * quantile)
 
 
 def read_world_model(task: Task, path: Path, device: torch.device) -> tuple[Ensemble, dict]:

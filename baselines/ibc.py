@@ -1,4 +1,4 @@
-"""IBC: independent behavioural cloning, each agent with the history of its own observations and actions.
+"""IBC: independent behavioural cloning, each agent from its own observations, actions and their history.
 
 Paper: Barde et al., "A Model-Based Solution to the Offline Multi-Agent Reinforcement Learning Coordination Problem",
 AAMAS 2024, Section 5.1. Each agent maximises the likelihood of its own actions in the dataset (Appendix A.1: advantage-weighted
@@ -23,7 +23,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Literal, Sequence
+from typing import Callable, Literal, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -35,26 +35,30 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import coordination_game  # noqa: F401, its tasks
 from data.offline_dataset import load_dataset
 from mamujoco_envs import HISTORY_LENGTH, InputError, Task, evaluate, find_task, plot_team_strategy
 
-PAPER_SCORES = {  # Table 4, IBC
+PAPER_SCORES = {  # Tables 3 and 4, IBC
     "reacher-all-observant": "1.02 ± 0.01",
     "reacher-independent": "0.76 ± 0.04",
     "reacher-leader-only": "0.84 ± 0.02",
+    "coordination-favorable": "1.00 ± 0.00",
+    "coordination-neutral": "0.55 ± 0.11",
+    "coordination-unfavorable": "0.00 ± 0.00",
 }
 
 
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """reacher-all-observant, reacher-independent or reacher-leader-only"""
+    """reacher-{all-observant,independent,leader-only} or coordination-{favorable,neutral,unfavorable}"""
     seed: int = 1
     """seed of networks and minibatches"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a CUDA GPU where there is one"""
-    total_steps: int = 10_000
-    """gradient steps (the paper's: 1,000,000)"""
+    total_steps: int | None = None
+    """gradient steps; if not given, 10,000, or 1,000 in the coordination game (the paper's: 1,000,000)"""
     eval_every: int = 1000
     """gradient steps between two evaluations, each followed by a checkpoint"""
     eval_episodes: int = 20
@@ -147,48 +151,89 @@ class HistoryEncoder(nn.Module):
         return summary * self.norm_weight + self.norm_bias
 
 
+class TanhGaussian(NamedTuple):
+    """Policies of continuous actions: means and log standard deviations before the tanh, [batch, agent, action]."""
+
+    mean: torch.Tensor
+    log_std: torch.Tensor
+
+    def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
+        """Joint log-density of the agents' actions inside +-1: [batch, agent, action] -> [batch]."""
+        normalized = (actions.atanh() - self.mean) * (-self.log_std).exp()
+        log_density = -0.5 * normalized.square() - self.log_std - 0.5 * math.log(2 * math.pi)
+        return (log_density - (1 - actions.square() + 1e-5).log()).sum((1, 2))
+
+    def greedy(self) -> torch.Tensor:
+        return self.mean.tanh()
+
+
+class Categorical(NamedTuple):
+    """Policies of discrete actions, which are one-hot vectors: logits [batch, agent, action]."""
+
+    logits: torch.Tensor
+
+    def sample(self) -> torch.Tensor:
+        gumbel = -torch.empty_like(self.logits).exponential_().log()
+        return F.one_hot((self.logits + gumbel).argmax(dim=-1), self.logits.shape[-1]).to(self.logits)
+
+    def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
+        """Joint log-probability of the agents' actions, Eq. (6): [batch, agent, action] -> [batch]."""
+        return (actions * self.logits.log_softmax(dim=-1)).sum((1, 2))
+
+    def greedy(self) -> torch.Tensor:
+        return F.one_hot(self.logits.argmax(dim=-1), self.logits.shape[-1]).to(self.logits)
+
+    def excess(self) -> torch.Tensor:
+        return torch.zeros_like(self.logits[:, 0, 0])
+
+
 class Team(nn.Module):
-    """Tanh-Gaussian policies and history encoders of all agents, separate weights in one batch."""
+    """Policies and history encoders of all agents, separate weights in one batch."""
 
     def __init__(self, task: Task, states: torch.Tensor):
         """`states` [N, state]: their mean and standard deviation standardise what the networks see."""
         super().__init__()
         self.task = task
-        self.memory = HistoryEncoder([width + task.action_dim for width in task.obs_dims])
-        self.policy = MLP([128 + width for width in task.obs_dims], [256, 256], 2 * task.action_dim)
+        memory_dim = 0 if task.discrete else 128
+        if memory_dim:
+            self.memory = HistoryEncoder([width + task.action_dim for width in task.obs_dims], memory_dim)
+        input_dims = [memory_dim + width for width in task.obs_dims]  # an agent's input is [memory, observation]: padding comes last
+        self.policy = MLP(input_dims, [256, 256], task.action_dim if task.discrete else 2 * task.action_dim)
         self.register_buffer("state_mean", states.mean(0))
         std = states.std(0)
         self.register_buffer("state_std", torch.where(std < 1e-6, 1, std))
 
     def inputs(self, observations: torch.Tensor, histories: torch.Tensor) -> torch.Tensor:
-        """h_t^i, what policies see: [batch, agent, obs], [batch, agent, 10, pair] -> [agent, batch, 128 + obs]."""
+        """h_t^i, what policies see: [batch, agent, obs], [batch, agent, 10, pair] -> [agent, batch, memory + obs]."""
         mean = self.task.observe(self.state_mean)  # [agent, obs]
         std = self.task.observe(self.state_std)
         std = std + (std == 0)
         observations = (observations - mean) / std
+        if self.task.discrete:
+            return observations.transpose(0, 1)
         pair_mean, pair_std = F.pad(mean, (self.task.action_dim, 0)), F.pad(std, (self.task.action_dim, 0), value=1.0)
         histories = (histories - pair_mean[:, None]) / pair_std[:, None]
         return torch.cat([self.memory(histories), observations.transpose(0, 1)], dim=-1)
 
-    def distribution(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log standard deviation of the policies' Gaussians before the tanh, [batch, agent, action] each."""
-        mean, log_std = self.policy(inputs).transpose(0, 1).chunk(2, dim=-1)
-        return mean, log_std.clamp(-6, 0)
+    def distribution(self, inputs: torch.Tensor) -> TanhGaussian | Categorical:
+        """The policies' distributions over actions."""
+        outputs = self.policy(inputs).transpose(0, 1)
+        if self.task.discrete:
+            return Categorical(outputs)
+        mean, log_std = outputs.chunk(2, dim=-1)
+        return TanhGaussian(mean, log_std.clamp(-6, 0))
 
     def act_greedily(self, observations: torch.Tensor, histories: torch.Tensor) -> torch.Tensor:
         """[batch, agent, action] in [-1, 1]."""
-        return self.distribution(self.inputs(observations, histories))[0].tanh()
+        return self.distribution(self.inputs(observations, histories)).greedy()
 
 
 def cloning_loss(team: Team, observations: torch.Tensor, histories: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """-log pi_i(a_i | h_i) of each agent's tanh-Gaussian, averaged over the batch: [agent].
+    """Mean over the batch of -sum_i log pi_i(a_i | h_i): []; agents share no parameters, so each learns for itself.
 
-    `observations` [batch, agent, obs], `histories` [batch, agent, 10, pair], `actions` [batch, agent, action] inside +-1.
+    `observations` [batch, agent, obs], `histories` [batch, agent, 10, pair], `actions` [batch, agent, action].
     """
-    mean, log_std = team.distribution(team.inputs(observations, histories))
-    normalized = (actions.atanh() - mean) * (-log_std).exp()
-    log_density = -0.5 * normalized.square() - log_std - 0.5 * math.log(2 * math.pi)
-    return -(log_density - (1 - actions.square() + 1e-5).log()).sum(-1).mean(0)
+    return -team.distribution(team.inputs(observations, histories)).log_prob(actions).mean()
 
 
 class CUDAGraph:
@@ -287,6 +332,8 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
 
 
 def train(args: Args) -> dict:
+    if args.total_steps is None:
+        args.total_steps = 1000 if args.task.startswith("coordination") else 10_000
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size", "learning_rate")
     run_dir, checkpoint = open_run(args, "ibc")
     task, device = find_task(args.task), choose_device(args)
@@ -300,7 +347,7 @@ def train(args: Args) -> dict:
     def update(indices: torch.Tensor) -> torch.Tensor:
         loss = losses(team, task.observe(dataset.states[indices]), dataset.histories(indices), dataset.actions[indices])
         optimizer.zero_grad()
-        loss.sum().backward()
+        loss.backward()
         optimizer.step()
         return loss.detach()
 
@@ -337,19 +384,18 @@ def train(args: Args) -> dict:
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, lambda number, _: stop_signals.append(number))
     progress = tqdm(total=args.total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
-    started, logged_step, loss_sum = time.perf_counter(), first_step, torch.zeros(task.num_agents, device=device)
+    started, logged_step, loss_sum = time.perf_counter(), first_step, torch.zeros((), device=device)
     for step in range(first_step + 1, args.total_steps + 1):
         for group in optimizer.param_groups:
             group["lr"].fill_(args.learning_rate * (1 - (step - 1) / args.total_steps))
         loss_sum += update(torch.randint(dataset.size, (args.batch_size,), device=device))
         progress.update()
         if step % 100 == 0 or step % args.eval_every == 0 or step == args.total_steps or stop_signals:
-            mean_losses = (loss_sum / (step - logged_step)).tolist()
-            if not math.isfinite(sum(mean_losses)):
+            mean_loss = (loss_sum / (step - logged_step)).item()
+            if not math.isfinite(mean_loss):
                 last_good = f"; {run_dir}/checkpoint.pt is the last good one" if (run_dir / "checkpoint.pt").exists() else ""
                 raise InputError(f"a loss of steps {logged_step + 1} to {step} is not finite{last_good}")
-            for agent, loss in enumerate(mean_losses):
-                writer.add_scalar(f"losses/agent_{agent}", loss, step)
+            writer.add_scalar("losses/cloning", mean_loss, step)
             logged_step = step
             loss_sum.zero_()
         if step % args.eval_every == 0 or stop_signals:
@@ -375,7 +421,7 @@ def train(args: Args) -> dict:
         "score": record["score"],
         "score_stderr": float(scores.std(ddof=1) / len(scores) ** 0.5),
         "best_score": max(entry["score"] for entry in [*evaluations, record]),
-        "paper_score": PAPER_SCORES[task.name],
+        "paper_score": PAPER_SCORES.get(task.name),
         "returns": record["returns"],
         "evaluations": evaluations,
         "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
@@ -386,9 +432,10 @@ def train(args: Args) -> dict:
     }
     save_checkpoint(args.total_steps)
     save_whole(result, run_dir / "result.json")
-    plot_team_strategy(task, evaluation, run_dir / "strategy.png")
+    if task.environment == "Reacher-v4":
+        plot_team_strategy(task, evaluation, run_dir / "strategy.png")
     writer.close()
-    print(f"{task.name}: score {result['score']:.3f} ± {result['score_stderr']:.3f} over 100 greedy episodes (paper: {PAPER_SCORES[task.name]})")
+    print(f"{task.name}: score {result['score']:.3f} ± {result['score_stderr']:.3f} over 100 greedy episodes (paper: {PAPER_SCORES.get(task.name, '-')})")
     print(f"{seconds:.0f} s of training; everything is in {run_dir}")
     return result
 

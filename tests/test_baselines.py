@@ -23,11 +23,11 @@ def test_cloning_loss_is_the_tanh_gaussians_likelihood(batch):
     team.policy[-1].weight.data.mul_(3)  # log standard deviations on both sides of the clamp
     observations, histories, actions = batch
     mean, log_std = team.policy(team.inputs(observations, histories)).transpose(0, 1).chunk(2, dim=-1)
-    expected = torch.zeros(TASK.num_agents)
+    expected = torch.zeros(())
     for agent in range(TASK.num_agents):
         for i in range(len(actions)):
             normal = Normal(mean[i, agent], log_std[i, agent].clamp(-6, 0).exp())
-            expected[agent] -= TransformedDistribution(normal, TanhTransform()).log_prob(actions[i, agent]).sum() / len(actions)
+            expected -= TransformedDistribution(normal, TanhTransform()).log_prob(actions[i, agent]).sum() / len(actions)
     torch.testing.assert_close(ibc.cloning_loss(team, observations, histories, actions), expected, rtol=1e-3, atol=1e-3)
 
 
@@ -42,7 +42,7 @@ def test_cloning_finds_each_agents_own_actions(batch):
     before = (team.act_greedily(observations, histories) - actions).square().mean()
     for _ in range(60):
         optimizer.zero_grad()
-        ibc.cloning_loss(team, observations, histories, actions).sum().backward()
+        ibc.cloning_loss(team, observations, histories, actions).backward()
         optimizer.step()
     after = (team.act_greedily(observations, histories) - actions).square().mean()
     assert after.item() < before.item() / 20

@@ -384,12 +384,12 @@ def test_ground_truth_equals_the_simulator():
         states = step.next_states
 
 
-def test_calibration_makes_the_penalty_at_l_eps_one_standard_deviation_of_the_reward():
+def test_calibration_by_the_quantile_of_held_out_data():
     checkpoint = {"epsilon_g": {"held-out": {"0.99": 0.02}}, "scale": torch.tensor([3.0, 7.0, 0.5])}
     args = Args()
     calibrate(args, checkpoint)
-    assert args.max_uncertainty == pytest.approx(10 * 0.02)
-    assert args.lambda_g * args.max_uncertainty == pytest.approx(0.5)
+    assert args.max_uncertainty == pytest.approx(100 * 0.02)
+    assert args.lambda_g * 10 * 0.02 == pytest.approx(0.5)  # one standard deviation of the reward
 
 
 def test_calibration_keeps_what_is_given():
