@@ -56,6 +56,11 @@ def coordination_task(behavior: str, agents: int = 2, actions: int = 2) -> Task:
     )
 
 
+def own_task(task: Task) -> Task:
+    """The game's task of that name: `task` may be a view of it in which one agent sets all actions."""
+    return TASKS.get(task.name, task)
+
+
 def behavior_policies(task: Task) -> np.ndarray:
     """The probability of each option in the dataset, [agent, action] (Table 1); "right" is the last option.
 
@@ -74,7 +79,7 @@ class CoordinationGame:
     """`batch` copies of the game, with the methods of `mamujoco_envs.Simulator`."""
 
     def __init__(self, task: Task, batch: int):
-        self.task, self.states = task, np.zeros((batch, task.state_dim))
+        self.task, self.states = own_task(task), np.zeros((batch, task.state_dim))
 
     def reset(self, generators: list[np.random.Generator]) -> np.ndarray:
         """The states before the first step, all zeros: [batch, state]."""
@@ -87,8 +92,8 @@ class CoordinationGame:
         return self.states
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """One-hot actions [batch, agent, action] -> states [batch, state], rewards [batch], terminals [batch] (never)."""
-        choices = np.argmax(actions, axis=-1)
+        """One-hot actions, [batch, agent, action] or joined -> states [batch, state], rewards [batch], terminals [batch] (never)."""
+        choices = np.argmax(np.reshape(actions, (-1, self.task.num_agents, self.task.action_dim)), axis=-1)
         self.states = np.eye(self.task.action_dim)[choices].reshape(len(choices), -1)
         rewards = (choices == choices[:, :1]).all(axis=1).astype(np.float64)
         return self.states, rewards, np.zeros(len(choices), dtype=bool)
@@ -96,6 +101,7 @@ class CoordinationGame:
 
 def make_columns(task: Task, seed: int = 0) -> dict[str, np.ndarray]:
     """The offline dataset in D4RL's layout: 50,000 steps of the behaviour policies of Table 1, the same for the same seed."""
+    task = own_task(task)
     rng = np.random.default_rng([seed, zlib.crc32(task.dataset.encode())])
     cumulative = behavior_policies(task).cumsum(axis=1)
     draws = rng.random((EPISODES * EPISODE_LENGTH, task.num_agents, 1))

@@ -268,7 +268,7 @@ class Batch(NamedTuple):
     next_histories: torch.Tensor
 
 
-def make_batch(dataset: OfflineDataset, indices: torch.Tensor) -> Batch:
+def gather_batch(dataset: OfflineDataset, indices: torch.Tensor) -> Batch:
     """Rows `indices` [batch] of the dataset, with the agents' histories before them and after them."""
     task, states, next_states = dataset.task, dataset.states[indices], dataset.next_states[indices]
     observations, histories, actions = task.observe(states), dataset.histories(indices), dataset.actions[indices]
@@ -429,7 +429,7 @@ def train(args: Args) -> dict:
         targets += getattr(team, f"target_{name}").parameters()
 
     def update(indices: torch.Tensor) -> torch.Tensor:
-        batch, values = make_batch(dataset, indices), []
+        batch, values = gather_batch(dataset, indices), []
         for loss_function, optimizer, group in zip(losses, optimizers, parameters):
             loss = loss_function(team, batch, args)
             team.zero_grad()
