@@ -34,7 +34,7 @@ SCRIPTS = sorted(
     for path in ROOT.glob(pattern)
     if "\nif __name__ ==" in path.read_text()
 )
-TRAINING = [script for script in SCRIPTS if not script.startswith("data")]
+TRAINING = [script for script in SCRIPTS if "\ndef train(" in (ROOT / script).read_text()]
 TINY = {
     "moma_ppo.py": ["--transitions", "300", "--epochs", "1", "--total-steps", "8", "--eval-every", "1"],
     "world_model.py": ["--hidden", "16", "16", "--reward-hidden", "16", "--mask-hidden", "16", "--total-steps", "60", "--eval-every", "20"],
