@@ -129,7 +129,7 @@ for agents in (3, 4, 8):
     TASKS[f"coordination-unfavorable-{agents}"] = coordination_task("unfavorable", agents)
 
 
-def main(args: Args) -> None:
+def describe(args: Args) -> None:
     names = ["left", "right"] if args.actions == 2 else [str(i) for i in range(args.actions)]
     tasks = [coordination_task(behavior, args.agents, args.actions) for behavior in PAPER_SCORES]
     if args.agents == 2:
@@ -149,6 +149,6 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
+        describe(tyro.cli(Args))
     except InputError as error:
         sys.exit(f"error: {error}")
