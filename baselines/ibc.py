@@ -304,16 +304,19 @@ def save_whole(data, path: Path) -> None:
     temporary.replace(path)
 
 
+def make_folder(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {run_dir} ({error.strerror}); give another --run-dir") from None
+
+
 def open_run(args, script: str) -> tuple[Path, dict | None]:
     """The run's folder and, if it is resumed, its checkpoint, from which `args` are taken."""
     if args.resume is None:
         run_dir = args.run_dir or Path("runs") / f"{args.task}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         if run_dir.is_file() or run_dir.exists() and any(run_dir.iterdir()):
             raise InputError(f"{run_dir} is in use; go on with that run by --resume {run_dir}, or give another --run-dir")
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot make the folder {run_dir} ({error.strerror}); give another --run-dir") from None
         return run_dir, None
     path = args.resume / "checkpoint.pt"
     if not path.is_file():
@@ -362,6 +365,7 @@ def train(args: Args) -> dict:
             group["lr"] = group["lr"].to(device)
         set_random_states(checkpoint["random_states"])
         first_step, seconds, evaluations = checkpoint["step"], checkpoint["seconds"], checkpoint["evaluations"]
+    make_folder(run_dir)
     writer = SummaryWriter(str(run_dir), purge_step=first_step + 1)
     writer.add_text("arguments", "\n".join(f"- {name}: {value}" for name, value in vars(args).items()))
     print(f"{run_dir}: {task.name}, seed {args.seed}, on {device}")
