@@ -34,7 +34,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Literal, NamedTuple, Sequence
 
@@ -72,8 +72,8 @@ class Args:
     """learning steps of `transitions` each; if not given, 300, or 10 in the coordination game (the paper's: 100,000)"""
     eval_every: int = 50
     """learning steps between two evaluations, each followed by a checkpoint"""
-    eval_episodes: int = 20
-    """greedy episodes of an evaluation (the paper's: 5); the final one has 100"""
+    eval_episodes: int = 100
+    """greedy episodes of an evaluation, from the same start states each time (the paper's: 5); the final one has 100"""
     run_dir: Path | None = None
     """folder of the run; runs/TASK__moma_ppo__SEED__TIME if not given"""
     resume: Path | None = None

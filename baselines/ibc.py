@@ -61,8 +61,8 @@ class Args:
     """gradient steps; if not given, 10,000, or 1,000 in the coordination game (the paper's: 1,000,000)"""
     eval_every: int = 1000
     """gradient steps between two evaluations, each followed by a checkpoint"""
-    eval_episodes: int = 20
-    """greedy episodes of an evaluation (the paper's: 10); the final one has 100"""
+    eval_episodes: int = 100
+    """greedy episodes of an evaluation, from the same start states each time (the paper's: 10); the final one has 100"""
     run_dir: Path | None = None
     """folder of the run; runs/TASK__ibc__SEED__TIME if not given"""
     resume: Path | None = None

@@ -151,7 +151,7 @@ def test_result_of_moma_ppo(moma_run):
     assert result["score"] == pytest.approx(scores.mean())
     assert result["score_stderr"] == pytest.approx(scores.std(ddof=1) / 10)
     assert [evaluation["step"] for evaluation in result["evaluations"]] == list(range(1, 9))
-    assert all(len(evaluation["returns"]) == 20 for evaluation in result["evaluations"])
+    assert all(len(evaluation["returns"]) == 100 for evaluation in result["evaluations"])
     assert result["best_score"] == max([result["score"]] + [evaluation["score"] for evaluation in result["evaluations"]])
     assert len({tuple(evaluation["returns"]) for evaluation in result["evaluations"]}) == 8  # the team changes
     assert result["args"]["transitions"] == 300 and result["args"]["lambda_g"] > 0  # as calibrated
