@@ -79,7 +79,11 @@ class Args:
     batch_size: int = 256
     """transitions of a gradient step"""
     learning_rate: float = 3e-4
-    """Adam, decayed linearly to zero (the paper's: constant)"""
+    """Adam, of policies, decayed linearly to zero (the paper's: constant)"""
+    memory_learning_rate: float = 1e-4
+    """Adam, of the history encoders, decayed alike"""
+    max_grad_norm: float = 1.0
+    """largest norm of the gradients of policies and of history encoders"""
 
 
 class BatchedLinear(nn.Module):
@@ -167,14 +171,10 @@ class TanhGaussian(NamedTuple):
         return self.mean.tanh()
 
 
-class Categorical(NamedTuple):
+class OneHotCategorical(NamedTuple):
     """Policies of discrete actions, which are one-hot vectors: logits [batch, agent, action]."""
 
     logits: torch.Tensor
-
-    def sample(self) -> torch.Tensor:
-        gumbel = -torch.empty_like(self.logits).exponential_().log()
-        return F.one_hot((self.logits + gumbel).argmax(dim=-1), self.logits.shape[-1]).to(self.logits)
 
     def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
         """Joint log-probability of the agents' actions, Eq. (6): [batch, agent, action] -> [batch]."""
@@ -182,9 +182,6 @@ class Categorical(NamedTuple):
 
     def greedy(self) -> torch.Tensor:
         return F.one_hot(self.logits.argmax(dim=-1), self.logits.shape[-1]).to(self.logits)
-
-    def excess(self) -> torch.Tensor:
-        return torch.zeros_like(self.logits[:, 0, 0])
 
 
 class Team(nn.Module):
@@ -195,8 +192,7 @@ class Team(nn.Module):
         super().__init__()
         self.task = task
         memory_dim = 0 if task.discrete else 128
-        if memory_dim:
-            self.memory = HistoryEncoder([width + task.action_dim for width in task.obs_dims], memory_dim)
+        self.memory = HistoryEncoder([width + task.action_dim for width in task.obs_dims], memory_dim) if memory_dim else nn.Module()
         input_dims = [memory_dim + width for width in task.obs_dims]  # an agent's input is [memory, observation]: padding comes last
         self.policy = MLP(input_dims, [256, 256], task.action_dim if task.discrete else 2 * task.action_dim)
         self.register_buffer("state_mean", states.mean(0))
@@ -215,11 +211,11 @@ class Team(nn.Module):
         histories = (histories - pair_mean[:, None]) / pair_std[:, None]
         return torch.cat([self.memory(histories), observations.transpose(0, 1)], dim=-1)
 
-    def distribution(self, inputs: torch.Tensor) -> TanhGaussian | Categorical:
+    def distribution(self, inputs: torch.Tensor) -> TanhGaussian | OneHotCategorical:
         """The policies' distributions over actions."""
         outputs = self.policy(inputs).transpose(0, 1)
         if self.task.discrete:
-            return Categorical(outputs)
+            return OneHotCategorical(outputs)
         mean, log_std = outputs.chunk(2, dim=-1)
         return TanhGaussian(mean, log_std.clamp(-6, 0))
 
@@ -337,20 +333,26 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
 def train(args: Args) -> dict:
     if args.total_steps is None:
         args.total_steps = 1000 if args.task.startswith("coordination") else 10_000
-    check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size", "learning_rate")
+    check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size", "learning_rate", "memory_learning_rate", "max_grad_norm")
     run_dir, checkpoint = open_run(args, "ibc")
     task, device = find_task(args.task), choose_device(args)
     dataset = load_dataset(task, args.dataset, device)  # before seeding: recording it draws random numbers
     seed_everything(args.seed, args.torch_deterministic)
     team = Team(task, dataset.states).to(device)
-    learning_rate = torch.tensor(args.learning_rate, device=device)  # a tensor, so that a CUDA graph sees it change
-    optimizer = torch.optim.Adam(team.parameters(), lr=learning_rate, fused=True, capturable=args.cudagraphs)
+    groups = []
+    for network in (team.policy, team.memory):
+        if parameters := list(network.parameters()):  # agents of the coordination game have no memory
+            # The learning rate is a tensor, so that a CUDA graph sees it change.
+            groups.append({"params": parameters, "lr": torch.zeros((), device=device)})
+    optimizer = torch.optim.Adam(groups, fused=True, capturable=args.cudagraphs)
     losses = torch.compile(cloning_loss) if args.compile else cloning_loss
 
     def update(indices: torch.Tensor) -> torch.Tensor:
         loss = losses(team, task.observe(dataset.states[indices]), dataset.histories(indices), dataset.actions[indices])
         optimizer.zero_grad()
         loss.backward()
+        for group in optimizer.param_groups:
+            nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
         optimizer.step()
         return loss.detach()
 
@@ -390,8 +392,9 @@ def train(args: Args) -> dict:
     progress = tqdm(total=args.total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
     started, logged_step, loss_sum = time.perf_counter(), first_step, torch.zeros((), device=device)
     for step in range(first_step + 1, args.total_steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"].fill_(args.learning_rate * (1 - (step - 1) / args.total_steps))
+        for i, group in enumerate(optimizer.param_groups):
+            learning_rate = args.memory_learning_rate if i == 1 else args.learning_rate
+            group["lr"].fill_(learning_rate * (1 - (step - 1) / args.total_steps))
         loss_sum += update(torch.randint(dataset.size, (args.batch_size,), device=device))
         progress.update()
         if step % 100 == 0 or step % args.eval_every == 0 or step == args.total_steps or stop_signals:

@@ -94,7 +94,7 @@ class Args:
     max_weight: float = 100.0
     """largest weight of a transition in advantage-weighted regression"""
     max_grad_norm: float = 1.0
-    """largest norm of the gradient of each loss"""
+    """largest norm of the gradients of the policy, of the value, of the critics and of the history encoder"""
 
 
 class BatchedLinear(nn.Module):
@@ -242,12 +242,12 @@ class Team(nn.Module):
         mean, log_std = outputs.chunk(2, dim=-1)
         return TanhGaussian(mean, log_std.clamp(-6, 0))
 
-    def team_value(self, inputs: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """V(h): [batch]; `states` only for the mixers of MAIQL."""
+    def state_value(self, inputs: torch.Tensor) -> torch.Tensor:
+        """V(h): [batch]."""
         return self.value(inputs)[0, :, 0]
 
-    def team_critics(self, inputs: torch.Tensor, states: torch.Tensor, actions: torch.Tensor, target: bool = False) -> torch.Tensor:
-        """Q_j(h, a) of both twins j: [twin, batch]; `states` only for the mixers of MAIQL."""
+    def q_values(self, inputs: torch.Tensor, actions: torch.Tensor, target: bool = False) -> torch.Tensor:
+        """Q_j(h, a) of both twins j: [twin, batch]."""
         x = torch.cat([actions.transpose(0, 1), inputs], dim=-1)
         return (self.target_critics if target else self.critics)(x.repeat(2, 1, 1))[..., 0]
 
@@ -277,35 +277,26 @@ def gather_batch(dataset: OfflineDataset, indices: torch.Tensor) -> Batch:
     return Batch(states, observations, histories, actions, *columns, next_states, task.observe(next_states), next_histories)
 
 
-def target_q(team: Team, batch: Batch) -> torch.Tensor:
-    """min_j Q_j(s, a) of the target critics: [batch]."""
-    with torch.no_grad():
-        inputs = team.inputs(batch.observations, batch.histories, target=True)
-        return team.team_critics(inputs, batch.states, batch.actions, target=True).amin(0)
-
-
-def value_loss(team: Team, batch: Batch, args: Args) -> torch.Tensor:
-    """Expectile regression of the value to the target critics: [] (IQL, Eq. 5)."""
-    error = target_q(team, batch) - team.team_value(team.inputs(batch.observations, batch.histories), batch.states)
-    return ((args.expectile - (error < 0).float()).abs() * error.square()).mean()
-
-
-def policy_loss(team: Team, batch: Batch, args: Args) -> torch.Tensor:
-    """Advantage-weighted regression of the team's actions, one weight for all agents: [] (Eq. 7)."""
+def iql_losses(team: Team, batch: Batch, args: Args) -> torch.Tensor:
+    """Losses of value, policy and critics: [3]. One step follows all three at once."""
     inputs = team.inputs(batch.observations, batch.histories)
     with torch.no_grad():
-        advantages = target_q(team, batch) - team.team_value(inputs, batch.states)
-        weights = (args.beta * advantages).exp().clamp(max=args.max_weight)
-    return -(weights * team.distribution(inputs).log_prob(batch.actions)).mean()
+        target_inputs = team.inputs(batch.observations, batch.histories, target=True)
+        target_q = team.q_values(target_inputs, batch.actions, target=True).amin(0)  # [batch]
+        next_inputs = team.inputs(batch.next_observations, batch.next_histories)
+        td_targets = batch.rewards + args.gamma * batch.masks * team.state_value(next_inputs)
 
+    # Expectile regression of the value to the target critics (IQL, Eq. 5).
+    advantages = target_q - team.state_value(inputs)
+    value_loss = ((args.expectile - (advantages < 0).float()).abs() * advantages.square()).mean()
 
-def critic_loss(team: Team, batch: Batch, args: Args) -> torch.Tensor:
-    """Squared errors of both twins to r + gamma V(s'): []."""
-    with torch.no_grad():
-        next_values = team.team_value(team.inputs(batch.next_observations, batch.next_histories), batch.next_states)
-        targets = batch.rewards + args.gamma * batch.masks * next_values
-    critics = team.team_critics(team.inputs(batch.observations, batch.histories), batch.states, batch.actions)
-    return (critics - targets).square().mean(1).sum()
+    # Advantage-weighted regression (IQL, Eq. 7).
+    weights = (args.beta * advantages.detach()).exp().clamp(max=args.max_weight)
+    policy_loss = -(weights * team.distribution(inputs).log_prob(batch.actions)).mean()
+
+    critics = team.q_values(inputs, batch.actions)  # [twin, batch]
+    critic_loss = (critics - td_targets).square().mean(1).sum()  # IQL, Eq. 6
+    return torch.stack([value_loss, policy_loss, critic_loss])
 
 
 class CUDAGraph:
@@ -418,32 +409,28 @@ def train(args: Args) -> dict:
     dataset = load_dataset(task, args.dataset, device)  # before seeding: recording it draws random numbers
     seed_everything(args.seed, args.torch_deterministic)
     team = Team(task, dataset.states, actions_per_agent).to(device)
-    # One optimiser for each loss, in the order of the steps, and one of the memory, which takes a step with every loss.
-    networks = [[team.value], [team.policy], [team.critics], [team.memory]]
-    parameters = [[parameter for network in group for parameter in network.parameters()] for group in networks]
-    optimizers = []
-    for group in filter(None, parameters):  # agents of the coordination game have no memory
-        # The learning rate is a tensor, so that a CUDA graph sees it change.
-        optimizers.append(torch.optim.Adam(group, lr=torch.zeros((), device=device), fused=True, capturable=args.cudagraphs))
-    losses = [torch.compile(loss) if args.compile else loss for loss in (value_loss, policy_loss, critic_loss)]
+    groups = []
+    for network in (team.policy, team.value, team.critics, team.memory):
+        if parameters := list(network.parameters()):  # agents of the coordination game have no memory
+            # The learning rate is a tensor, so that a CUDA graph sees it change.
+            groups.append({"params": parameters, "lr": torch.zeros((), device=device)})
+    optimizer = torch.optim.Adam(groups, fused=True, capturable=args.cudagraphs)
+    losses = torch.compile(iql_losses) if args.compile else iql_losses
     online, targets = [], []
     for name in ("memory", "critics"):
         online += getattr(team, name).parameters()
         targets += getattr(team, f"target_{name}").parameters()
 
     def update(indices: torch.Tensor) -> torch.Tensor:
-        batch, values = gather_batch(dataset, indices), []
-        for loss_function, optimizer, group in zip(losses, optimizers, parameters):
-            loss = loss_function(team, batch, args)
-            team.zero_grad()
-            loss.backward()
-            for own, step in ((group, optimizer), (parameters[3], optimizers[-1]))[: 2 if parameters[3] else 1]:
-                nn.utils.clip_grad_norm_(own, args.max_grad_norm)
-                step.step()
-            values.append(loss.detach())
+        loss = losses(team, gather_batch(dataset, indices), args)
+        optimizer.zero_grad()
+        loss.sum().backward()
+        for group in optimizer.param_groups:
+            nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
+        optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(targets, online, args.polyak)
-        return torch.stack(values)
+        return loss.detach()
 
     if args.cudagraphs:
         update = CUDAGraph(update)
@@ -451,10 +438,9 @@ def train(args: Args) -> dict:
     first_step, seconds, evaluations = 0, 0.0, []
     if checkpoint is not None:
         team.load_state_dict(checkpoint["team"])
-        for optimizer, saved in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(saved)
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"].to(device)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"].to(device)
         set_random_states(checkpoint["random_states"])
         first_step, seconds, evaluations = checkpoint["step"], checkpoint["seconds"], checkpoint["evaluations"]
     make_folder(run_dir)
@@ -474,7 +460,7 @@ def train(args: Args) -> dict:
         writer.flush()  # what is logged up to here is never logged again
         arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "resume"}
         state = {"args": arguments, "step": step, "seconds": seconds, "evaluations": evaluations, "random_states": random_states()}
-        save_whole(state | {"team": team.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, run_dir / "checkpoint.pt")
+        save_whole(state | {"team": team.state_dict(), "optimizer": optimizer.state_dict()}, run_dir / "checkpoint.pt")
 
     stop_signals: list[int] = []
     for signal_number in (signal.SIGINT, signal.SIGTERM):
@@ -482,9 +468,9 @@ def train(args: Args) -> dict:
     progress = tqdm(total=args.total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
     started, logged_step, loss_sum = time.perf_counter(), first_step, torch.zeros(3, device=device)
     for step in range(first_step + 1, args.total_steps + 1):
-        for i, optimizer in enumerate(optimizers):
+        for i, group in enumerate(optimizer.param_groups):
             learning_rate = args.memory_learning_rate if i == 3 else args.learning_rate
-            optimizer.param_groups[0]["lr"].fill_(learning_rate * (1 - (step - 1) / args.total_steps))
+            group["lr"].fill_(learning_rate * (1 - (step - 1) / args.total_steps))
         loss_sum += update(torch.randint(dataset.size, (args.batch_size,), device=device))
         progress.update()
         if step % 100 == 0 or step % args.eval_every == 0 or step == args.total_steps or stop_signals:

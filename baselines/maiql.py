@@ -96,7 +96,7 @@ class Args:
     max_weight: float = 100.0
     """largest weight of a transition in advantage-weighted regression"""
     max_grad_norm: float = 1.0
-    """largest norm of the gradient of each loss"""
+    """largest norm of the gradients of policies, of values, of critics and of history encoders"""
 
 
 class BatchedLinear(nn.Module):
@@ -184,14 +184,10 @@ class TanhGaussian(NamedTuple):
         return self.mean.tanh()
 
 
-class Categorical(NamedTuple):
+class OneHotCategorical(NamedTuple):
     """Policies of discrete actions, which are one-hot vectors: logits [batch, agent, action]."""
 
     logits: torch.Tensor
-
-    def sample(self) -> torch.Tensor:
-        gumbel = -torch.empty_like(self.logits).exponential_().log()
-        return F.one_hot((self.logits + gumbel).argmax(dim=-1), self.logits.shape[-1]).to(self.logits)
 
     def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
         """Joint log-probability of the agents' actions, Eq. (6): [batch, agent, action] -> [batch]."""
@@ -199,9 +195,6 @@ class Categorical(NamedTuple):
 
     def greedy(self) -> torch.Tensor:
         return F.one_hot(self.logits.argmax(dim=-1), self.logits.shape[-1]).to(self.logits)
-
-    def excess(self) -> torch.Tensor:
-        return torch.zeros_like(self.logits[:, 0, 0])
 
 
 class Team(nn.Module):
@@ -238,11 +231,11 @@ class Team(nn.Module):
         memory = self.target_memory(histories) if target else self.memory(histories)
         return torch.cat([memory, observations.transpose(0, 1)], dim=-1)
 
-    def distribution(self, inputs: torch.Tensor) -> TanhGaussian | Categorical:
+    def distribution(self, inputs: torch.Tensor) -> TanhGaussian | OneHotCategorical:
         """The policies' distributions over actions."""
         outputs = self.policy(inputs).transpose(0, 1)
         if self.task.discrete:
-            return Categorical(outputs)
+            return OneHotCategorical(outputs)
         mean, log_std = outputs.chunk(2, dim=-1)
         return TanhGaussian(mean, log_std.clamp(-6, 0))
 
@@ -286,35 +279,26 @@ def gather_batch(dataset: OfflineDataset, indices: torch.Tensor) -> Batch:
     return Batch(states, observations, histories, actions, *columns, next_states, task.observe(next_states), next_histories)
 
 
-def target_q(team: Team, batch: Batch) -> torch.Tensor:
-    """min_j Q_j(s, a) of the target critics: [batch]."""
-    with torch.no_grad():
-        inputs = team.inputs(batch.observations, batch.histories, target=True)
-        return team.team_critics(inputs, batch.states, batch.actions, target=True).amin(0)
-
-
-def value_loss(team: Team, batch: Batch, args: Args) -> torch.Tensor:
-    """Expectile regression of the value to the target critics: [] (IQL, Eq. 5)."""
-    error = target_q(team, batch) - team.team_value(team.inputs(batch.observations, batch.histories), batch.states)
-    return ((args.expectile - (error < 0).float()).abs() * error.square()).mean()
-
-
-def policy_loss(team: Team, batch: Batch, args: Args) -> torch.Tensor:
-    """Advantage-weighted regression of the team's actions, one weight for all agents: [] (Eq. 7)."""
+def maiql_losses(team: Team, batch: Batch, args: Args) -> torch.Tensor:
+    """Losses of values, policies and critics of the team: [3]. One step follows all three at once."""
     inputs = team.inputs(batch.observations, batch.histories)
     with torch.no_grad():
-        advantages = target_q(team, batch) - team.team_value(inputs, batch.states)
-        weights = (args.beta * advantages).exp().clamp(max=args.max_weight)
-    return -(weights * team.distribution(inputs).log_prob(batch.actions)).mean()
+        target_inputs = team.inputs(batch.observations, batch.histories, target=True)
+        target_q = team.team_critics(target_inputs, batch.states, batch.actions, target=True).amin(0)  # [batch]
+        next_inputs = team.inputs(batch.next_observations, batch.next_histories)
+        td_targets = batch.rewards + args.gamma * batch.masks * team.team_value(next_inputs, batch.next_states)
 
+    # Expectile regression of the value to the target critics (IQL, Eq. 5).
+    advantages = target_q - team.team_value(inputs, batch.states)
+    value_loss = ((args.expectile - (advantages < 0).float()).abs() * advantages.square()).mean()
 
-def critic_loss(team: Team, batch: Batch, args: Args) -> torch.Tensor:
-    """Squared errors of both twins to r + gamma V(s'): []."""
-    with torch.no_grad():
-        next_values = team.team_value(team.inputs(batch.next_observations, batch.next_histories), batch.next_states)
-        targets = batch.rewards + args.gamma * batch.masks * next_values
-    critics = team.team_critics(team.inputs(batch.observations, batch.histories), batch.states, batch.actions)
-    return (critics - targets).square().mean(1).sum()
+    # Advantage-weighted regression of the team's actions, one weight for all agents (Eq. 7).
+    weights = (args.beta * advantages.detach()).exp().clamp(max=args.max_weight)
+    policy_loss = -(weights * team.distribution(inputs).log_prob(batch.actions)).mean()
+
+    critics = team.team_critics(inputs, batch.states, batch.actions)  # [twin, batch]
+    critic_loss = (critics - td_targets).square().mean(1).sum()
+    return torch.stack([value_loss, policy_loss, critic_loss])
 
 
 class CUDAGraph:
@@ -426,32 +410,28 @@ def train(args: Args) -> dict:
     dataset = load_dataset(task, args.dataset, device)  # before seeding: recording it draws random numbers
     seed_everything(args.seed, args.torch_deterministic)
     team = Team(task, dataset.states).to(device)
-    # One optimiser for each loss, in the order of the steps, and one of the memory, which takes a step with every loss.
-    networks = [[team.value, team.value_mixer], [team.policy], [team.critics, team.critic_mixer], [team.memory]]
-    parameters = [[parameter for network in group for parameter in network.parameters()] for group in networks]
-    optimizers = []
-    for group in filter(None, parameters):  # agents of the coordination game have no memory
-        # The learning rate is a tensor, so that a CUDA graph sees it change.
-        optimizers.append(torch.optim.Adam(group, lr=torch.zeros((), device=device), fused=True, capturable=args.cudagraphs))
-    losses = [torch.compile(loss) if args.compile else loss for loss in (value_loss, policy_loss, critic_loss)]
+    groups = []
+    for networks in ([team.policy], [team.value, team.value_mixer], [team.critics, team.critic_mixer], [team.memory]):
+        if parameters := [parameter for network in networks for parameter in network.parameters()]:  # agents of the coordination game have no memory
+            # The learning rate is a tensor, so that a CUDA graph sees it change.
+            groups.append({"params": parameters, "lr": torch.zeros((), device=device)})
+    optimizer = torch.optim.Adam(groups, fused=True, capturable=args.cudagraphs)
+    losses = torch.compile(maiql_losses) if args.compile else maiql_losses
     online, targets = [], []
     for name in ("memory", "critics", "critic_mixer"):
         online += getattr(team, name).parameters()
         targets += getattr(team, f"target_{name}").parameters()
 
     def update(indices: torch.Tensor) -> torch.Tensor:
-        batch, values = gather_batch(dataset, indices), []
-        for loss_function, optimizer, group in zip(losses, optimizers, parameters):
-            loss = loss_function(team, batch, args)
-            team.zero_grad()
-            loss.backward()
-            for own, step in ((group, optimizer), (parameters[3], optimizers[-1]))[: 2 if parameters[3] else 1]:
-                nn.utils.clip_grad_norm_(own, args.max_grad_norm)
-                step.step()
-            values.append(loss.detach())
+        loss = losses(team, gather_batch(dataset, indices), args)
+        optimizer.zero_grad()
+        loss.sum().backward()
+        for group in optimizer.param_groups:
+            nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
+        optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(targets, online, args.polyak)
-        return torch.stack(values)
+        return loss.detach()
 
     if args.cudagraphs:
         update = CUDAGraph(update)
@@ -459,10 +439,9 @@ def train(args: Args) -> dict:
     first_step, seconds, evaluations = 0, 0.0, []
     if checkpoint is not None:
         team.load_state_dict(checkpoint["team"])
-        for optimizer, saved in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(saved)
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"].to(device)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"].to(device)
         set_random_states(checkpoint["random_states"])
         first_step, seconds, evaluations = checkpoint["step"], checkpoint["seconds"], checkpoint["evaluations"]
     make_folder(run_dir)
@@ -482,7 +461,7 @@ def train(args: Args) -> dict:
         writer.flush()  # what is logged up to here is never logged again
         arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "resume"}
         state = {"args": arguments, "step": step, "seconds": seconds, "evaluations": evaluations, "random_states": random_states()}
-        save_whole(state | {"team": team.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, run_dir / "checkpoint.pt")
+        save_whole(state | {"team": team.state_dict(), "optimizer": optimizer.state_dict()}, run_dir / "checkpoint.pt")
 
     stop_signals: list[int] = []
     for signal_number in (signal.SIGINT, signal.SIGTERM):
@@ -490,9 +469,9 @@ def train(args: Args) -> dict:
     progress = tqdm(total=args.total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
     started, logged_step, loss_sum = time.perf_counter(), first_step, torch.zeros(3, device=device)
     for step in range(first_step + 1, args.total_steps + 1):
-        for i, optimizer in enumerate(optimizers):
+        for i, group in enumerate(optimizer.param_groups):
             learning_rate = args.memory_learning_rate if i == 3 else args.learning_rate
-            optimizer.param_groups[0]["lr"].fill_(learning_rate * (1 - (step - 1) / args.total_steps))
+            group["lr"].fill_(learning_rate * (1 - (step - 1) / args.total_steps))
         loss_sum += update(torch.randint(dataset.size, (args.batch_size,), device=device))
         progress.update()
         if step % 100 == 0 or step % args.eval_every == 0 or step == args.total_steps or stop_signals:

@@ -116,7 +116,7 @@ def test_maiql_losses_equal_the_equations_sample_by_sample(task):
             losses[1] -= min(math.exp(3 * error), 2.0) * log_probs[b]
             goal = batch.rewards[b] + 0.9 * batch.masks[b] * value(next_inputs, next_standardized)
             losses[2] += sum((q(twin, team.critics, team.critic_mixer, inputs) - goal) ** 2 for twin in range(2))
-        got = torch.stack([loss(team, batch, args) for loss in (maiql.value_loss, maiql.policy_loss, maiql.critic_loss)])
+        got = maiql.maiql_losses(team, batch, args)
     torch.testing.assert_close(got, losses / len(batch.rewards), rtol=1e-4, atol=1e-4)
 
 
