@@ -11,7 +11,7 @@ import torch
 from torch.distributions import Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
-from baselines import ibc, iql, maiql
+from baselines import ibc, icql, iomar, iql, itd3_bc, maiql, matd3_bc
 from data.offline_dataset import load_dataset
 from mamujoco_envs import TASKS
 
@@ -121,7 +121,8 @@ def test_maiql_losses_equal_the_equations_sample_by_sample(task):
 
 
 def test_twins_differ_and_targets_equal_at_the_start():
-    for team in (maiql.Team(TASK, torch.randn(50, 11)), iql.Team(iql.centralize(TASK), torch.randn(50, 11), 1)):
+    modules = (maiql, itd3_bc, matd3_bc, icql, iomar)
+    for team in (*[module.Team(TASK, torch.randn(50, 11)) for module in modules], iql.Team(iql.centralize(TASK), torch.randn(50, 11), 1)):
         twins = team.critics[0].weight.unflatten(0, (2, -1))
         assert not torch.equal(twins[0], twins[1])
         for name in ("critics", "memory"):
@@ -139,6 +140,178 @@ def test_centralised_iql_chooses_among_all_joint_actions():
     expected = distribution.logits[:, 0].log_softmax(-1)[torch.arange(40), rows]
     torch.testing.assert_close(distribution.log_prob(batch.actions), expected)
     assert (distribution.greedy().unflatten(-1, (3, 2)).sum(-1) == 1).all()
+
+
+# --- The TD3 family ---
+
+
+def literal_q(team, twin, agent, action, agent_input, target=False):
+    critics = team.target_critics if target else team.critics
+    return literal_mlp(critics, twin * team.task.num_agents + agent, torch.cat([action, agent_input]))[0]
+
+
+def td3_case(module, size=5):
+    """A team with targets unlike its networks, a batch, what its agents see now and next, and noise."""
+    torch.manual_seed(0)
+    team = scrambled(module.Team(TASK, torch.randn(50, TASK.state_dim)))
+    batch = made_up_batch(module, TASK, size)
+    with torch.no_grad():
+        inputs = team.inputs(batch.observations, batch.histories)
+        next_inputs = team.inputs(batch.next_observations, batch.next_histories, target=True)
+    return team, batch, inputs, next_inputs, 2 * torch.randn_like(batch.actions)
+
+
+def literal_next_action(team, agent, next_input, noise):
+    action = literal_mlp(team.target_policy, agent, next_input).tanh()
+    return (action + (0.2 * noise).clamp(-0.5, 0.5)).clamp(-1, 1)
+
+
+@torch.no_grad()
+def literal_td_loss(team, batch, inputs, next_inputs, noise):
+    loss = torch.zeros(())
+    for b in range(len(batch.rewards)):
+        for i in range(TASK.num_agents):
+            action = literal_next_action(team, i, next_inputs[i, b], noise[b, i])
+            next_q = min(literal_q(team, twin, i, action, next_inputs[i, b], target=True) for twin in range(2))
+            target = batch.rewards[b] + 0.9 * batch.masks[b] * next_q
+            loss += sum((literal_q(team, twin, i, batch.actions[b, i], inputs[i, b]) - target) ** 2 for twin in range(2))
+    return loss / len(batch.rewards)
+
+
+def test_itd3_bc_losses_equal_the_equations_agent_by_agent():
+    team, batch, inputs, next_inputs, noise = td3_case(itd3_bc)
+    args = itd3_bc.Args(gamma=0.9)
+    policy_loss = torch.zeros(())
+    with torch.no_grad():
+        for i in range(TASK.num_agents):
+            actions = [literal_mlp(team.policy, i, x).tanh() for x in inputs[i]]
+            qs = torch.stack([literal_q(team, 0, i, a, x) for a, x in zip(actions, inputs[i])])
+            policy_loss += sum((a - data) ** 2 for a, data in zip(actions, batch.actions[:, i])).mean() / len(actions)
+            policy_loss -= 2.5 / qs.abs().mean() * qs.mean()
+    expected = torch.stack([literal_td_loss(team, batch, inputs, next_inputs, noise), policy_loss])
+    torch.testing.assert_close(itd3_bc.itd3_bc_losses(team, batch, noise, args, True), expected, rtol=1e-4, atol=1e-4)
+    between = itd3_bc.itd3_bc_losses(team, batch, noise, args, False)
+    torch.testing.assert_close(between, expected * torch.tensor([1.0, 0.0]), rtol=1e-4, atol=1e-4)
+
+
+def test_matd3_bc_losses_equal_the_equations_with_mixed_values():
+    team, batch, inputs, next_inputs, noise = td3_case(matd3_bc)
+    agents = range(TASK.num_agents)
+
+    def team_q(twin, state, actions, own_inputs, target=False):
+        mixer = team.target_critic_mixer if target else team.critic_mixer
+        weights = literal_mlp(mixer, 0, torch.cat([(state - team.state_mean) / team.state_std, *actions]))
+        values = [literal_q(team, twin, i, actions[i], own_inputs[i], target) for i in agents]
+        return sum(weight * value for weight, value in zip(weights, values)) + weights[-1]
+
+    critic_loss, cloning, qs = torch.zeros(()), torch.zeros(()), []
+    with torch.no_grad():
+        for b in range(len(batch.rewards)):
+            next_actions = [literal_next_action(team, i, next_inputs[i, b], noise[b, i]) for i in agents]
+            next_q = min(team_q(twin, batch.next_states[b], next_actions, next_inputs[:, b], target=True) for twin in range(2))
+            target = batch.rewards[b] + 0.9 * batch.masks[b] * next_q
+            critic_loss += sum((team_q(twin, batch.states[b], list(batch.actions[b]), inputs[:, b]) - target) ** 2 for twin in range(2))
+            actions = [literal_mlp(team.policy, i, inputs[i, b]).tanh() for i in agents]
+            qs.append(team_q(0, batch.states[b], actions, inputs[:, b]))
+            cloning += sum((actions[i] - batch.actions[b, i]).square().mean() for i in agents)
+        qs = torch.stack(qs)
+    expected = torch.stack([critic_loss / len(qs), cloning / len(qs) - 2.5 * qs.mean() / qs.abs().mean()])
+    got = matd3_bc.matd3_bc_losses(team, batch, noise, matd3_bc.Args(gamma=0.9), True)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def literal_conservative_loss(team, batch, inputs, next_inputs, noise):
+    loss, third = torch.zeros(()), len(noise) // 3
+    for b in range(len(batch.rewards)):
+        for i in range(TASK.num_agents):
+            here, after = (literal_mlp(team.policy, i, x).tanh() for x in (inputs[i, b], next_inputs[i, b]))
+            for twin in range(2):
+                terms = []
+                for j, z in enumerate(noise[:, b, i]):
+                    center = here if j < 2 * third else after
+                    action = 2 * z - 1 if j < third else (center + 0.2 * z).clamp(-1, 1)
+                    log_density = torch.tensor(0.5).log() if j < third else Normal(0, 0.2).log_prob(0.2 * z).sum()
+                    terms.append(literal_q(team, twin, i, action, inputs[i, b]) - log_density)
+                loss += torch.stack(terms).logsumexp(0) - literal_q(team, twin, i, batch.actions[b, i], inputs[i, b])
+    return loss / len(batch.rewards)
+
+
+@pytest.mark.parametrize("module", [icql, iomar], ids=["icql", "iomar"])
+def test_conservative_loss_is_the_importance_weighted_log_sum_exp(module):
+    team, batch, inputs, next_inputs, smoothing = td3_case(module)
+    args = module.Args(gamma=0.9, cql_samples=3, cql_alpha=0.5)
+    _, noise = module.draw_noise(batch, args)
+    assert noise.shape == (9, 5, 2, 1) and 0 <= noise[:3].min() and noise[:3].max() <= 1
+    conservative = literal_conservative_loss(team, batch, inputs, next_inputs, noise)
+    torch.testing.assert_close(module.conservative_loss(team, batch, inputs, next_inputs, noise, args), conservative, rtol=1e-4, atol=1e-4)
+    losses = icql.icql_losses if module is icql else iomar.iomar_losses
+    got = losses(team, batch, (smoothing, noise, torch.randn(2, 20, 5, 2, 1)), args, True)
+    torch.testing.assert_close(got[0], literal_td_loss(team, batch, inputs, next_inputs, smoothing) + 0.5 * conservative, rtol=1e-4, atol=1e-4)
+    if module is icql:
+        policy_loss = torch.zeros(())
+        with torch.no_grad():
+            for i in range(TASK.num_agents):
+                for x in inputs[i]:
+                    policy_loss -= literal_q(team, 0, i, literal_mlp(team.policy, i, x).tanh(), x) / len(inputs[i])
+        torch.testing.assert_close(got[1], policy_loss, rtol=1e-4, atol=1e-4)
+
+
+def test_conservative_loss_estimates_the_integral_over_actions():
+    """The log-densities are right if any mixture of samples gives the integral of exp Q over [-1, 1], here of a constant Q of 0."""
+    team, batch, inputs, next_inputs, _ = td3_case(icql)
+    for parameter in [*team.critics.parameters(), *team.policy.parameters()]:
+        parameter.data.zero_()
+    args = icql.Args(cql_samples=4000)
+    loss = icql.conservative_loss(team, batch, inputs, next_inputs, icql.draw_noise(batch, args)[1], args)
+    terms = math.log(3 * 4000 * 2.0)  # the sum of 1 / density has mean (number of samples) * (length of the interval)
+    assert abs(loss.item() / 4 - terms) < 0.5  # Gaussian samples alone have a heavy-tailed weight
+
+
+def test_omar_sampler_equals_a_search_for_each_agent_and_state():
+    team, batch, inputs, _, _ = td3_case(iomar)
+    args = iomar.Args(omar_iterations=3, omar_samples=6, omar_elites=3, omar_mean=0.1)
+    noise, policy_actions = torch.randn(3, 6, 5, 2, 1), team.act(inputs).detach()
+    got = iomar.best_sampled_actions(team, inputs, policy_actions, noise, args)
+    kept_policy = 0
+    with torch.no_grad():
+        for b in range(5):
+            for i in range(TASK.num_agents):
+                q = lambda action: literal_q(team, 0, i, action, inputs[i, b]).item()  # noqa: E731
+                mean, std, elites = torch.tensor([0.1]), torch.tensor([2.0]), []
+                for z in noise[:, :, b, i]:
+                    pool = [(mean + std * x).clamp(-1, 1) for x in z] + elites
+                    elites = sorted(pool, key=q, reverse=True)[:3]
+                    mean, std = torch.stack(elites).mean(0), torch.stack(elites).std(0) + 1e-6
+                own = policy_actions[b, i]
+                kept_policy += q(own) >= q(elites[0])
+                torch.testing.assert_close(got[b, i], own if q(own) >= q(elites[0]) else elites[0], rtol=1e-3, atol=1e-3)
+    best = iomar.Args(omega=0.5)
+    loss = iomar.iomar_losses(team, batch, (noise[0, 0], torch.rand(3, 5, 2, 1), noise), best, True)[1]
+    a_star = iomar.best_sampled_actions(team, inputs, policy_actions, noise, best)
+    q = team.q_values(inputs, policy_actions[None])[0].mean(-1).sum()
+    expected = (0.5 * (policy_actions - a_star).square() + 1e-3 * policy_actions.square()).mean((0, 2)).sum() - 0.5 * q
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("module", [itd3_bc, matd3_bc, icql, iomar], ids=lambda module: module.__name__.split(".")[-1])
+def test_each_loss_trains_its_own_networks_only(module):
+    team, batch, inputs, _, smoothing = td3_case(module)
+    args = module.Args()
+    noise = smoothing
+    if module in (icql, iomar):
+        noise = (*module.draw_noise(batch, args), torch.randn(2, 20, *batch.actions.shape))
+    losses = getattr(module, f"{module.__name__.split('.')[-1]}_losses")
+    for index, (trained, untouched) in enumerate([("critics", "policy"), ("policy", "critics")]):
+        team.zero_grad()
+        losses(team, batch, noise, args, True)[index].backward()
+        assert all(parameter.grad.abs().sum() == 0 for parameter in getattr(team, untouched).parameters())
+        assert all(parameter.grad.abs().sum() > 0 for parameter in getattr(team, trained).parameters())
+        assert sum(parameter.grad.abs().sum() for parameter in team.memory.parameters()) > 0
+        assert all(parameter.grad is None for name, parameter in team.named_parameters() if name.startswith("target_"))
+    team.zero_grad()
+    losses(team, batch, noise, args, False).sum().backward()
+    assert all(parameter.grad is None for parameter in team.policy.parameters())  # so that Adam leaves them where they are
 
 
 @pytest.mark.parametrize("script, score", [("iql", 1), ("maiql", 0), ("ibc", 0)])

@@ -40,6 +40,7 @@ TINY = {
     "world_model.py": ["--hidden", "16", "16", "--reward-hidden", "16", "--mask-hidden", "16", "--total-steps", "60", "--eval-every", "20"],
     "baselines/ibc.py": ["--batch-size", "32", "--total-steps", "60", "--eval-every", "20"],
 }
+BASELINES = [script for script in TRAINING if script.startswith("baselines/")]
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
 
@@ -259,6 +260,43 @@ def test_a_baseline_resumes_to_the_bit(dataset, ibc_run, tmp_path):
     assert_same_tensors(one["team"], other["team"])
     one, other = [json.loads((folder / "result.json").read_text()) for folder in (run_dir, ibc_run)]
     assert one["returns"] == other["returns"] and len(one["returns"]) == 100
+
+
+@pytest.mark.parametrize("script", BASELINES)
+def test_every_baseline_resumes_to_the_bit_and_compiles(script, dataset, tmp_path, monkeypatch):
+    """Killed as soon as its first checkpoint is whole; and traced as --compile does it, but run without generated code."""
+    whole, killed, compiled = tmp_path / "whole", tmp_path / "killed", tmp_path / "compiled"
+    arguments = ["--dataset", dataset, "--seed", 5, "--batch-size", 8, "--total-steps", 6, "--eval-every", 2, "--eval-episodes", 5]
+    arguments += ["--task", "reacher-all-observant"]
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    for run_dir, option in ((whole, []), (compiled, ["--compile"])):
+        status, output = run_here(script, *arguments, "--run-dir", run_dir, *option, monkeypatch=monkeypatch)
+        assert status == 0, output
+    with monkeypatch.context() as patched:
+        replace = Path.replace
+        patched.setattr(Path, "replace", lambda path, target: replace(path, target) and sys.exit("killed"))
+        status, _ = run_here(script, *arguments, "--run-dir", killed, monkeypatch=patched)
+    assert status == "killed" and torch.load(killed / "checkpoint.pt", weights_only=True)["step"] == 2
+    status, output = run_here(script, "--resume", killed, monkeypatch=monkeypatch)
+    assert status == 0, output
+    one, other, third = [torch.load(folder / "checkpoint.pt", weights_only=True)["team"] for folder in (whole, killed, compiled)]
+    assert_same_tensors(one, other)
+    for name in one:
+        torch.testing.assert_close(one[name], third[name], rtol=1e-3, atol=1e-4, msg=name)
+    results = [json.loads((folder / "result.json").read_text()) for folder in (whole, killed)]
+    for name in ("score", "returns", "best_score"):
+        assert results[0][name] == results[1][name]
+    assert scalars(killed)["eval/return"] == scalars(whole)["eval/return"]
+
+
+@pytest.mark.parametrize("script", BASELINES)
+def test_who_plays_the_coordination_game(script, tmp_path, monkeypatch):
+    arguments = ["--task", "coordination-neutral", "--batch-size", 8, "--total-steps", 2, "--run-dir", tmp_path / "run"]
+    status, output = run_here(script, *arguments, monkeypatch=monkeypatch)
+    if script in ("baselines/ibc.py", "baselines/iql.py", "baselines/maiql.py"):
+        assert status == 0, output
+    else:
+        assert_one_line(status, "coordination-neutral", "discrete")
 
 
 @pytest.mark.parametrize("script, run_dir", [("moma_ppo.py", "moma_run"), ("world_model.py", "world_model_run"), ("baselines/ibc.py", "ibc_run")])
