@@ -5,7 +5,8 @@
     python reproduce.py --table 4a         # two-agent Reacher
 
 Each run is a process of its own with one thread, as many at once as there are cores. A run that has a result is not run again,
-so an interrupted table goes on where it stopped; raw returns are in each run's result.json.
+so an interrupted table goes on where it stopped; raw returns are in each run's result.json. The learning curves of all runs are
+drawn in table_TABLE.png beside them.
 """
 
 import json
@@ -20,14 +21,16 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 GAMES = [f"coordination-{behavior}" for behavior in ("favorable", "neutral", "unfavorable")]
 REACHER = [f"reacher-{view}" for view in ("all-observant", "independent", "leader-only")]
-TABLES = {  # tasks of each algorithm, and the number of seeds
-    "3": ({"iql": GAMES, "maiql": GAMES, "ibc": GAMES, "moma_ppo": GAMES}, 10),
-    "scaling": ({"moma_ppo": ["coordination-unfavorable", *[f"coordination-unfavorable-{agents}" for agents in (3, 4, 8)]]}, 10),
-    "4a": ({"iql": REACHER[:1], "maiql": REACHER, "ibc": REACHER, "moma_ppo": REACHER}, 3),
+TEAMS = ["maiql", "matd3_bc", "ibc", "itd3_bc", "icql", "iomar", "moma_ppo"]  # in the order of Table 4
+TABLES = {  # tasks of each algorithm, the number of seeds, and options of every run
+    "3": ({"iql": GAMES, "maiql": GAMES, "ibc": GAMES, "moma_ppo": GAMES}, 10, []),
+    "scaling": ({"moma_ppo": ["coordination-unfavorable", *[f"coordination-unfavorable-{agents}" for agents in (3, 4, 8)]]}, 10, []),
+    "4a": ({"iql": REACHER[:1]} | {algorithm: REACHER for algorithm in TEAMS}, 3, ["--compile"]),
 }
 
 
@@ -43,13 +46,15 @@ class Args:
     """where the runs' folders go"""
 
 
-def run(algorithm: str, task: str, seed: int, folder: Path) -> dict | None:
+def run(algorithm: str, task: str, seed: int, folder: Path, options: list[str]) -> dict | None:
     """One run's result; None if it failed, after printing its error."""
     run_dir = folder / f"{task}__{algorithm}__{seed}"
     if not (run_dir / "result.json").is_file():
         script = f"{algorithm}.py" if algorithm == "moma_ppo" else f"baselines/{algorithm}.py"
-        resumed = ["--resume", str(run_dir)] if (run_dir / "checkpoint.pt").is_file() else ["--run-dir", str(run_dir), "--task", task, "--seed", str(seed)]
-        command = [sys.executable, Path(__file__).parent / script, *resumed]
+        arguments = ["--run-dir", str(run_dir), "--task", task, "--seed", str(seed), *options]
+        if (run_dir / "checkpoint.pt").is_file():
+            arguments = ["--resume", str(run_dir)]
+        command = [sys.executable, Path(__file__).parent / script, *arguments]
         finished = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if finished.returncode != 0:
             tqdm.write(f"{algorithm} {task} seed {seed}: {finished.stderr.strip().splitlines()[-1]}")
@@ -57,12 +62,29 @@ def run(algorithm: str, task: str, seed: int, folder: Path) -> dict | None:
     return json.loads((run_dir / "result.json").read_text())
 
 
+def plot_curves(results: dict[tuple[str, str, int], dict | None], path: Path) -> None:
+    """Scores during training over its seconds, a panel for each task, a line for each run and a colour for each algorithm."""
+    tasks, algorithms = [list(dict.fromkeys(names)) for names in list(zip(*results))[1::-1]]
+    figure = Figure(figsize=(4 * len(tasks), 3.5), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks):
+        for (algorithm, own_task, seed), result in results.items():
+            if own_task == task and result:
+                seconds, scores = zip(*[(evaluation["seconds"], evaluation["score"]) for evaluation in result["evaluations"]])
+                label = algorithm if seed == 1 else None
+                axes.plot(seconds, scores, ".-", color=f"C{algorithms.index(algorithm)}", label=label, linewidth=1, markersize=3)
+        axes.set(title=task, xlabel="seconds of training", xscale="log")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("normalised score")
+    figure.axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
 def main(args: Args) -> None:
-    rows, seeds = TABLES[args.table]
+    rows, seeds, options = TABLES[args.table]
     jobs = [(algorithm, task, seed) for algorithm, tasks in rows.items() for task in tasks for seed in range(1, (args.seeds or seeds) + 1)]
     started, results = time.perf_counter(), {}
     with ThreadPoolExecutor(args.workers) as pool:
-        futures = [pool.submit(run, *job, args.folder) for job in jobs]
+        futures = [pool.submit(run, *job, args.folder, options) for job in jobs]
         for job, future in zip(tqdm(jobs, unit="run"), futures):
             results[job] = future.result()
     print(f"\n{'algorithm':10} {'task':28} {'ours':>16} {'the paper':>14}   seconds of training a run")
@@ -78,6 +100,7 @@ def main(args: Args) -> None:
             ours = f"{statistics.mean(scores):.3f} ± {error:.3f}"
             print(f"{algorithm:10} {task:28} {ours:>16} {done[0]['paper_score'] or '-':>14}   {seconds:.0f}, {len(scores)} seeds")
     print(f"{time.perf_counter() - started:.0f} s in all, {args.workers} runs at once")
+    plot_curves(results, args.folder / f"table_{args.table}.png")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a CUDA GPU where there is one"""
     total_steps: int | None = None
-    """gradient steps; if not given, 10,000, or 1,000 in the coordination game (the paper's: 1,000,000)"""
+    """gradient steps; if not given, 10,000, or 500 in the coordination game (the paper's: 1,000,000)"""
     eval_every: int = 1000
     """gradient steps between two evaluations, each followed by a checkpoint"""
     eval_episodes: int = 100
@@ -332,7 +332,7 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
 
 def train(args: Args) -> dict:
     if args.total_steps is None:
-        args.total_steps = 1000 if args.task.startswith("coordination") else 10_000
+        args.total_steps = 500 if args.task.startswith("coordination") else 10_000
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size", "learning_rate", "memory_learning_rate", "max_grad_norm")
     run_dir, checkpoint = open_run(args, "ibc")
     task, device = find_task(args.task), choose_device(args)

@@ -6,13 +6,15 @@ a policy of its own observations and history. Mixers turn critics and values int
 the critics, the joint action. Policies are learned by advantage-weighted regression of the actions of the dataset.
 
     python baselines/maiql.py --task reacher-leader-only
-    python baselines/maiql.py --resume runs/RUN     # goes on where RUN stopped, to the bit
+    python baselines/maiql.py --task reacher-leader-only --finetune   # MAIQL-ft: then with rollouts in the true simulator
+    python baselines/maiql.py --resume runs/RUN                       # goes on where RUN stopped, to the bit
 
 Deviations from the paper:
 1. Observations are standardised by the dataset's statistics.
 2. The minimum over twins is taken after mixing: mixers' weights may be negative, so a minimum of each agent's would be no bound.
 3. Learning rates decay to zero, for fewer steps: the paper has 1,000,000.
 4. The value inside targets and advantages sees the online memory, whose value it is; target critics see the target memory.
+5. MAIQL-ft collects as many transitions as the dataset has, whatever the number of steps: at the paper's 1,000,000 one a step.
 """
 
 import copy
@@ -40,7 +42,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import coordination_game  # noqa: F401, its tasks
 from data.offline_dataset import OfflineDataset, load_dataset
-from mamujoco_envs import HISTORY_LENGTH, InputError, Task, append_to_histories, evaluate, find_task, plot_team_strategy
+from mamujoco_envs import ACTION_LIMIT, HISTORY_LENGTH, InputError, Task, append_to_histories
+from mamujoco_envs import evaluate, find_task, make_simulator, plot_team_strategy
 
 PAPER_SCORES = {  # Tables 3 and 4, MAIQL
     "reacher-all-observant": "0.96 ± 0.05",
@@ -61,7 +64,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a CUDA GPU where there is one"""
     total_steps: int | None = None
-    """gradient steps; if not given, 10,000, or 1,000 in the coordination game (the paper's: 1,000,000)"""
+    """gradient steps; if not given, 10,000, or 500 in the coordination game (the paper's: 1,000,000)"""
     eval_every: int = 1000
     """gradient steps between two evaluations, each followed by a checkpoint"""
     eval_episodes: int = 100
@@ -97,6 +100,12 @@ class Args:
     """largest weight of a transition in advantage-weighted regression"""
     max_grad_norm: float = 1.0
     """largest norm of the gradients of policies, of values, of critics and of history encoders"""
+    finetune: bool = False
+    """after total_steps as many again, on the dataset and a growing set of rollouts in the true simulator (MAIQL-ft)"""
+    rollout_length: int = 10
+    """steps of such a rollout, which starts from any state of the dataset"""
+    rollout_every: int = 10
+    """gradient steps from rollouts to rollouts"""
 
 
 class BatchedLinear(nn.Module):
@@ -257,6 +266,15 @@ class Team(nn.Module):
         """[batch, agent, action] in [-1, 1]."""
         return self.distribution(self.inputs(observations, histories)).greedy()
 
+    def act_by_chance(self, observations: torch.Tensor, histories: torch.Tensor) -> torch.Tensor:
+        """Sampled actions [batch, agent, action]."""
+        distribution = self.distribution(self.inputs(observations, histories))
+        if self.task.discrete:
+            gumbel = -torch.empty_like(distribution.logits).exponential_().log()
+            return distribution._replace(logits=distribution.logits + gumbel).greedy()
+        actions = distribution.mean + distribution.log_std.exp() * torch.randn_like(distribution.mean)
+        return actions.tanh().clamp(-ACTION_LIMIT, ACTION_LIMIT)
+
 
 class Batch(NamedTuple):
     states: torch.Tensor  # [batch, state]
@@ -277,6 +295,65 @@ def gather_batch(dataset: OfflineDataset, indices: torch.Tensor) -> Batch:
     next_histories = append_to_histories(histories, observations, actions)
     columns = (dataset.rewards[indices], dataset.masks[indices])
     return Batch(states, observations, histories, actions, *columns, next_states, task.observe(next_states), next_histories)
+
+
+class OnlineData:
+    """Rollouts of the team in the true simulator, written behind the rows of the dataset (MAIQL-ft, Section 5.1).
+
+    A rollout follows a copy of the ten rows before the state it starts from, so that histories are read as everywhere.
+    After `args.total_steps` steps there are as many transitions as in the dataset. `rows` holds the rows of the first `filled`.
+    """
+
+    def __init__(self, task: Task, dataset: OfflineDataset, args: Args):
+        self.dataset, self.length, self.filled, self.next_row = dataset, args.rollout_length, 0, dataset.size
+        batches = math.ceil(args.total_steps / args.rollout_every)
+        self.rollouts = math.ceil(dataset.size / batches / self.length)
+        self.simulator = make_simulator(task, self.rollouts)
+        self.columns = ("states", "next_states", "actions", "rewards", "masks", "episode_starts")
+        for name in self.columns:
+            column = getattr(dataset, name)
+            room = column.new_zeros((batches * self.rollouts * (HISTORY_LENGTH + self.length), *column.shape[1:]))
+            setattr(dataset, name, torch.cat([column, room]))
+        self.rows = torch.zeros(batches * self.rollouts * self.length, dtype=torch.int64, device=dataset.device)
+
+    @torch.no_grad()
+    def collect(self, team: Team) -> None:
+        """One more batch of rollouts, with sampled actions; each ends early at a terminal."""
+        dataset, past = self.dataset, torch.arange(-HISTORY_LENGTH, 0, device=self.dataset.device)
+        starts = torch.randint(dataset.size, (self.rollouts,), device=dataset.device)
+        first = self.next_row + HISTORY_LENGTH + (HISTORY_LENGTH + self.length) * torch.arange(self.rollouts, device=dataset.device)
+        copied, copies = (starts[:, None] + past).clamp(min=0), first[:, None] + past
+        dataset.states[copies], dataset.actions[copies] = dataset.states[copied], dataset.actions[copied]
+        episode_starts = first - (starts - dataset.episode_starts[starts]).clamp(max=HISTORY_LENGTH)
+        states = self.simulator.set_states(dataset.states[starts].cpu().numpy())
+        alive = torch.ones_like(starts, dtype=torch.bool)
+        for rows in first + torch.arange(self.length, device=dataset.device)[:, None]:
+            dataset.states[rows], dataset.episode_starts[rows] = torch.as_tensor(states).to(dataset.states), episode_starts
+            actions = team.act_by_chance(dataset.task.observe(dataset.states[rows]), dataset.histories(rows))
+            states, rewards, terminals = self.simulator.step(actions.cpu().numpy())
+            terminals = torch.as_tensor(terminals, device=dataset.device)
+            dataset.actions[rows], dataset.rewards[rows] = actions, torch.as_tensor(rewards).to(dataset.rewards)
+            dataset.next_states[rows], dataset.masks[rows] = torch.as_tensor(states).to(dataset.states), 1 - terminals.float()
+            recorded = rows[alive]
+            self.rows[self.filled : self.filled + len(recorded)] = recorded
+            self.filled += len(recorded)
+            alive &= ~terminals
+        self.next_row += self.rollouts * (HISTORY_LENGTH + self.length)
+
+    def sample(self, count: int) -> torch.Tensor:
+        """Rows [count], each of the dataset's or of the rollouts' with the same chance."""
+        draws = torch.randint(self.dataset.size + self.filled, (count,), device=self.dataset.device)
+        return torch.where(draws < self.dataset.size, draws, self.rows[(draws - self.dataset.size).clamp(min=0)])
+
+    def state_dict(self) -> dict:
+        columns = {name: getattr(self.dataset, name)[self.dataset.size : self.next_row].clone() for name in self.columns}
+        return {"columns": columns, "rows": self.rows[: self.filled].clone(), "next_row": self.next_row}
+
+    def load_state_dict(self, saved: dict) -> None:
+        self.next_row, self.filled = saved["next_row"], len(saved["rows"])
+        self.rows[: self.filled] = saved["rows"]
+        for name, column in saved["columns"].items():
+            getattr(self.dataset, name)[self.dataset.size : self.next_row] = column
 
 
 def maiql_losses(team: Team, batch: Batch, args: Args) -> torch.Tensor:
@@ -401,15 +478,18 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
 
 def train(args: Args) -> dict:
     if args.total_steps is None:
-        args.total_steps = 1000 if args.task.startswith("coordination") else 10_000
+        args.total_steps = 500 if args.task.startswith("coordination") else 10_000
     if args.gamma is None:
         args.gamma = 0.5 if args.task.startswith("coordination") else 0.99
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size", "learning_rate", "memory_learning_rate", "max_grad_norm")
+    check_positive(args, "rollout_length", "rollout_every")
     run_dir, checkpoint = open_run(args, "maiql")
     task, device = find_task(args.task), choose_device(args)
     dataset = load_dataset(task, args.dataset, device)  # before seeding: recording it draws random numbers
     seed_everything(args.seed, args.torch_deterministic)
     team = Team(task, dataset.states).to(device)
+    online_data = OnlineData(task, dataset, args) if args.finetune else None
+    last_step = 2 * args.total_steps if args.finetune else args.total_steps
     groups = []
     for networks in ([team.policy], [team.value, team.value_mixer], [team.critics, team.critic_mixer], [team.memory]):
         if parameters := [parameter for network in networks for parameter in network.parameters()]:  # agents of the coordination game have no memory
@@ -443,6 +523,8 @@ def train(args: Args) -> dict:
         for group in optimizer.param_groups:
             group["lr"] = group["lr"].to(device)
         set_random_states(checkpoint["random_states"])
+        if online_data:
+            online_data.load_state_dict(checkpoint["online_data"])
         first_step, seconds, evaluations = checkpoint["step"], checkpoint["seconds"], checkpoint["evaluations"]
     make_folder(run_dir)
     writer = SummaryWriter(str(run_dir), purge_step=first_step + 1)
@@ -461,20 +543,24 @@ def train(args: Args) -> dict:
         writer.flush()  # what is logged up to here is never logged again
         arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "resume"}
         state = {"args": arguments, "step": step, "seconds": seconds, "evaluations": evaluations, "random_states": random_states()}
+        state |= {"online_data": online_data.state_dict()} if online_data else {}
         save_whole(state | {"team": team.state_dict(), "optimizer": optimizer.state_dict()}, run_dir / "checkpoint.pt")
 
     stop_signals: list[int] = []
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, lambda number, _: stop_signals.append(number))
-    progress = tqdm(total=args.total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
+    progress = tqdm(total=last_step, initial=first_step, unit="step", disable=not sys.stderr.isatty())
     started, logged_step, loss_sum = time.perf_counter(), first_step, torch.zeros(3, device=device)
-    for step in range(first_step + 1, args.total_steps + 1):
+    for step in range(first_step + 1, last_step + 1):
         for i, group in enumerate(optimizer.param_groups):
             learning_rate = args.memory_learning_rate if i == 3 else args.learning_rate
-            group["lr"].fill_(learning_rate * (1 - (step - 1) / args.total_steps))
-        loss_sum += update(torch.randint(dataset.size, (args.batch_size,), device=device))
+            group["lr"].fill_(learning_rate * (1 - (step - 1) / last_step))
+        if online_data and step > args.total_steps and (step - args.total_steps - 1) % args.rollout_every == 0:
+            online_data.collect(team)
+        rows = online_data.sample(args.batch_size) if online_data else torch.randint(dataset.size, (args.batch_size,), device=device)
+        loss_sum += update(rows)
         progress.update()
-        if step % 100 == 0 or step % args.eval_every == 0 or step == args.total_steps or stop_signals:
+        if step % 100 == 0 or step % args.eval_every == 0 or step == last_step or stop_signals:
             mean_losses = (loss_sum / (step - logged_step)).tolist()
             if not math.isfinite(sum(mean_losses)):
                 last_good = f"; {run_dir}/checkpoint.pt is the last good one" if (run_dir / "checkpoint.pt").exists() else ""
@@ -490,7 +576,7 @@ def train(args: Args) -> dict:
                 evaluations.append(evaluate_team(step, args.eval_episodes)[1])
                 progress.set_postfix_str(f"score {evaluations[-1]['score']:.2f}")
                 if progress.disable:
-                    print(f"step {step} of {args.total_steps}: score {evaluations[-1]['score']:.2f}, {step / seconds:.0f} steps/s", flush=True)
+                    print(f"step {step} of {last_step}: score {evaluations[-1]['score']:.2f}, {step / seconds:.0f} steps/s", flush=True)
             save_checkpoint(step)
             started = time.perf_counter()
         if stop_signals:
@@ -500,7 +586,7 @@ def train(args: Args) -> dict:
     seconds += time.perf_counter() - started
     progress.close()
 
-    evaluation, record = evaluate_team(args.total_steps, 100)
+    evaluation, record = evaluate_team(last_step, 100)
     scores = task.normalized_score(evaluation.returns)
     result = {
         "score": record["score"],
@@ -513,9 +599,9 @@ def train(args: Args) -> dict:
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "dataset": {"name": task.dataset, "transitions": dataset.size, "mean_return": float(dataset.episode_returns().mean())},
         "seconds": seconds,
-        "steps_per_second": args.total_steps / seconds,
+        "steps_per_second": last_step / seconds,
     }
-    save_checkpoint(args.total_steps)
+    save_checkpoint(last_step)
     save_whole(result, run_dir / "result.json")
     if task.environment == "Reacher-v4":
         plot_team_strategy(task, evaluation, run_dir / "strategy.png")

@@ -6,14 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
 from baselines import ibc, icql, iomar, iql, itd3_bc, maiql, matd3_bc
-from data.offline_dataset import load_dataset
-from mamujoco_envs import TASKS
+from data.offline_dataset import OfflineDataset, load_dataset
+from mamujoco_envs import TASKS, append_to_histories, make_simulator
 
 ROOT = Path(__file__).parents[1]
 TASK = TASKS["reacher-leader-only"]
@@ -140,6 +141,65 @@ def test_centralised_iql_chooses_among_all_joint_actions():
     expected = distribution.logits[:, 0].log_softmax(-1)[torch.arange(40), rows]
     torch.testing.assert_close(distribution.log_prob(batch.actions), expected)
     assert (distribution.greedy().unflatten(-1, (3, 2)).sum(-1) == 1).all()
+
+
+@pytest.fixture
+def online_data():
+    """Four episodes of random actions and, behind them, rollouts of an untrained team."""
+    torch.manual_seed(0)
+    rng, simulator, rows = np.random.default_rng(0), make_simulator(TASK, 4), []
+    states = simulator.reset([np.random.default_rng(seed) for seed in range(4)])
+    for _ in range(50):
+        actions = rng.uniform(-1, 1, size=(4, 2, 1))
+        next_states, rewards, _ = simulator.step(actions)
+        rows.append((states, actions[..., 0], rewards, next_states))
+        states = next_states
+    names = ("observations", "actions", "rewards", "next_observations")
+    columns = {name: np.stack(column, axis=1).reshape(200, *column[0].shape[1:]) for name, column in zip(names, zip(*rows))}
+    columns |= {"terminals": np.zeros(200, bool), "timeouts": np.arange(200) % 50 == 49}
+    dataset = OfflineDataset(TASK, columns)
+    args = maiql.Args(total_steps=4, rollout_every=2, rollout_length=5)
+    return maiql.Team(TASK, dataset.states), maiql.OnlineData(TASK, dataset, args)
+
+
+def test_online_data_are_rollouts_in_the_true_simulator_with_their_histories(online_data):
+    team, online = online_data
+    dataset = online.dataset
+    for _ in range(2):
+        online.collect(team)
+    assert online.filled == dataset.size == 200  # as many as the dataset has
+    by_rollout = online.rows.view(2, 5, 20).transpose(1, 2).reshape(40, 5)
+    for rows in by_rollout:
+        start = (dataset.states[:200] == dataset.states[rows[0]]).all(1).nonzero()[0]
+        histories = dataset.histories(start)
+        simulator = make_simulator(TASK, 1)
+        simulator.set_states(dataset.states[start].numpy())
+        for row in rows:
+            row = row[None]
+            torch.testing.assert_close(dataset.histories(row), histories)
+            next_states, rewards, _ = simulator.step(dataset.actions[row].numpy())
+            np.testing.assert_allclose(dataset.next_states[row], next_states, atol=1e-4)
+            np.testing.assert_allclose(dataset.rewards[row], rewards, atol=1e-5)
+            histories = append_to_histories(histories, TASK.observe(dataset.states[row]), dataset.actions[row])
+        assert torch.equal(dataset.next_states[rows[:-1]], dataset.states[rows[1:]]) and (dataset.masks[rows] == 1).all()
+    assert len(dataset.actions[online.rows].unique()) > 300  # sampled, not greedy
+    assert set(online.sample(20_000).tolist()) == {*range(200), *online.rows.tolist()}
+
+
+def test_online_data_end_at_a_terminal(online_data, monkeypatch):
+    team, online = online_data
+    step = online.simulator.step
+    ends = iter([[0], [], [3, 4], [], []])  # which rollouts end at which of the five steps
+
+    def step_with_terminals(actions):
+        states, rewards, terminals = step(actions)
+        terminals[next(ends)] = True
+        return states, rewards, terminals
+
+    monkeypatch.setattr(online.simulator, "step", step_with_terminals)
+    online.collect(team)
+    assert online.filled == 20 + 19 + 19 + 17 + 17
+    assert (online.dataset.masks[online.rows[: online.filled]] == 0).sum() == 3
 
 
 # --- The TD3 family ---

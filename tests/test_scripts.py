@@ -262,12 +262,12 @@ def test_a_baseline_resumes_to_the_bit(dataset, ibc_run, tmp_path):
     assert one["returns"] == other["returns"] and len(one["returns"]) == 100
 
 
-@pytest.mark.parametrize("script", BASELINES)
-def test_every_baseline_resumes_to_the_bit_and_compiles(script, dataset, tmp_path, monkeypatch):
+@pytest.mark.parametrize("script, options", [*[(script, []) for script in BASELINES], ("baselines/maiql.py", ["--finetune", "--rollout-every", 3])])
+def test_every_baseline_resumes_to_the_bit_and_compiles(script, options, dataset, tmp_path, monkeypatch):
     """Killed as soon as its first checkpoint is whole; and traced as --compile does it, but run without generated code."""
     whole, killed, compiled = tmp_path / "whole", tmp_path / "killed", tmp_path / "compiled"
-    arguments = ["--dataset", dataset, "--seed", 5, "--batch-size", 8, "--total-steps", 6, "--eval-every", 2, "--eval-episodes", 5]
-    arguments += ["--task", "reacher-all-observant"]
+    arguments = ["--dataset", dataset, "--seed", 5, "--batch-size", 8, "--total-steps", 6, "--eval-episodes", 5]
+    arguments += ["--task", "reacher-all-observant", "--eval-every", 8 if options else 2, *options]  # fine-tuning starts after step 6
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     for run_dir, option in ((whole, []), (compiled, ["--compile"])):
         status, output = run_here(script, *arguments, "--run-dir", run_dir, *option, monkeypatch=monkeypatch)
@@ -276,7 +276,7 @@ def test_every_baseline_resumes_to_the_bit_and_compiles(script, dataset, tmp_pat
         replace = Path.replace
         patched.setattr(Path, "replace", lambda path, target: replace(path, target) and sys.exit("killed"))
         status, _ = run_here(script, *arguments, "--run-dir", killed, monkeypatch=patched)
-    assert status == "killed" and torch.load(killed / "checkpoint.pt", weights_only=True)["step"] == 2
+    assert status == "killed" and torch.load(killed / "checkpoint.pt", weights_only=True)["step"] == (8 if options else 2)
     status, output = run_here(script, "--resume", killed, monkeypatch=monkeypatch)
     assert status == 0, output
     one, other, third = [torch.load(folder / "checkpoint.pt", weights_only=True)["team"] for folder in (whole, killed, compiled)]
