@@ -70,8 +70,8 @@ class Args:
     """auto takes a CUDA GPU where there is one"""
     total_steps: int | None = None
     """learning steps of `transitions` each; if not given, 300, or 10 in the coordination game (the paper's: 100,000)"""
-    eval_every: int = 50
-    """learning steps between two evaluations, each followed by a checkpoint"""
+    eval_every: int | None = None
+    """learning steps between two evaluations, each followed by a checkpoint; if not given, 50, or 2 in the coordination game"""
     eval_episodes: int = 100
     """greedy episodes of an evaluation, from the same start states each time (the paper's: 5); the final one has 100"""
     run_dir: Path | None = None
@@ -684,10 +684,10 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
         raise InputError(f"no checkpoint at {path}; --resume takes the folder of a run that was started before")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        saved = checkpoint["args"]
+        saved, started_by = checkpoint["args"], checkpoint["script"]
     except Exception as error:
         raise InputError(f"{path} is not a whole checkpoint ({type(error).__name__}); start the run again") from None
-    if saved.keys() | {"resume"} != vars(args).keys():
+    if started_by != script or saved.keys() | {"resume"} != vars(args).keys():
         raise InputError(f"{args.resume} is not a run of this {script}.py; resume it with the script and version that started it")
     for name, value in saved.items():
         paths = ("dataset", "world_model", "output", "run_dir")
@@ -701,6 +701,8 @@ def train(args: Args) -> dict:
         args.total_steps = 10 if game else 300
     if args.gamma is None:
         args.gamma = 0.5 if game else 0.97
+    if args.eval_every is None:
+        args.eval_every = 2 if game else 50
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "transitions", "rollout_length", "epochs", "minibatch_size")
     check_positive(args, "learning_rate", "memory_learning_rate", "max_grad_norm")
     if args.transitions // args.rollout_length * args.rollout_length < args.minibatch_size:
@@ -780,7 +782,8 @@ def train(args: Args) -> dict:
     def save_checkpoint(step: int) -> None:
         writer.flush()  # what is logged up to here is never logged again
         arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "resume"}
-        state = {"args": arguments, "step": step, "seconds": seconds, "evaluations": evaluations, "random_states": random_states()}
+        state = {"script": "moma_ppo", "args": arguments, "step": step, "seconds": seconds}
+        state |= {"evaluations": evaluations, "random_states": random_states()}
         save_whole(state | {"team": team.state_dict(), "optimizer": optimizer.state_dict()}, run_dir / "checkpoint.pt")
 
     stop_signals: list[int] = []
@@ -821,6 +824,7 @@ def train(args: Args) -> dict:
             writer.add_scalar("charts/SPS", args.transitions * step / seconds, step)
             writer.add_scalar("charts/seconds_rollout", rolled_out - started, step)
             writer.add_scalar("charts/seconds_update", updated - rolled_out, step)
+        stopping = bool(stop_signals)  # looked at once: one that comes later waits for the next step
         if step % args.eval_every == 0:
             evaluations.append(evaluate_team(step, args.eval_episodes)[1])
             score, speed = evaluations[-1]["score"], seconds / step
@@ -828,9 +832,9 @@ def train(args: Args) -> dict:
             if progress.disable:
                 print(f"step {step} of {args.total_steps}: score {score:.2f}, {speed:.2f} s a step", flush=True)
         progress.update()
-        if step % args.eval_every == 0 or stop_signals:
+        if step % args.eval_every == 0 or stopping:
             save_checkpoint(step)
-        if stop_signals:
+        if stopping:
             progress.close()
             print(f"stopped after step {step}; go on with: python moma_ppo.py --resume {run_dir}")
             sys.exit(128 + stop_signals[0])

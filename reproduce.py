@@ -11,6 +11,7 @@ drawn in table_TABLE.png beside them.
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -54,10 +55,13 @@ def run(algorithm: str, task: str, seed: int, folder: Path, options: list[str]) 
         arguments = ["--run-dir", str(run_dir), "--task", task, "--seed", str(seed), *options]
         if (run_dir / "checkpoint.pt").is_file():
             arguments = ["--resume", str(run_dir)]
+        elif run_dir.exists():  # killed before its first checkpoint
+            shutil.rmtree(run_dir)
         command = [sys.executable, Path(__file__).parent / script, *arguments]
         finished = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if finished.returncode != 0:
-            tqdm.write(f"{algorithm} {task} seed {seed}: {finished.stderr.strip().splitlines()[-1]}")
+            reason = [f"exit status {finished.returncode}", *finished.stderr.strip().splitlines()][-1]
+            tqdm.write(f"{algorithm} {task} seed {seed}: {reason}")
             return None
     return json.loads((run_dir / "result.json").read_text())
 
@@ -68,9 +72,9 @@ def plot_curves(results: dict[tuple[str, str, int], dict | None], path: Path) ->
     figure = Figure(figsize=(4 * len(tasks), 3.5), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks):
         for (algorithm, own_task, seed), result in results.items():
-            if own_task == task and result:
+            if own_task == task and result and result["evaluations"]:
                 seconds, scores = zip(*[(evaluation["seconds"], evaluation["score"]) for evaluation in result["evaluations"]])
-                label = algorithm if seed == 1 else None
+                label = algorithm if algorithm not in axes.get_legend_handles_labels()[1] else None
                 axes.plot(seconds, scores, ".-", color=f"C{algorithms.index(algorithm)}", label=label, linewidth=1, markersize=3)
         axes.set(title=task, xlabel="seconds of training", xscale="log")
         axes.grid(alpha=0.3)
@@ -80,13 +84,19 @@ def plot_curves(results: dict[tuple[str, str, int], dict | None], path: Path) ->
 
 
 def main(args: Args) -> None:
+    if args.workers < 1 or args.seeds is not None and args.seeds < 1:
+        sys.exit("error: --workers and --seeds must be above 0")
     rows, seeds, options = TABLES[args.table]
     jobs = [(algorithm, task, seed) for algorithm, tasks in rows.items() for task in tasks for seed in range(1, (args.seeds or seeds) + 1)]
     started, results = time.perf_counter(), {}
     with ThreadPoolExecutor(args.workers) as pool:
         futures = [pool.submit(run, *job, args.folder, options) for job in jobs]
-        for job, future in zip(tqdm(jobs, unit="run"), futures):
-            results[job] = future.result()
+        try:
+            for job, future in zip(tqdm(jobs, unit="run"), futures):
+                results[job] = future.result()
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            sys.exit("stopped; the same command goes on with this table")
     print(f"\n{'algorithm':10} {'task':28} {'ours':>16} {'the paper':>14}   seconds of training a run")
     for algorithm, tasks in rows.items():
         for task in tasks:

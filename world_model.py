@@ -407,10 +407,10 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
         raise InputError(f"no checkpoint at {path}; --resume takes the folder of a run that was started before")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        saved = checkpoint["args"]
+        saved, started_by = checkpoint["args"], checkpoint["script"]
     except Exception as error:
         raise InputError(f"{path} is not a whole checkpoint ({type(error).__name__}); start the run again") from None
-    if saved.keys() | {"resume"} != vars(args).keys():
+    if started_by != script or saved.keys() | {"resume"} != vars(args).keys():
         raise InputError(f"{args.resume} is not a run of this {script}.py; resume it with the script and version that started it")
     for name, value in saved.items():
         paths = ("dataset", "world_model", "output", "run_dir")
@@ -482,7 +482,7 @@ def train(args: Args) -> dict:
 
     def save_checkpoint(step: int) -> None:
         writer.flush()  # what is logged up to here is never logged again
-        state = {"args": arguments, "step": step, "seconds": seconds, "random_states": random_states()}
+        state = {"script": "world_model", "args": arguments, "step": step, "seconds": seconds, "random_states": random_states()}
         save_whole(state | {"ensemble": ensemble.state_dict(), "optimizer": optimizer.state_dict()}, run_dir / "checkpoint.pt")
 
     def evaluation() -> dict:
@@ -501,7 +501,8 @@ def train(args: Args) -> dict:
         loss_sum += update(*[column[indices] for column in columns])
         progress.update()
         evaluate = step % args.eval_every == 0 or step == args.total_steps
-        if step % 100 == 0 or evaluate or stop_signals:
+        stopping = bool(stop_signals)  # looked at once: one that comes later waits for the next step
+        if step % 100 == 0 or evaluate or stopping:
             state_loss, reward_loss, mask_loss = (loss_sum / (step - logged_step)).tolist()
             if not math.isfinite(state_loss + reward_loss + mask_loss):
                 last_good = f"; {run_dir}/checkpoint.pt is the last good one" if (run_dir / "checkpoint.pt").exists() else ""
@@ -530,10 +531,10 @@ def train(args: Args) -> dict:
             )
             started = time.perf_counter()
             save_checkpoint(step)
-        elif stop_signals:
+        elif stopping:
             seconds += time.perf_counter() - started
             save_checkpoint(step)
-        if stop_signals:
+        if stopping:
             progress.close()
             print(f"stopped after step {step}; go on with: python world_model.py --resume {run_dir}")
             sys.exit(128 + stop_signals[0])

@@ -11,6 +11,7 @@ different conventions the agents may follow different ones.
 Deviations from the paper:
 1. Observations are standardised by the dataset's statistics.
 2. The learning rate decays to zero, for fewer steps: the paper has 1,000,000.
+3. The memory, 128 dimensions of noise at first, starts at a tenth of its scale.
 """
 
 import json
@@ -59,8 +60,8 @@ class Args:
     """auto takes a CUDA GPU where there is one"""
     total_steps: int | None = None
     """gradient steps; if not given, 10,000, or 500 in the coordination game (the paper's: 1,000,000)"""
-    eval_every: int = 1000
-    """gradient steps between two evaluations, each followed by a checkpoint"""
+    eval_every: int | None = None
+    """gradient steps between two evaluations, each followed by a checkpoint; if not given, 1,000, or 100 in the coordination game"""
     eval_episodes: int = 100
     """greedy episodes of an evaluation, from the same start states each time (the paper's: 10); the final one has 100"""
     run_dir: Path | None = None
@@ -83,7 +84,7 @@ class Args:
     memory_learning_rate: float = 1e-4
     """Adam, of the history encoders, decayed alike"""
     max_grad_norm: float = 1.0
-    """largest norm of the gradients of policies and of history encoders"""
+    """for each agent, the largest norm of the gradients of its policy and of its history encoder"""
 
 
 class BatchedLinear(nn.Module):
@@ -232,6 +233,14 @@ def cloning_loss(team: Team, observations: torch.Tensor, histories: torch.Tensor
     return -team.distribution(team.inputs(observations, histories)).log_prob(actions).mean()
 
 
+def clip_each_agent(parameters: list[torch.Tensor], agents: int, max_norm: float) -> None:
+    """Scales the gradient of each agent's parameters, [agent, ...] or [twin * agent, ...], to a norm of at most `max_norm`."""
+    gradients = [parameter.grad.unflatten(0, (-1, agents)) for parameter in parameters]
+    norms = sum(gradient.square().transpose(0, 1).flatten(1).sum(1) for gradient in gradients).sqrt()  # [agent]
+    for gradient in gradients:
+        gradient.mul_((max_norm / norms.clamp(min=max_norm)).view(-1, *[1] * (gradient.dim() - 2)))
+
+
 class CUDAGraph:
     """Replays a function of tensors with fixed shapes as one CUDA graph, after three eager calls that warm it up."""
 
@@ -319,10 +328,10 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
         raise InputError(f"no checkpoint at {path}; --resume takes the folder of a run that was started before")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        saved = checkpoint["args"]
+        saved, started_by = checkpoint["args"], checkpoint["script"]
     except Exception as error:
         raise InputError(f"{path} is not a whole checkpoint ({type(error).__name__}); start the run again") from None
-    if saved.keys() | {"resume"} != vars(args).keys():
+    if started_by != script or saved.keys() | {"resume"} != vars(args).keys():
         raise InputError(f"{args.resume} is not a run of this {script}.py; resume it with the script and version that started it")
     for name, value in saved.items():
         paths = ("dataset", "world_model", "output", "run_dir")
@@ -333,6 +342,8 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
 def train(args: Args) -> dict:
     if args.total_steps is None:
         args.total_steps = 500 if args.task.startswith("coordination") else 10_000
+    if args.eval_every is None:
+        args.eval_every = 100 if args.task.startswith("coordination") else 1000
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size", "learning_rate", "memory_learning_rate", "max_grad_norm")
     run_dir, checkpoint = open_run(args, "ibc")
     task, device = find_task(args.task), choose_device(args)
@@ -352,7 +363,7 @@ def train(args: Args) -> dict:
         optimizer.zero_grad()
         loss.backward()
         for group in optimizer.param_groups:
-            nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
+            clip_each_agent(group["params"], task.num_agents, args.max_grad_norm)
         optimizer.step()
         return loss.detach()
 
@@ -383,7 +394,8 @@ def train(args: Args) -> dict:
     def save_checkpoint(step: int) -> None:
         writer.flush()  # what is logged up to here is never logged again
         arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "resume"}
-        state = {"args": arguments, "step": step, "seconds": seconds, "evaluations": evaluations, "random_states": random_states()}
+        state = {"script": "ibc", "args": arguments, "step": step, "seconds": seconds}
+        state |= {"evaluations": evaluations, "random_states": random_states()}
         save_whole(state | {"team": team.state_dict(), "optimizer": optimizer.state_dict()}, run_dir / "checkpoint.pt")
 
     stop_signals: list[int] = []
@@ -397,7 +409,8 @@ def train(args: Args) -> dict:
             group["lr"].fill_(learning_rate * (1 - (step - 1) / args.total_steps))
         loss_sum += update(torch.randint(dataset.size, (args.batch_size,), device=device))
         progress.update()
-        if step % 100 == 0 or step % args.eval_every == 0 or step == args.total_steps or stop_signals:
+        stopping = bool(stop_signals)  # looked at once: one that comes later waits for the next step
+        if step % 100 == 0 or step % args.eval_every == 0 or step == args.total_steps or stopping:
             mean_loss = (loss_sum / (step - logged_step)).item()
             if not math.isfinite(mean_loss):
                 last_good = f"; {run_dir}/checkpoint.pt is the last good one" if (run_dir / "checkpoint.pt").exists() else ""
@@ -405,7 +418,7 @@ def train(args: Args) -> dict:
             writer.add_scalar("losses/cloning", mean_loss, step)
             logged_step = step
             loss_sum.zero_()
-        if step % args.eval_every == 0 or stop_signals:
+        if step % args.eval_every == 0 or stopping:
             seconds += time.perf_counter() - started
             writer.add_scalar("charts/SPS", step / seconds, step)
             if step % args.eval_every == 0:
@@ -415,7 +428,7 @@ def train(args: Args) -> dict:
                     print(f"step {step} of {args.total_steps}: score {evaluations[-1]['score']:.2f}, {step / seconds:.0f} steps/s", flush=True)
             save_checkpoint(step)
             started = time.perf_counter()
-        if stop_signals:
+        if stopping:
             progress.close()
             print(f"stopped after step {step}; go on with: python baselines/ibc.py --resume {run_dir}")
             sys.exit(128 + stop_signals[0])

@@ -2,7 +2,8 @@
 
 Paper: Kumar et al., "Conservative Q-Learning for Offline Reinforcement Learning", NeurIPS 2020; Barde et al., "A Model-Based Solution to
 the Offline Multi-Agent Reinforcement Learning Coordination Problem", AAMAS 2024, Section 5.1, where every agent runs it for itself,
-with TD3 as in Pan et al., "Plan Better Amid Conservatism", ICML 2022 (OMAR). Critics are pushed down on actions that the dataset lacks.
+on top of the paper's TD3: deterministic policies, smoothed targets, delayed policies. Critics are pushed down on actions that the
+dataset lacks, as in Pan et al., "Plan Better Amid Conservatism", ICML 2022 (OMAR), whose TD3 has neither smoothing nor delay.
 
     python baselines/icql.py --task reacher-leader-only
     python baselines/icql.py --resume runs/RUN      # goes on where RUN stopped, to the bit
@@ -14,6 +15,7 @@ Deviations from the paper:
 4. A policy's loss does not reach the memory through the critic, where it could raise the value without acting better.
 5. Samples are weighted by their log-density; the code of OMAR subtracts the density itself.
 6. The conservative loss does not train the policy whose actions it samples.
+7. The memory, 128 dimensions of noise at first, starts at a tenth of its scale.
 """
 
 import copy
@@ -94,7 +96,7 @@ class Args:
     noise_clip: float = 0.5
     """largest such noise"""
     max_grad_norm: float = 1.0
-    """largest norm of the gradients of policies, of critics and of history encoders"""
+    """for each agent, the largest norm of the gradients of its policy, of its critics and of its history encoder"""
     cql_alpha: float = 1.0
     """weight of the conservative loss"""
     cql_samples: int = 10
@@ -266,7 +268,9 @@ def td_loss(team: Team, batch: Batch, inputs: torch.Tensor, next_inputs: torch.T
     return (q - targets).square().mean(-1).sum()
 
 
-def conservative_loss(team: Team, batch: Batch, inputs: torch.Tensor, next_inputs: torch.Tensor, noise: torch.Tensor, args: Args):
+def conservative_loss(
+    team: Team, batch: Batch, inputs: torch.Tensor, next_inputs: torch.Tensor, noise: torch.Tensor, args: Args
+) -> torch.Tensor:
     """log sum_a exp Q(h, a) - Q(h, a_data) of every agent's twin critics, summed over both: [] (CQL, Eq. 4).
 
     The sum over all actions is estimated from samples, each divided by its density: a third uniform and two thirds around the
@@ -275,8 +279,8 @@ def conservative_loss(team: Team, batch: Batch, inputs: torch.Tensor, next_input
     """
     uniform, here, after = noise.chunk(3)
     with torch.no_grad():
-        policies = [team.act(x) + args.cql_noise * z for x, z in ((inputs, here), (next_inputs, after))]
-        actions = torch.cat([2 * uniform - 1, *policies]).clamp(-1, 1)
+        policy_actions = [team.act(x) + args.cql_noise * z for x, z in ((inputs, here), (next_inputs, after))]
+        actions = torch.cat([2 * uniform - 1, *policy_actions]).clamp(-1, 1)
         normal = -0.5 * noise.square() - math.log(args.cql_noise * math.sqrt(2 * math.pi))
         log_densities = torch.cat([torch.full_like(uniform, -math.log(2)), normal[len(uniform) :]]).sum(-1)  # [sample, batch, agent]
     q = team.q_values(inputs, actions) - log_densities.permute(2, 0, 1)  # [twin, agent, sample, batch]
@@ -303,6 +307,14 @@ def icql_losses(team: Team, batch: Batch, noise: tuple[torch.Tensor, torch.Tenso
 
     q = team.q_values(inputs.detach(), team.act(inputs)[None], for_policy=True)  # [1, agent, 1, batch]
     return torch.stack([critic_loss, -q.mean(-1).sum()])
+
+
+def clip_each_agent(parameters: list[torch.Tensor], agents: int, max_norm: float) -> None:
+    """Scales the gradient of each agent's parameters, [agent, ...] or [twin * agent, ...], to a norm of at most `max_norm`."""
+    gradients = [parameter.grad.unflatten(0, (-1, agents)) for parameter in parameters]
+    norms = sum(gradient.square().transpose(0, 1).flatten(1).sum(1) for gradient in gradients).sqrt()  # [agent]
+    for gradient in gradients:
+        gradient.mul_((max_norm / norms.clamp(min=max_norm)).view(-1, *[1] * (gradient.dim() - 2)))
 
 
 class CUDAGraph:
@@ -334,6 +346,12 @@ def check_positive(args, *names: str) -> None:
     for name in names:
         if not getattr(args, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} must be above 0; it is {getattr(args, name)}")
+
+
+def check_range(args, low: float, high: float, *names: str) -> None:
+    for name in names:
+        if not low <= getattr(args, name) <= high:
+            raise InputError(f"--{name.replace('_', '-')} must be from {low} to {high}; it is {getattr(args, name)}")
 
 
 def choose_device(args) -> torch.device:
@@ -392,10 +410,10 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
         raise InputError(f"no checkpoint at {path}; --resume takes the folder of a run that was started before")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        saved = checkpoint["args"]
+        saved, started_by = checkpoint["args"], checkpoint["script"]
     except Exception as error:
         raise InputError(f"{path} is not a whole checkpoint ({type(error).__name__}); start the run again") from None
-    if saved.keys() | {"resume"} != vars(args).keys():
+    if started_by != script or saved.keys() | {"resume"} != vars(args).keys():
         raise InputError(f"{args.resume} is not a run of this {script}.py; resume it with the script and version that started it")
     for name, value in saved.items():
         paths = ("dataset", "world_model", "output", "run_dir")
@@ -406,6 +424,8 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
 def train(args: Args) -> dict:
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size", "max_grad_norm")
     check_positive(args, "learning_rate", "memory_learning_rate", "policy_delay", "cql_samples", "cql_noise")
+    check_range(args, 0, 1, "gamma", "polyak")
+    check_range(args, 0, math.inf, "cql_alpha", "policy_noise", "noise_clip")
     run_dir, checkpoint = open_run(args, "icql")
     task, device = find_task(args.task), choose_device(args)
     if task.discrete:
@@ -433,7 +453,7 @@ def train(args: Args) -> dict:
             loss.sum().backward()
             for group in optimizer.param_groups:
                 if group["params"][0].grad is not None:  # policies have none between their steps
-                    nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
+                    clip_each_agent(group["params"], task.num_agents, args.max_grad_norm)
             optimizer.step()
             if learn_policy:
                 with torch.no_grad():
@@ -468,7 +488,8 @@ def train(args: Args) -> dict:
     def save_checkpoint(step: int) -> None:
         writer.flush()  # what is logged up to here is never logged again
         arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "resume"}
-        state = {"args": arguments, "step": step, "seconds": seconds, "evaluations": evaluations, "random_states": random_states()}
+        state = {"script": "icql", "args": arguments, "step": step, "seconds": seconds}
+        state |= {"evaluations": evaluations, "random_states": random_states()}
         save_whole(state | {"team": team.state_dict(), "optimizer": optimizer.state_dict()}, run_dir / "checkpoint.pt")
 
     stop_signals: list[int] = []
@@ -483,16 +504,18 @@ def train(args: Args) -> dict:
         update = updates[step % args.policy_delay == 0]
         loss_sum += update(torch.randint(dataset.size, (args.batch_size,), device=device))
         progress.update()
-        if step % 100 == 0 or step % args.eval_every == 0 or step == args.total_steps or stop_signals:
+        stopping = bool(stop_signals)  # looked at once: one that comes later waits for the next step
+        if step % 100 == 0 or step % args.eval_every == 0 or step == args.total_steps or stopping:
             mean_losses = (loss_sum / (step - logged_step)).tolist()
             if not math.isfinite(sum(mean_losses)):
                 last_good = f"; {run_dir}/checkpoint.pt is the last good one" if (run_dir / "checkpoint.pt").exists() else ""
                 raise InputError(f"a loss of steps {logged_step + 1} to {step} is not finite{last_good}")
             writer.add_scalar("losses/critics", mean_losses[0], step)
-            writer.add_scalar("losses/policy", mean_losses[1] * args.policy_delay, step)  # of the steps that had one
+            if policy_steps := step // args.policy_delay - logged_step // args.policy_delay:
+                writer.add_scalar("losses/policy", mean_losses[1] * (step - logged_step) / policy_steps, step)
             logged_step = step
             loss_sum.zero_()
-        if step % args.eval_every == 0 or stop_signals:
+        if step % args.eval_every == 0 or stopping:
             seconds += time.perf_counter() - started
             writer.add_scalar("charts/SPS", step / seconds, step)
             if step % args.eval_every == 0:
@@ -502,7 +525,7 @@ def train(args: Args) -> dict:
                     print(f"step {step} of {args.total_steps}: score {evaluations[-1]['score']:.2f}, {step / seconds:.0f} steps/s", flush=True)
             save_checkpoint(step)
             started = time.perf_counter()
-        if stop_signals:
+        if stopping:
             progress.close()
             print(f"stopped after step {step}; go on with: python baselines/icql.py --resume {run_dir}")
             sys.exit(128 + stop_signals[0])

@@ -12,6 +12,8 @@ Deviations from the paper:
 1. States are standardised by the dataset's statistics.
 2. Learning rates decay to zero, for fewer steps: the paper has 1,000,000.
 3. The value inside targets and advantages sees the online memory, whose value it is; target critics see the target memory.
+4. Value, policy and critics take one step together instead of one after the other; so the memory is encoded and trained once.
+5. The memory, 128 dimensions of noise at first, starts at a tenth of its scale.
 """
 
 import copy
@@ -60,8 +62,8 @@ class Args:
     """auto takes a CUDA GPU where there is one"""
     total_steps: int | None = None
     """gradient steps; if not given, 10,000, or 500 in the coordination game (the paper's: 1,000,000)"""
-    eval_every: int = 1000
-    """gradient steps between two evaluations, each followed by a checkpoint"""
+    eval_every: int | None = None
+    """gradient steps between two evaluations, each followed by a checkpoint; if not given, 1,000, or 100 in the coordination game"""
     eval_episodes: int = 100
     """greedy episodes of an evaluation, from the same start states each time (the paper's: 10); the final one has 100"""
     run_dir: Path | None = None
@@ -330,6 +332,12 @@ def check_positive(args, *names: str) -> None:
             raise InputError(f"--{name.replace('_', '-')} must be above 0; it is {getattr(args, name)}")
 
 
+def check_range(args, low: float, high: float, *names: str) -> None:
+    for name in names:
+        if not low <= getattr(args, name) <= high:
+            raise InputError(f"--{name.replace('_', '-')} must be from {low} to {high}; it is {getattr(args, name)}")
+
+
 def choose_device(args) -> torch.device:
     cuda = torch.cuda.is_available()
     if args.device == "cuda" and not cuda:
@@ -386,10 +394,10 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
         raise InputError(f"no checkpoint at {path}; --resume takes the folder of a run that was started before")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        saved = checkpoint["args"]
+        saved, started_by = checkpoint["args"], checkpoint["script"]
     except Exception as error:
         raise InputError(f"{path} is not a whole checkpoint ({type(error).__name__}); start the run again") from None
-    if saved.keys() | {"resume"} != vars(args).keys():
+    if started_by != script or saved.keys() | {"resume"} != vars(args).keys():
         raise InputError(f"{args.resume} is not a run of this {script}.py; resume it with the script and version that started it")
     for name, value in saved.items():
         paths = ("dataset", "world_model", "output", "run_dir")
@@ -402,7 +410,11 @@ def train(args: Args) -> dict:
         args.total_steps = 500 if args.task.startswith("coordination") else 10_000
     if args.gamma is None:
         args.gamma = 0.5 if args.task.startswith("coordination") else 0.99
+    if args.eval_every is None:
+        args.eval_every = 100 if args.task.startswith("coordination") else 1000
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size", "learning_rate", "memory_learning_rate", "max_grad_norm")
+    check_range(args, 0, 1, "gamma", "polyak", "expectile")
+    check_range(args, 0, math.inf, "beta", "max_weight")
     run_dir, checkpoint = open_run(args, "iql")
     actions_per_agent = find_task(args.task).action_dim
     task, device = centralize(find_task(args.task)), choose_device(args)
@@ -459,7 +471,8 @@ def train(args: Args) -> dict:
     def save_checkpoint(step: int) -> None:
         writer.flush()  # what is logged up to here is never logged again
         arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "resume"}
-        state = {"args": arguments, "step": step, "seconds": seconds, "evaluations": evaluations, "random_states": random_states()}
+        state = {"script": "iql", "args": arguments, "step": step, "seconds": seconds}
+        state |= {"evaluations": evaluations, "random_states": random_states()}
         save_whole(state | {"team": team.state_dict(), "optimizer": optimizer.state_dict()}, run_dir / "checkpoint.pt")
 
     stop_signals: list[int] = []
@@ -473,7 +486,8 @@ def train(args: Args) -> dict:
             group["lr"].fill_(learning_rate * (1 - (step - 1) / args.total_steps))
         loss_sum += update(torch.randint(dataset.size, (args.batch_size,), device=device))
         progress.update()
-        if step % 100 == 0 or step % args.eval_every == 0 or step == args.total_steps or stop_signals:
+        stopping = bool(stop_signals)  # looked at once: one that comes later waits for the next step
+        if step % 100 == 0 or step % args.eval_every == 0 or step == args.total_steps or stopping:
             mean_losses = (loss_sum / (step - logged_step)).tolist()
             if not math.isfinite(sum(mean_losses)):
                 last_good = f"; {run_dir}/checkpoint.pt is the last good one" if (run_dir / "checkpoint.pt").exists() else ""
@@ -482,7 +496,7 @@ def train(args: Args) -> dict:
                 writer.add_scalar(f"losses/{name}", value, step)
             logged_step = step
             loss_sum.zero_()
-        if step % args.eval_every == 0 or stop_signals:
+        if step % args.eval_every == 0 or stopping:
             seconds += time.perf_counter() - started
             writer.add_scalar("charts/SPS", step / seconds, step)
             if step % args.eval_every == 0:
@@ -492,7 +506,7 @@ def train(args: Args) -> dict:
                     print(f"step {step} of {args.total_steps}: score {evaluations[-1]['score']:.2f}, {step / seconds:.0f} steps/s", flush=True)
             save_checkpoint(step)
             started = time.perf_counter()
-        if stop_signals:
+        if stopping:
             progress.close()
             print(f"stopped after step {step}; go on with: python baselines/iql.py --resume {run_dir}")
             sys.exit(128 + stop_signals[0])

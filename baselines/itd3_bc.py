@@ -12,6 +12,7 @@ Deviations from the paper:
 2. Learning rates decay to zero, for fewer steps: the paper has 1,000,000.
 3. Critics and policies take one step together: policies climb the critics of before the step.
 4. A policy's loss does not reach the memory through the critic, where it could raise the value without acting better.
+5. The memory, 128 dimensions of noise at first, starts at a tenth of its scale.
 """
 
 import copy
@@ -92,9 +93,9 @@ class Args:
     noise_clip: float = 0.5
     """largest such noise"""
     max_grad_norm: float = 1.0
-    """largest norm of the gradients of policies, of critics and of history encoders"""
+    """for each agent, the largest norm of the gradients of its policy, of its critics and of its history encoder"""
     alpha: float = 2.5
-    """weight of the value against cloning, which is divided by the mean absolute value (TD3+BC, Eq. 5)"""
+    """lambda = alpha / mean |Q| weighs the value against cloning (TD3+BC, Eq. 5)"""
 
 
 class BatchedLinear(nn.Module):
@@ -276,6 +277,14 @@ def itd3_bc_losses(team: Team, batch: Batch, noise: torch.Tensor, args: Args, le
     return torch.stack([critic_loss, (cloning - value).sum()])  # TD3+BC, Eq. 3
 
 
+def clip_each_agent(parameters: list[torch.Tensor], agents: int, max_norm: float) -> None:
+    """Scales the gradient of each agent's parameters, [agent, ...] or [twin * agent, ...], to a norm of at most `max_norm`."""
+    gradients = [parameter.grad.unflatten(0, (-1, agents)) for parameter in parameters]
+    norms = sum(gradient.square().transpose(0, 1).flatten(1).sum(1) for gradient in gradients).sqrt()  # [agent]
+    for gradient in gradients:
+        gradient.mul_((max_norm / norms.clamp(min=max_norm)).view(-1, *[1] * (gradient.dim() - 2)))
+
+
 class CUDAGraph:
     """Replays a function of tensors with fixed shapes as one CUDA graph, after three eager calls that warm it up."""
 
@@ -305,6 +314,12 @@ def check_positive(args, *names: str) -> None:
     for name in names:
         if not getattr(args, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} must be above 0; it is {getattr(args, name)}")
+
+
+def check_range(args, low: float, high: float, *names: str) -> None:
+    for name in names:
+        if not low <= getattr(args, name) <= high:
+            raise InputError(f"--{name.replace('_', '-')} must be from {low} to {high}; it is {getattr(args, name)}")
 
 
 def choose_device(args) -> torch.device:
@@ -363,10 +378,10 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
         raise InputError(f"no checkpoint at {path}; --resume takes the folder of a run that was started before")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        saved = checkpoint["args"]
+        saved, started_by = checkpoint["args"], checkpoint["script"]
     except Exception as error:
         raise InputError(f"{path} is not a whole checkpoint ({type(error).__name__}); start the run again") from None
-    if saved.keys() | {"resume"} != vars(args).keys():
+    if started_by != script or saved.keys() | {"resume"} != vars(args).keys():
         raise InputError(f"{args.resume} is not a run of this {script}.py; resume it with the script and version that started it")
     for name, value in saved.items():
         paths = ("dataset", "world_model", "output", "run_dir")
@@ -377,6 +392,8 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
 def train(args: Args) -> dict:
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size", "max_grad_norm")
     check_positive(args, "learning_rate", "memory_learning_rate", "policy_delay")
+    check_range(args, 0, 1, "gamma", "polyak")
+    check_range(args, 0, math.inf, "alpha", "policy_noise", "noise_clip")
     run_dir, checkpoint = open_run(args, "itd3_bc")
     task, device = find_task(args.task), choose_device(args)
     if task.discrete:
@@ -404,7 +421,7 @@ def train(args: Args) -> dict:
             loss.sum().backward()
             for group in optimizer.param_groups:
                 if group["params"][0].grad is not None:  # policies have none between their steps
-                    nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
+                    clip_each_agent(group["params"], task.num_agents, args.max_grad_norm)
             optimizer.step()
             if learn_policy:
                 with torch.no_grad():
@@ -439,7 +456,8 @@ def train(args: Args) -> dict:
     def save_checkpoint(step: int) -> None:
         writer.flush()  # what is logged up to here is never logged again
         arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "resume"}
-        state = {"args": arguments, "step": step, "seconds": seconds, "evaluations": evaluations, "random_states": random_states()}
+        state = {"script": "itd3_bc", "args": arguments, "step": step, "seconds": seconds}
+        state |= {"evaluations": evaluations, "random_states": random_states()}
         save_whole(state | {"team": team.state_dict(), "optimizer": optimizer.state_dict()}, run_dir / "checkpoint.pt")
 
     stop_signals: list[int] = []
@@ -454,16 +472,18 @@ def train(args: Args) -> dict:
         update = updates[step % args.policy_delay == 0]
         loss_sum += update(torch.randint(dataset.size, (args.batch_size,), device=device))
         progress.update()
-        if step % 100 == 0 or step % args.eval_every == 0 or step == args.total_steps or stop_signals:
+        stopping = bool(stop_signals)  # looked at once: one that comes later waits for the next step
+        if step % 100 == 0 or step % args.eval_every == 0 or step == args.total_steps or stopping:
             mean_losses = (loss_sum / (step - logged_step)).tolist()
             if not math.isfinite(sum(mean_losses)):
                 last_good = f"; {run_dir}/checkpoint.pt is the last good one" if (run_dir / "checkpoint.pt").exists() else ""
                 raise InputError(f"a loss of steps {logged_step + 1} to {step} is not finite{last_good}")
             writer.add_scalar("losses/critics", mean_losses[0], step)
-            writer.add_scalar("losses/policy", mean_losses[1] * args.policy_delay, step)  # of the steps that had one
+            if policy_steps := step // args.policy_delay - logged_step // args.policy_delay:
+                writer.add_scalar("losses/policy", mean_losses[1] * (step - logged_step) / policy_steps, step)
             logged_step = step
             loss_sum.zero_()
-        if step % args.eval_every == 0 or stop_signals:
+        if step % args.eval_every == 0 or stopping:
             seconds += time.perf_counter() - started
             writer.add_scalar("charts/SPS", step / seconds, step)
             if step % args.eval_every == 0:
@@ -473,7 +493,7 @@ def train(args: Args) -> dict:
                     print(f"step {step} of {args.total_steps}: score {evaluations[-1]['score']:.2f}, {step / seconds:.0f} steps/s", flush=True)
             save_checkpoint(step)
             started = time.perf_counter()
-        if stop_signals:
+        if stopping:
             progress.close()
             print(f"stopped after step {step}; go on with: python baselines/itd3_bc.py --resume {run_dir}")
             sys.exit(128 + stop_signals[0])

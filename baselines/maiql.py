@@ -14,7 +14,12 @@ Deviations from the paper:
 2. The minimum over twins is taken after mixing: mixers' weights may be negative, so a minimum of each agent's would be no bound.
 3. Learning rates decay to zero, for fewer steps: the paper has 1,000,000.
 4. The value inside targets and advantages sees the online memory, whose value it is; target critics see the target memory.
-5. MAIQL-ft collects as many transitions as the dataset has, whatever the number of steps: at the paper's 1,000,000 one a step.
+5. Values, policies and critics take one step together instead of one after the other; so the memory is encoded and trained once.
+6. The critics' mixer sees the joint action, too (Eq. 4 has the state alone): otherwise no team value could tell agreement from
+   disagreement. beta multiplies the whole mixed advantage (Eq. 7 has none), as in IQL.
+7. The memory, 128 dimensions of noise at first, starts at a tenth of its scale.
+8. MAIQL-ft collects about as many transitions as the dataset has, whatever the number of steps: at the paper's 1,000,000 one a
+   step. The learning rate decays over both halves, so the first one is not MAIQL's run.
 """
 
 import copy
@@ -60,13 +65,13 @@ class Args:
     task: str = "reacher-leader-only"
     """reacher-{all-observant,independent,leader-only} or coordination-{favorable,neutral,unfavorable}"""
     seed: int = 1
-    """seed of networks and minibatches"""
+    """seed of networks, minibatches and rollouts"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a CUDA GPU where there is one"""
     total_steps: int | None = None
     """gradient steps; if not given, 10,000, or 500 in the coordination game (the paper's: 1,000,000)"""
-    eval_every: int = 1000
-    """gradient steps between two evaluations, each followed by a checkpoint"""
+    eval_every: int | None = None
+    """gradient steps between two evaluations, each followed by a checkpoint; if not given, 1,000, or 100 in the coordination game"""
     eval_episodes: int = 100
     """greedy episodes of an evaluation, from the same start states each time (the paper's: 10); the final one has 100"""
     run_dir: Path | None = None
@@ -266,7 +271,7 @@ class Team(nn.Module):
         """[batch, agent, action] in [-1, 1]."""
         return self.distribution(self.inputs(observations, histories)).greedy()
 
-    def act_by_chance(self, observations: torch.Tensor, histories: torch.Tensor) -> torch.Tensor:
+    def sample_actions(self, observations: torch.Tensor, histories: torch.Tensor) -> torch.Tensor:
         """Sampled actions [batch, agent, action]."""
         distribution = self.distribution(self.inputs(observations, histories))
         if self.task.discrete:
@@ -301,13 +306,15 @@ class OnlineData:
     """Rollouts of the team in the true simulator, written behind the rows of the dataset (MAIQL-ft, Section 5.1).
 
     A rollout follows a copy of the ten rows before the state it starts from, so that histories are read as everywhere.
-    After `args.total_steps` steps there are as many transitions as in the dataset. `rows` holds the rows of the first `filled`.
+    At the end there are about as many transitions as in the dataset. `rows[:filled]` are the row numbers of those recorded so far.
     """
 
     def __init__(self, task: Task, dataset: OfflineDataset, args: Args):
         self.dataset, self.length, self.filled, self.next_row = dataset, args.rollout_length, 0, dataset.size
         batches = math.ceil(args.total_steps / args.rollout_every)
         self.rollouts = math.ceil(dataset.size / batches / self.length)
+        if self.rollouts > 2000:
+            raise InputError(f"--finetune would need {self.rollouts} rollouts at once; take more --total-steps or a longer --rollout-length")
         self.simulator = make_simulator(task, self.rollouts)
         self.columns = ("states", "next_states", "actions", "rewards", "masks", "episode_starts")
         for name in self.columns:
@@ -329,7 +336,7 @@ class OnlineData:
         alive = torch.ones_like(starts, dtype=torch.bool)
         for rows in first + torch.arange(self.length, device=dataset.device)[:, None]:
             dataset.states[rows], dataset.episode_starts[rows] = torch.as_tensor(states).to(dataset.states), episode_starts
-            actions = team.act_by_chance(dataset.task.observe(dataset.states[rows]), dataset.histories(rows))
+            actions = team.sample_actions(dataset.task.observe(dataset.states[rows]), dataset.histories(rows))
             states, rewards, terminals = self.simulator.step(actions.cpu().numpy())
             terminals = torch.as_tensor(terminals, device=dataset.device)
             dataset.actions[rows], dataset.rewards[rows] = actions, torch.as_tensor(rewards).to(dataset.rewards)
@@ -409,6 +416,12 @@ def check_positive(args, *names: str) -> None:
             raise InputError(f"--{name.replace('_', '-')} must be above 0; it is {getattr(args, name)}")
 
 
+def check_range(args, low: float, high: float, *names: str) -> None:
+    for name in names:
+        if not low <= getattr(args, name) <= high:
+            raise InputError(f"--{name.replace('_', '-')} must be from {low} to {high}; it is {getattr(args, name)}")
+
+
 def choose_device(args) -> torch.device:
     cuda = torch.cuda.is_available()
     if args.device == "cuda" and not cuda:
@@ -465,10 +478,10 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
         raise InputError(f"no checkpoint at {path}; --resume takes the folder of a run that was started before")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        saved = checkpoint["args"]
+        saved, started_by = checkpoint["args"], checkpoint["script"]
     except Exception as error:
         raise InputError(f"{path} is not a whole checkpoint ({type(error).__name__}); start the run again") from None
-    if saved.keys() | {"resume"} != vars(args).keys():
+    if started_by != script or saved.keys() | {"resume"} != vars(args).keys():
         raise InputError(f"{args.resume} is not a run of this {script}.py; resume it with the script and version that started it")
     for name, value in saved.items():
         paths = ("dataset", "world_model", "output", "run_dir")
@@ -481,8 +494,12 @@ def train(args: Args) -> dict:
         args.total_steps = 500 if args.task.startswith("coordination") else 10_000
     if args.gamma is None:
         args.gamma = 0.5 if args.task.startswith("coordination") else 0.99
+    if args.eval_every is None:
+        args.eval_every = 100 if args.task.startswith("coordination") else 1000
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size", "learning_rate", "memory_learning_rate", "max_grad_norm")
     check_positive(args, "rollout_length", "rollout_every")
+    check_range(args, 0, 1, "gamma", "polyak", "expectile")
+    check_range(args, 0, math.inf, "beta", "max_weight")
     run_dir, checkpoint = open_run(args, "maiql")
     task, device = find_task(args.task), choose_device(args)
     dataset = load_dataset(task, args.dataset, device)  # before seeding: recording it draws random numbers
@@ -542,7 +559,8 @@ def train(args: Args) -> dict:
     def save_checkpoint(step: int) -> None:
         writer.flush()  # what is logged up to here is never logged again
         arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "resume"}
-        state = {"args": arguments, "step": step, "seconds": seconds, "evaluations": evaluations, "random_states": random_states()}
+        state = {"script": "maiql", "args": arguments, "step": step, "seconds": seconds}
+        state |= {"evaluations": evaluations, "random_states": random_states()}
         state |= {"online_data": online_data.state_dict()} if online_data else {}
         save_whole(state | {"team": team.state_dict(), "optimizer": optimizer.state_dict()}, run_dir / "checkpoint.pt")
 
@@ -555,12 +573,14 @@ def train(args: Args) -> dict:
         for i, group in enumerate(optimizer.param_groups):
             learning_rate = args.memory_learning_rate if i == 3 else args.learning_rate
             group["lr"].fill_(learning_rate * (1 - (step - 1) / last_step))
-        if online_data and step > args.total_steps and (step - args.total_steps - 1) % args.rollout_every == 0:
+        finetuning = online_data and step > args.total_steps and online_data.filled < dataset.size
+        if finetuning and (step - args.total_steps - 1) % args.rollout_every == 0:
             online_data.collect(team)
         rows = online_data.sample(args.batch_size) if online_data else torch.randint(dataset.size, (args.batch_size,), device=device)
         loss_sum += update(rows)
         progress.update()
-        if step % 100 == 0 or step % args.eval_every == 0 or step == last_step or stop_signals:
+        stopping = bool(stop_signals)  # looked at once: one that comes later waits for the next step
+        if step % 100 == 0 or step % args.eval_every == 0 or step == last_step or stopping:
             mean_losses = (loss_sum / (step - logged_step)).tolist()
             if not math.isfinite(sum(mean_losses)):
                 last_good = f"; {run_dir}/checkpoint.pt is the last good one" if (run_dir / "checkpoint.pt").exists() else ""
@@ -569,7 +589,7 @@ def train(args: Args) -> dict:
                 writer.add_scalar(f"losses/{name}", value, step)
             logged_step = step
             loss_sum.zero_()
-        if step % args.eval_every == 0 or stop_signals:
+        if step % args.eval_every == 0 or stopping:
             seconds += time.perf_counter() - started
             writer.add_scalar("charts/SPS", step / seconds, step)
             if step % args.eval_every == 0:
@@ -579,7 +599,7 @@ def train(args: Args) -> dict:
                     print(f"step {step} of {last_step}: score {evaluations[-1]['score']:.2f}, {step / seconds:.0f} steps/s", flush=True)
             save_checkpoint(step)
             started = time.perf_counter()
-        if stop_signals:
+        if stopping:
             progress.close()
             print(f"stopped after step {step}; go on with: python baselines/maiql.py --resume {run_dir}")
             sys.exit(128 + stop_signals[0])
@@ -588,11 +608,12 @@ def train(args: Args) -> dict:
 
     evaluation, record = evaluate_team(last_step, 100)
     scores = task.normalized_score(evaluation.returns)
+    paper_score = None if args.finetune else PAPER_SCORES.get(task.name)
     result = {
         "score": record["score"],
         "score_stderr": float(scores.std(ddof=1) / len(scores) ** 0.5),
         "best_score": max(entry["score"] for entry in [*evaluations, record]),
-        "paper_score": PAPER_SCORES.get(task.name),
+        "paper_score": paper_score,
         "returns": record["returns"],
         "evaluations": evaluations,
         "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
@@ -606,7 +627,7 @@ def train(args: Args) -> dict:
     if task.environment == "Reacher-v4":
         plot_team_strategy(task, evaluation, run_dir / "strategy.png")
     writer.close()
-    print(f"{task.name}: score {result['score']:.3f} ± {result['score_stderr']:.3f} over 100 greedy episodes (paper: {PAPER_SCORES.get(task.name, '-')})")
+    print(f"{task.name}: score {result['score']:.3f} ± {result['score_stderr']:.3f} over 100 greedy episodes (paper: {paper_score or '-'})")
     print(f"{seconds:.0f} s of training; everything is in {run_dir}")
     return result
 

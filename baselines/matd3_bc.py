@@ -1,9 +1,9 @@
 """MATD3+BC: TD3 with behavioural cloning for a team, whose critics are mixed into the team's.
 
 Paper: Fujimoto and Gu, "A Minimalist Approach to Offline Reinforcement Learning", NeurIPS 2021 (TD3+BC); Barde et al., "A Model-Based
-Solution to the Offline Multi-Agent Reinforcement Learning Coordination Problem", AAMAS 2024, Section 5.1, which mixes as QMIX does: the team's
-value is the weighted sum of the agents', the weights given by a network of the global state and joint action (Eq. 4). Policies
-climb the team's value together, each from its own observations and history, and stay close to the dataset's actions.
+Solution to the Offline Multi-Agent Reinforcement Learning Coordination Problem", AAMAS 2024, Section 5.1, with a mixer: the team's
+value is the weighted sum of the agents', the weights given by a network of the global state and the joint action (Eq. 4 has the
+state alone). Policies climb the team's value together, each from its own observations and history, and stay close to the dataset's actions.
 
     python baselines/matd3_bc.py --task reacher-leader-only
     python baselines/matd3_bc.py --resume runs/RUN  # goes on where RUN stopped, to the bit
@@ -14,6 +14,7 @@ Deviations from the paper, which reports this method without its details or code
 3. Critics and policies take one step together: policies climb the critics of before the step.
 4. A policy's loss does not reach the memory through the critic, where it could raise the value without acting better.
 5. The minimum over twins is taken after mixing: mixers' weights may be negative, so a minimum of each agent's would be no bound.
+6. The memory, 128 dimensions of noise at first, starts at a tenth of its scale.
 """
 
 import copy
@@ -98,7 +99,7 @@ class Args:
     max_grad_norm: float = 1.0
     """largest norm of the gradients of policies, of critics and of history encoders"""
     alpha: float = 2.5
-    """weight of the team's value against cloning, which is divided by the mean absolute value (TD3+BC, Eq. 5)"""
+    """lambda = alpha / mean |Q| weighs the team's value against cloning (TD3+BC, Eq. 5)"""
 
 
 class BatchedLinear(nn.Module):
@@ -294,6 +295,12 @@ def check_positive(args, *names: str) -> None:
             raise InputError(f"--{name.replace('_', '-')} must be above 0; it is {getattr(args, name)}")
 
 
+def check_range(args, low: float, high: float, *names: str) -> None:
+    for name in names:
+        if not low <= getattr(args, name) <= high:
+            raise InputError(f"--{name.replace('_', '-')} must be from {low} to {high}; it is {getattr(args, name)}")
+
+
 def choose_device(args) -> torch.device:
     cuda = torch.cuda.is_available()
     if args.device == "cuda" and not cuda:
@@ -350,10 +357,10 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
         raise InputError(f"no checkpoint at {path}; --resume takes the folder of a run that was started before")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        saved = checkpoint["args"]
+        saved, started_by = checkpoint["args"], checkpoint["script"]
     except Exception as error:
         raise InputError(f"{path} is not a whole checkpoint ({type(error).__name__}); start the run again") from None
-    if saved.keys() | {"resume"} != vars(args).keys():
+    if started_by != script or saved.keys() | {"resume"} != vars(args).keys():
         raise InputError(f"{args.resume} is not a run of this {script}.py; resume it with the script and version that started it")
     for name, value in saved.items():
         paths = ("dataset", "world_model", "output", "run_dir")
@@ -364,6 +371,8 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
 def train(args: Args) -> dict:
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size", "max_grad_norm")
     check_positive(args, "learning_rate", "memory_learning_rate", "policy_delay")
+    check_range(args, 0, 1, "gamma", "polyak")
+    check_range(args, 0, math.inf, "alpha", "policy_noise", "noise_clip")
     run_dir, checkpoint = open_run(args, "matd3_bc")
     task, device = find_task(args.task), choose_device(args)
     if task.discrete:
@@ -426,7 +435,8 @@ def train(args: Args) -> dict:
     def save_checkpoint(step: int) -> None:
         writer.flush()  # what is logged up to here is never logged again
         arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "resume"}
-        state = {"args": arguments, "step": step, "seconds": seconds, "evaluations": evaluations, "random_states": random_states()}
+        state = {"script": "matd3_bc", "args": arguments, "step": step, "seconds": seconds}
+        state |= {"evaluations": evaluations, "random_states": random_states()}
         save_whole(state | {"team": team.state_dict(), "optimizer": optimizer.state_dict()}, run_dir / "checkpoint.pt")
 
     stop_signals: list[int] = []
@@ -441,16 +451,18 @@ def train(args: Args) -> dict:
         update = updates[step % args.policy_delay == 0]
         loss_sum += update(torch.randint(dataset.size, (args.batch_size,), device=device))
         progress.update()
-        if step % 100 == 0 or step % args.eval_every == 0 or step == args.total_steps or stop_signals:
+        stopping = bool(stop_signals)  # looked at once: one that comes later waits for the next step
+        if step % 100 == 0 or step % args.eval_every == 0 or step == args.total_steps or stopping:
             mean_losses = (loss_sum / (step - logged_step)).tolist()
             if not math.isfinite(sum(mean_losses)):
                 last_good = f"; {run_dir}/checkpoint.pt is the last good one" if (run_dir / "checkpoint.pt").exists() else ""
                 raise InputError(f"a loss of steps {logged_step + 1} to {step} is not finite{last_good}")
             writer.add_scalar("losses/critics", mean_losses[0], step)
-            writer.add_scalar("losses/policy", mean_losses[1] * args.policy_delay, step)  # of the steps that had one
+            if policy_steps := step // args.policy_delay - logged_step // args.policy_delay:
+                writer.add_scalar("losses/policy", mean_losses[1] * (step - logged_step) / policy_steps, step)
             logged_step = step
             loss_sum.zero_()
-        if step % args.eval_every == 0 or stop_signals:
+        if step % args.eval_every == 0 or stopping:
             seconds += time.perf_counter() - started
             writer.add_scalar("charts/SPS", step / seconds, step)
             if step % args.eval_every == 0:
@@ -460,7 +472,7 @@ def train(args: Args) -> dict:
                     print(f"step {step} of {args.total_steps}: score {evaluations[-1]['score']:.2f}, {step / seconds:.0f} steps/s", flush=True)
             save_checkpoint(step)
             started = time.perf_counter()
-        if stop_signals:
+        if stopping:
             progress.close()
             print(f"stopped after step {step}; go on with: python baselines/matd3_bc.py --resume {run_dir}")
             sys.exit(128 + stop_signals[0])

@@ -77,7 +77,7 @@ class OfflineDataset:
     def episode_returns(self) -> np.ndarray:
         """The return of each episode [episode]."""
         starts = np.concatenate([[0], self.episode_ends[:-1] + 1])
-        return np.add.reduceat(self.rewards.cpu().numpy().astype(np.float64), starts)
+        return np.add.reduceat(self.rewards[: self.size].cpu().numpy().astype(np.float64), starts)
 
 
 def dataset_path(task: Task) -> Path:
@@ -100,7 +100,8 @@ def load_dataset(task: Task, path: Path | None = None, device="cpu") -> OfflineD
 
             collect_reacher.record_dataset(collect_reacher.Dataset(output=path))
     if not Path(path).is_file():
-        raise InputError(f"no dataset at {path}; make it with: python -m data.collect_{task.name.split('-')[0]} dataset --output {path}")
+        command = f"; make it with: python -m data.collect_{task.name.split('-')[0]} dataset --output {path}"
+        raise InputError(f"no dataset at {path}{'' if task.environment == 'coordination' else command}")
     return OfflineDataset(task, read_columns(task, Path(path)), device)
 
 

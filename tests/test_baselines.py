@@ -121,6 +121,37 @@ def test_maiql_losses_equal_the_equations_sample_by_sample(task):
     torch.testing.assert_close(got, losses / len(batch.rewards), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("module", [iql, maiql], ids=["iql", "maiql"])
+def test_each_loss_of_the_iql_family_trains_its_own_networks_only(module):
+    torch.manual_seed(0)
+    task = iql.centralize(TASK) if module is iql else TASK
+    team = scrambled(iql.Team(task, torch.randn(50, 11), 1) if module is iql else maiql.Team(task, torch.randn(50, 11)))
+    losses = iql.iql_losses if module is iql else maiql.maiql_losses
+    batch, args = made_up_batch(module, task), module.Args(gamma=0.9)
+    for index, trained in enumerate([{"value", "value_mixer"}, {"policy"}, {"critics", "critic_mixer"}]):
+        team.zero_grad()
+        losses(team, batch, args)[index].backward()
+        moved = {name.split(".")[0] for name, parameter in team.named_parameters() if parameter.grad is not None and parameter.grad.any()}
+        assert moved == {"memory"} | {name for name in trained if hasattr(team, name)}
+
+
+def test_clipping_treats_each_agent_as_if_it_were_alone():
+    torch.manual_seed(0)
+    scales = torch.tensor([[0.01], [5.0], [0.01], [5.0]])  # two agents and their twins
+    stacked = [torch.zeros(4, *shape, requires_grad=True) for shape in ((3, 2), (1, 2))]
+    for parameter in stacked:
+        parameter.grad = torch.randn_like(parameter) * scales[:, :, None]
+    alone = [[parameter.detach()[agent::2].clone() for parameter in stacked] for agent in range(2)]
+    for agent in range(2):
+        for parameter, whole in zip(alone[agent], stacked):
+            parameter.grad = whole.grad[agent::2].clone()
+        torch.nn.utils.clip_grad_norm_(alone[agent], 1.0)
+    itd3_bc.clip_each_agent(stacked, 2, 1.0)
+    for agent in range(2):
+        for parameter, whole in zip(alone[agent], stacked):
+            torch.testing.assert_close(whole.grad[agent::2], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_twins_differ_and_targets_equal_at_the_start():
     modules = (maiql, itd3_bc, matd3_bc, icql, iomar)
     for team in (*[module.Team(TASK, torch.randn(50, 11)) for module in modules], iql.Team(iql.centralize(TASK), torch.randn(50, 11), 1)):
@@ -168,6 +199,7 @@ def test_online_data_are_rollouts_in_the_true_simulator_with_their_histories(onl
     for _ in range(2):
         online.collect(team)
     assert online.filled == dataset.size == 200  # as many as the dataset has
+    assert len(dataset.episode_returns()) == 4 and np.allclose(dataset.episode_returns(), dataset.rewards[:200].view(4, 50).sum(1))
     by_rollout = online.rows.view(2, 5, 20).transpose(1, 2).reshape(40, 5)
     for rows in by_rollout:
         start = (dataset.states[:200] == dataset.states[rows[0]]).all(1).nonzero()[0]
@@ -317,17 +349,6 @@ def test_conservative_loss_is_the_importance_weighted_log_sum_exp(module):
         torch.testing.assert_close(got[1], policy_loss, rtol=1e-4, atol=1e-4)
 
 
-def test_conservative_loss_estimates_the_integral_over_actions():
-    """The log-densities are right if any mixture of samples gives the integral of exp Q over [-1, 1], here of a constant Q of 0."""
-    team, batch, inputs, next_inputs, _ = td3_case(icql)
-    for parameter in [*team.critics.parameters(), *team.policy.parameters()]:
-        parameter.data.zero_()
-    args = icql.Args(cql_samples=4000)
-    loss = icql.conservative_loss(team, batch, inputs, next_inputs, icql.draw_noise(batch, args)[1], args)
-    terms = math.log(3 * 4000 * 2.0)  # the sum of 1 / density has mean (number of samples) * (length of the interval)
-    assert abs(loss.item() / 4 - terms) < 0.5  # Gaussian samples alone have a heavy-tailed weight
-
-
 def test_omar_sampler_equals_a_search_for_each_agent_and_state():
     team, batch, inputs, _, _ = td3_case(iomar)
     args = iomar.Args(omar_iterations=3, omar_samples=6, omar_elites=3, omar_mean=0.1)
@@ -369,6 +390,9 @@ def test_each_loss_trains_its_own_networks_only(module):
         assert all(parameter.grad.abs().sum() > 0 for parameter in getattr(team, trained).parameters())
         assert sum(parameter.grad.abs().sum() for parameter in team.memory.parameters()) > 0
         assert all(parameter.grad is None for name, parameter in team.named_parameters() if name.startswith("target_"))
+        if module is matd3_bc:
+            moved = sum(parameter.grad.abs().sum() for parameter in team.critic_mixer.parameters()) > 0
+            assert moved == (trained == "critics")
     team.zero_grad()
     losses(team, batch, noise, args, False).sum().backward()
     assert all(parameter.grad is None for parameter in team.policy.parameters())  # so that Adam leaves them where they are

@@ -267,7 +267,7 @@ def test_every_baseline_resumes_to_the_bit_and_compiles(script, options, dataset
     """Killed as soon as its first checkpoint is whole; and traced as --compile does it, but run without generated code."""
     whole, killed, compiled = tmp_path / "whole", tmp_path / "killed", tmp_path / "compiled"
     arguments = ["--dataset", dataset, "--seed", 5, "--batch-size", 8, "--total-steps", 6, "--eval-episodes", 5]
-    arguments += ["--task", "reacher-all-observant", "--eval-every", 8 if options else 2, *options]  # fine-tuning starts after step 6
+    arguments += ["--task", "reacher-leader-only", "--eval-every", 8 if options else 2, *options]  # fine-tuning starts after step 6
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     for run_dir, option in ((whole, []), (compiled, ["--compile"])):
         status, output = run_here(script, *arguments, "--run-dir", run_dir, *option, monkeypatch=monkeypatch)
@@ -283,6 +283,11 @@ def test_every_baseline_resumes_to_the_bit_and_compiles(script, options, dataset
     assert_same_tensors(one, other)
     for name in one:
         torch.testing.assert_close(one[name], third[name], rtol=1e-3, atol=1e-4, msg=name)
+    if script != "baselines/iql.py":  # the second agent sees two dimensions less than the first: their weights stay zero
+        for name in ("memory.embedding", "policy.0", "value.0", "critics.0", "target_critics.0"):
+            if f"{name}.weight" in one:
+                narrow = one[f"{name}.weight"][1::2]  # of the agent, and of its twin critics
+                assert (narrow[:, -2:] == 0).all() and (narrow[:, -3] != 0).any()
     results = [json.loads((folder / "result.json").read_text()) for folder in (whole, killed)]
     for name in ("score", "returns", "best_score"):
         assert results[0][name] == results[1][name]
@@ -362,6 +367,21 @@ def test_compile_of_the_world_model(dataset, world_model_run, tmp_path, monkeypa
     assert status == 0, output
     one, other = [json.loads((folder / "result.json").read_text()) for folder in (tmp_path / "run", world_model_run)]
     np.testing.assert_allclose(one["member_errors"], other["member_errors"], rtol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("script", BASELINES)
+@pytest.mark.parametrize("option", ["--cudagraphs", "--compile"])
+def test_baselines_on_a_gpu_compute_what_eager_mode_computes(option, script, dataset, tmp_path, monkeypatch):
+    arguments = ["--dataset", dataset, "--device", "cuda", "--total-steps", 20, "--eval-every", 10]  # graphs are captured at steps 4 and 8
+    teams = []
+    for run_dir, options in ((tmp_path / "eager", []), (tmp_path / "fast", [option])):
+        status, output = run_here(script, *arguments, "--run-dir", run_dir, *options, monkeypatch=monkeypatch)
+        assert status == 0, output
+        teams.append(torch.load(run_dir / "checkpoint.pt", weights_only=True)["team"])
+    for name in teams[0]:
+        torch.testing.assert_close(teams[0][name], teams[1][name], rtol=1e-2, atol=1e-3, msg=name)
 
 
 @pytest.mark.gpu
@@ -448,7 +468,7 @@ def refused(dataset, world_model, tmp_path, monkeypatch):
     """Runs a script inside this process that must end with one line that holds all `parts`."""
 
     def refused(script, *arguments, parts):
-        shared = [] if "--resume" in arguments else ["--dataset", dataset, "--run-dir", tmp_path / "refused", *TINY[script]]
+        shared = [] if "--resume" in arguments else ["--dataset", dataset, "--run-dir", tmp_path / "refused", *TINY.get(script, [])]
         if script == "moma_ppo.py" and shared:
             shared += ["--world-model", world_model]
         status, _ = run_here(script, *shared, *arguments, monkeypatch=monkeypatch)
@@ -599,6 +619,21 @@ def test_resume_of_the_other_scripts_run(script, refused, request, tmp_path):
     refused(script, "--resume", tmp_path, parts=[tmp_path])
 
 
+def test_resume_of_a_script_with_the_same_arguments(refused, tmp_path):
+    args = importlib.import_module("baselines.itd3_bc").Args(run_dir=None)
+    saved = {name: value for name, value in vars(args).items() if name != "resume"}
+    torch.save({"script": "itd3_bc", "args": saved}, tmp_path / "checkpoint.pt")
+    refused("baselines/matd3_bc.py", "--resume", tmp_path, parts=[tmp_path, "matd3_bc.py"])
+
+
+def test_finetuning_that_would_need_too_many_simulators(tmp_path, monkeypatch, dataset):
+    columns = importlib.import_module("data.offline_dataset").load_dataset(importlib.import_module("mamujoco_envs").TASKS["reacher-leader-only"], dataset)
+    columns.size = 10**6
+    maiql = importlib.import_module("baselines.maiql")
+    with pytest.raises(ValueError, match="total-steps"):
+        maiql.OnlineData(columns.task, columns, maiql.Args(total_steps=100))
+
+
 def test_an_existing_world_model_is_not_overwritten(refused, world_model):
     before = world_model.read_bytes()
     refused("world_model.py", "--output", world_model, parts=[world_model])
@@ -618,6 +653,13 @@ NONSENSE = [
     ("world_model.py", "elites", 8),  # of seven
     *[(script, name, value) for script in TINY for name in ("total_steps", "eval_every") for value in (0, -1)],
     *[(script, "learning_rate", value) for script in TINY for value in (-1, "nan")],
+    *[(script, "batch_size", 0) for script in BASELINES],
+    *[(f"baselines/{script}.py", "polyak", 1.5) for script in ("iql", "maiql", "itd3_bc", "matd3_bc", "icql", "iomar")],
+    *[(f"baselines/{script}.py", "expectile", -0.1) for script in ("iql", "maiql")],
+    *[(f"baselines/{script}.py", name, 0) for script in ("icql", "iomar") for name in ("policy_delay", "cql_samples")],
+    *[("baselines/iomar.py", "omar_elites", value) for value in (1, 21)],  # one has no variance; of twenty samples
+    ("baselines/iomar.py", "omega", 1.1),
+    ("baselines/maiql.py", "rollout_every", 0),
 ]
 
 
