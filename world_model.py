@@ -53,8 +53,8 @@ class Args:
     """seed of networks and minibatches"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a CUDA GPU where there is one"""
-    total_steps: int = 9000
-    """gradient steps of every member (the paper's: 3,000,000)"""
+    total_steps: int | None = None
+    """gradient steps of every member; if not given, 9,000, or the paper's 3,000,000 with --paper"""
     eval_every: int = 1000
     """gradient steps between two evaluations, each followed by a checkpoint"""
     run_dir: Path | None = None
@@ -250,6 +250,12 @@ def disturb(task: Task, actions: torch.Tensor, behavior: str, generator: torch.G
     return 2 * torch.rand(actions.shape, generator=generator) - 1
 
 
+def ten_step_starts(dataset: OfflineDataset, rows: torch.Tensor) -> torch.Tensor:
+    """Those of `rows` from which an episode goes on for ten steps."""
+    rows = rows[rows + 9 < dataset.size]
+    return rows[dataset.episode_starts[rows] == dataset.episode_starts[rows + 9]]
+
+
 @torch.no_grad()
 def open_loop(ensemble: Ensemble, dataset: OfflineDataset, rows: torch.Tensor, scale, behavior: str, steps: int = 10) -> dict:
     """Rolls the elites out from `rows` beside the true simulator, with the dataset's actions, perturbed or random ones.
@@ -310,8 +316,7 @@ def evaluate_ensemble(ensemble: Ensemble, architecture: dict, args: Args, datase
     errors = validate(ensemble, dataset, rows)
     elites = (errors[:, 0] + errors[:, 1]).argsort()[: args.elites].tolist()
     best = select_members(ensemble, architecture, elites)
-    starts = rows[rows + 9 < dataset.size]
-    starts = starts[dataset.episode_starts[starts] == dataset.episode_starts[starts + 9]][:1000]  # ten steps within an episode
+    starts = ten_step_starts(dataset, rows)[:1000]
     result = {"elites": elites, "member_errors": errors.tolist()}
     result |= dict(zip(["state_error", "reward_error", "mask_error"], errors[elites].mean(0).tolist()))
     result |= {behavior: open_loop(best, dataset, starts, scale, behavior) for behavior in ("held-out", "perturbed", "random")}
@@ -419,6 +424,8 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
 
 
 def train(args: Args) -> dict:
+    if args.total_steps is None:
+        args.total_steps = 3_000_000 if args.paper else 9000
     check_positive(args, "total_steps", "eval_every", "members", "batch_size", "learning_rate", "max_grad_norm")
     if not 2 <= args.elites <= args.members:
         raise InputError(f"--elites must be from 2 to --members {args.members}; it is {args.elites}")
@@ -429,7 +436,7 @@ def train(args: Args) -> dict:
     if args.paper:
         args.target, args.normalize, args.trunk, args.activation = "absolute", False, "separate", "relu"
         args.hidden, args.reward_hidden, args.mask_hidden = (1024,) * 4, (1024,) * 4, (1024,) * 2
-        args.learning_rate, args.reward_weight_decay, args.decay, args.total_steps = 3e-5, 0.0, False, 3_000_000
+        args.learning_rate, args.reward_weight_decay, args.decay = 3e-5, 0.0, False
     output = args.output or run_dir / "world_model.pt"
     if output.exists() and checkpoint is None:
         raise InputError(f"{output} exists; give another --output, or move it away")
@@ -438,6 +445,8 @@ def train(args: Args) -> dict:
     dataset = load_dataset(task, args.dataset, device)  # before seeding: recording it draws random numbers
     seed_everything(args.seed, args.torch_deterministic)
     training_rows, validation_rows = dataset.split()
+    if not len(ten_step_starts(dataset, validation_rows)):
+        raise InputError("the dataset's held-out tenth has no ten steps of one episode to test the model on; take a larger one")
     architecture = {"state_dim": task.state_dim, "action_dim": task.num_agents * task.action_dim, "members": args.members}
     architecture |= {"target": args.target, "trunk": args.trunk, "activation": args.activation}
     architecture["hidden"] = {"state": list(args.hidden), "reward": list(args.reward_hidden), "mask": list(args.mask_hidden)}
