@@ -698,3 +698,48 @@ def test_no_checkpoint_ever_holds_weights_that_are_not_finite(script, dataset, w
         checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
         for tensor in checkpoint["ensemble" if script == "world_model.py" else "team"].values():
             assert tensor.isfinite().all()
+
+
+# --- Tables ---
+
+
+def test_a_table_is_drawn_whatever_runs_finished(tmp_path):
+    curve = [{"seconds": 1.0, "score": 0.1}, {"seconds": 2.0, "score": 0.2}]
+    results = {
+        ("iql", "coordination-neutral", 1): None,
+        ("iql", "coordination-neutral", 2): {"evaluations": curve},
+        ("ibc", "coordination-neutral", 1): {"evaluations": []},
+        ("ibc", "coordination-favorable", 1): {"evaluations": curve},
+    }
+    importlib.import_module("reproduce").plot_curves(results, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """A finished run is read, one with a checkpoint resumed, one killed before its first checkpoint started again."""
+    reproduce, started = importlib.import_module("reproduce"), []
+
+    def run(command, **_):
+        started.append([str(part) for part in command[2:]])
+        folder = tmp_path / f"task__ibc__{len(started) + 1}"
+        folder.mkdir(exist_ok=True)
+        (folder / "result.json").write_text('{"score": 0.5}')
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(reproduce.subprocess, "run", run)
+    for seed, name in ((1, "result.json"), (2, "checkpoint.pt"), (3, "events")):
+        (tmp_path / f"task__ibc__{seed}").mkdir()
+        (tmp_path / f"task__ibc__{seed}" / name).write_text('{"score": 1.0}')
+    scores = [reproduce.run("ibc", "task", seed, tmp_path, ["--compile"])["score"] for seed in (1, 2, 3)]
+    assert scores == [1.0, 0.5, 0.5]
+    assert started[0] == ["--resume", str(tmp_path / "task__ibc__2")]
+    assert started[1] == ["--run-dir", str(tmp_path / "task__ibc__3"), "--task", "task", "--seed", "3", "--compile"]
+    assert not (tmp_path / "task__ibc__3" / "events").exists()
+
+
+def test_a_run_that_fails_in_a_table_is_named(tmp_path, monkeypatch, capsys):
+    reproduce = importlib.import_module("reproduce")
+    for stderr, reason in (("first line\nerror: no luck\n", "error: no luck"), ("", "exit status 137")):
+        monkeypatch.setattr(reproduce.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 137, "", stderr))
+        assert reproduce.run("ibc", "task", 1, tmp_path, []) is None
+        assert reason in "".join(capsys.readouterr())
