@@ -720,7 +720,9 @@ def train(args: Args) -> dict:
             args.world_model = run_dir / "world_model" / "world_model.pt"
             if not args.world_model.is_file():
                 command = [sys.executable, Path(__file__).parent / "world_model.py", "--task", task.name, "--seed", str(args.seed)]
-                command += ["--total-steps", "300", "--hidden", "64", "64", "--reward-hidden", "64", "64", "--mask-hidden", "64"]
+                # Agents that agree are rare, and no single choice foretells it: the more agents, the longer it takes to learn.
+                command += ["--total-steps", str(500 * (task.num_agents - 1)), "--learning-rate", "3e-3", "--reward-weight-decay", "0"]
+                command += ["--hidden", "64", "64", "--reward-hidden", "128", "128", "--mask-hidden", "64"]
                 subprocess.run([*command, "--run-dir", args.world_model.parent, "--device", device.type], check=True)
         args.world_model = args.world_model or Path(__file__).parent / "data" / f"{task.dataset}.pt"
         model = WorldModel(task, args.world_model, device)
