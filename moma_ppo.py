@@ -69,7 +69,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a CUDA GPU where there is one"""
     total_steps: int | None = None
-    """learning steps of `transitions` each; if not given, 300, or 10 in the coordination game (the paper's: 100,000)"""
+    """learning steps of `transitions` each; if not given, 300, or 10 in the coordination game (1,000: leader-only at 1.00; the paper's: 100,000)"""
     eval_every: int | None = None
     """learning steps between two evaluations, each followed by a checkpoint; if not given, 50, or 2 in the coordination game"""
     eval_episodes: int = 100
