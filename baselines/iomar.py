@@ -481,10 +481,9 @@ def train(args: Args) -> dict:
     seed_everything(args.seed, args.torch_deterministic)
     team = Team(task, dataset.states).to(device)
     groups = []
-    for networks in ([team.policy], [team.critics], [team.memory]):
-        parameters = [parameter for network in networks for parameter in network.parameters()]
+    for network in (team.policy, team.critics, team.memory):
         # The learning rate is a tensor, so that a CUDA graph sees it change.
-        groups.append({"params": parameters, "lr": torch.zeros((), device=device)})
+        groups.append({"params": list(network.parameters()), "lr": torch.zeros((), device=device)})
     optimizer = torch.optim.Adam(groups, fused=True, capturable=args.cudagraphs)
     losses = torch.compile(iomar_losses) if args.compile else iomar_losses
     online, targets = [], []
