@@ -222,7 +222,8 @@ def record_dataset(args: Dataset) -> None:
     shapes = {"observations": (size, 11), "actions": (size, 2), "rewards": (size,), "next_observations": (size, 11)}
     columns = {name: np.empty(shape, dtype=np.float32) for name, shape in shapes.items()}
     returns = []
-    for first in tqdm(range(0, args.episodes, batch), desc=f"recording {args.output.name}", unit_scale=batch, unit="episode", mininterval=1):
+    print(f"recording {args.episodes} episodes to {args.output}", flush=True)
+    for first in tqdm(range(0, args.episodes, batch), unit_scale=batch, unit="episode", mininterval=1, disable=None):  # a bar in a terminal only
         team = teams[first >= args.episodes // 2]
         states = simulator.reset([np.random.default_rng([args.seed, first + i]) for i in range(batch)])
         rows = {name: np.empty((batch, length, *shape[1:]), dtype=np.float32) for name, shape in shapes.items()}
