@@ -1,7 +1,8 @@
 """Multi-agent MuJoCo tasks (Section 5.3 of the paper): one arm or one body, one agent per joint or limb.
 
 Paper: Barde et al., "A Model-Based Solution to the Offline Multi-Agent Reinforcement Learning Coordination Problem",
-AAMAS 2024. Two-agent Reacher: agent 0 ("red", the leader) drives the shoulder, agent 1 ("blue") the elbow.
+AAMAS 2024. Two-agent Reacher: agent 0 ("red", the leader) drives the shoulder, agent 1 ("blue") the elbow. Four-agent Ant: agent 0
+("yellow") drives the front left leg, agents 1 to 3 the front right, the back left and the back right one.
 
 What is here, in this order:
 - `Task` and `TASKS`: which state dimensions each agent observes, which actuators it drives, the normalised score.
@@ -24,6 +25,7 @@ from typing import Callable, NamedTuple
 import mujoco
 import numpy as np
 import torch
+from gymnasium.envs.mujoco.ant_v4 import AntEnv
 from gymnasium.envs.mujoco.reacher_v4 import ReacherEnv
 from gymnasium.spaces import Box
 
@@ -126,6 +128,29 @@ TASKS = {
     for name, observed in REACHER_OBSERVED.items()
 }
 
+# Ant's state: 0 height, 1-4 orientation, 5-12 angles of hip and ankle of each leg, 13-15 velocity, 16-18 angular velocity, 19-26 joint
+# velocities in the order of the angles. Its actuators are in another order: the back right leg's come first.
+ANT_OBSERVED = {
+    "fo": (tuple(range(27)),) * 4,
+    "po": ((0, 1, 2, 3, 4, 16, 17, 18, 13, 14, 15, 5, 19, 6, 20), (7, 21, 8, 22), (9, 23, 10, 24), (11, 25, 12, 26)),
+}
+ANT_OWN_LEGS = ((2, 3), (4, 5), (6, 7), (0, 1))  # each agent drives the leg that it observes
+ANT_OTHER_LEGS = ((0, 1), (2, 3), (4, 5), (6, 7))  # as in the paper's release: each drives the leg that its neighbour observes
+for behavior in ("random", "medium", "full-replay", "expert"):
+    for view, driven in {"fo": ANT_OWN_LEGS, "po": ANT_OWN_LEGS, "po-other-legs": ANT_OTHER_LEGS}.items():
+        TASKS[f"ant-{behavior}-{view}"] = Task(
+            name=f"ant-{behavior}-{view}",
+            environment="Ant-v4",
+            dataset=f"ant-{behavior}",
+            observed=ANT_OBSERVED[view[:2]],
+            driven=driven,
+            state_dim=27,
+            episode_length=1000,
+            random_return=-325.6,
+            expert_return=3879.7,
+            entropy_target=-6.0,
+        )
+
 
 def find_task(name: str, tasks: dict[str, Task] = TASKS) -> Task:
     """The task of that name; raises `InputError` with the nearest names if there is none."""
@@ -173,7 +198,7 @@ class Reacher:
         offset = xpos[:, self.fingertip] - xpos[:, self.target]
         return np.hstack([np.cos(qpos[:, :2]), np.sin(qpos[:, :2]), qpos[:, 2:], qvel[:, :2], offset])
 
-    def reward(self, states: np.ndarray, actions: np.ndarray, next_states: np.ndarray) -> np.ndarray:
+    def reward(self, states: np.ndarray, actions: np.ndarray, xpos: np.ndarray, next_xpos: np.ndarray) -> np.ndarray:
         """[B]; Reacher-v4 rewards the state before the step."""
         return -np.linalg.norm(states[:, 8:], axis=1) - np.square(actions).sum(1)
 
@@ -182,7 +207,43 @@ class Reacher:
         return np.zeros(len(next_states), dtype=bool)
 
 
-ENVIRONMENTS = {"Reacher-v4": Reacher}
+class Ant:
+    """`Ant-v4`: how an episode starts, and states and rewards as functions of arrays.
+
+    A state has no position in the plane, so the reward, the torso's progress along x, is taken from MuJoCo's `xpos`.
+    """
+
+    frame_skip = 5
+
+    def __init__(self):
+        env = AntEnv()
+        self.model, self.init_qpos, self.init_qvel, self.dt = env.model, env.init_qpos, env.init_qvel, env.dt
+        self.torso = self.model.body("torso").id
+
+    def reset(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """qpos [15] and qvel [14] of a new episode, drawn as gymnasium draws them."""
+        return self.init_qpos + rng.uniform(-0.1, 0.1, size=15), self.init_qvel + 0.1 * rng.standard_normal(14)
+
+    def restore(self, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """qpos [B, 15], at the origin of the plane, and qvel [B, 14] of global states [B, 27]."""
+        return np.hstack([np.zeros((len(states), 2)), states[:, :13]]), states[:, 13:]
+
+    def state(self, qpos: np.ndarray, qvel: np.ndarray, xpos: np.ndarray) -> np.ndarray:
+        """Global states [B, 27] of qpos [B, 15] and qvel [B, 14]."""
+        return np.hstack([qpos[:, 2:], qvel])
+
+    def reward(self, states: np.ndarray, actions: np.ndarray, xpos: np.ndarray, next_xpos: np.ndarray) -> np.ndarray:
+        """[B]: speed along x, 1 for being alive, and the cost of control. Ant-v4 has no cost of contact."""
+        speed = (next_xpos[:, self.torso, 0] - xpos[:, self.torso, 0]) / self.dt
+        return speed + 1 - 0.5 * np.square(actions).sum(1)
+
+    def terminal(self, next_states: np.ndarray) -> np.ndarray:
+        """[B] bool: the torso is too low or too high, or the state is not finite."""
+        healthy = np.isfinite(next_states).all(1) & (next_states[:, 0] >= 0.2) & (next_states[:, 0] <= 1.0)
+        return ~healthy
+
+
+ENVIRONMENTS = {"Reacher-v4": Reacher, "Ant-v4": Ant}
 
 
 class Simulator:
@@ -199,10 +260,9 @@ class Simulator:
         self.data = [mujoco.MjData(self.environment.model) for _ in range(num_envs)]
         self.qpos, self.qvel = [data.qpos for data in self.data], [data.qvel for data in self.data]
         self.xpos, self.ctrl = [data.xpos for data in self.data], [data.ctrl for data in self.data]
-        self.states = np.zeros((num_envs, task.state_dim))
-        threads = min(num_envs, os.cpu_count() or 1)
-        self.pool = ThreadPoolExecutor(threads)
-        self.chunks = [range(num_envs)[i::threads] for i in range(threads)]
+        self.states, self.positions = np.zeros((num_envs, task.state_dim)), np.stack(self.xpos)
+        self.threads = min(num_envs, os.cpu_count() or 1)
+        self.pool = ThreadPoolExecutor(self.threads)
 
     def reset(self, generators: list[np.random.Generator]) -> np.ndarray:
         """Starts an episode from each generator, which moves on; states [B, state].
@@ -211,26 +271,34 @@ class Simulator:
         """
         qpos, qvel = zip(*[self.environment.reset(rng) for rng in generators])
         self._place(range(len(self.data)), qpos, qvel)
-        self.states = self._read_states()
+        self._read()
         return self.states
 
     def set_states(self, states: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
         """Goes on from given global states [B, state], such as rows of a dataset, in the copies `where` [B] is true."""
         index = np.arange(len(self.data)) if where is None else np.flatnonzero(where)
         self._place(index, *self.environment.restore(np.asarray(states, dtype=np.float64)[index]))
-        self.states = self.states.copy()
+        kept = self.states
+        self._read()
+        self.states = kept.copy()
         self.states[index] = states[index]
         return self.states
 
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Joint actions [B, agent, action], clipped to [-1, 1] -> states [B, state], rewards [B], terminals [B] (bool)."""
+    def step(self, actions: np.ndarray, where: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Joint actions [B, agent, action], clipped to [-1, 1] -> states [B, state], rewards [B], terminals [B] (bool).
+
+        With `where` [B], the other copies stand still.
+        """
         joint = np.empty((len(self.data), self.environment.model.nu))
         joint[:, np.concatenate(self.task.driven)] = np.clip(actions, -1, 1).reshape(len(self.data), -1)
-        list(self.pool.map(lambda chunk: self._step_chunk(chunk, joint), self.chunks))
-        states, self.states = self.states, self._read_states()
-        return self.states, self.environment.reward(states, joint, self.states), self.environment.terminal(self.states)
+        active = range(len(self.data)) if where is None else np.flatnonzero(where)
+        list(self.pool.map(lambda first: self._step_chunk(active[first :: self.threads], joint), range(self.threads)))
+        states, positions = self.states, self.positions
+        self._read()
+        rewards = self.environment.reward(states, joint, positions, self.positions)
+        return self.states, rewards, self.environment.terminal(self.states)
 
-    def _step_chunk(self, chunk: range, joint: np.ndarray) -> None:
+    def _step_chunk(self, chunk, joint: np.ndarray) -> None:
         model, frame_skip = self.environment.model, self.environment.frame_skip
         for i in chunk:
             self.ctrl[i][:] = joint[i]
@@ -242,11 +310,12 @@ class Simulator:
             self.qpos[i][:], self.qvel[i][:] = one_qpos, one_qvel
             mujoco.mj_forward(self.environment.model, self.data[i])
 
-    def _read_states(self) -> np.ndarray:
-        return self.environment.state(np.stack(self.qpos), np.stack(self.qvel), np.stack(self.xpos))
+    def _read(self) -> None:
+        self.positions = np.stack(self.xpos)  # of all bodies, [B, body, 3]
+        self.states = self.environment.state(np.stack(self.qpos), np.stack(self.qvel), self.positions)
 
 
-SIMULATORS = {"Reacher-v4": Simulator}
+SIMULATORS = {"Reacher-v4": Simulator, "Ant-v4": Simulator}
 
 
 def make_simulator(task: Task, num_envs: int):
@@ -323,7 +392,7 @@ class ParallelEnv:
     def __init__(self, task: Task, render_mode: str | None = None):
         self.task, self.render_mode = task, render_mode
         self.metadata = {"name": task.name, "render_modes": ["human", "rgb_array"], "is_parallelizable": True, "render_fps": 50}
-        self.environment = {"Reacher-v4": ReacherEnv}[task.environment](render_mode=render_mode)
+        self.environment = {"Reacher-v4": ReacherEnv, "Ant-v4": AntEnv}[task.environment](render_mode=render_mode)
         self.possible_agents = [f"agent_{i}" for i in range(task.num_agents)]
         self.agents: list[str] = []
         self.state_space = self.environment.observation_space

@@ -6,7 +6,8 @@
     histories = dataset.histories(indices)
 
 The layout (D4RL, Fu et al. 2020): `observations`, `actions`, `rewards`, `next_observations`, `terminals`, `timeouts`, one
-row a transition, episode after episode. Here `observations` are the environment's global states.
+row a transition, episode after episode. Here `observations` are the environment's global states. D4RL's own files of the ant
+(`python -m data.download_d4rl --name medium`) load as they are; of their 111 dimensions the first 27 are the state.
 """
 
 from pathlib import Path
@@ -29,11 +30,11 @@ class OfflineDataset:
     the row at which a row's episode began.
     """
 
-    def __init__(self, task: Task, columns: dict[str, np.ndarray], device="cpu"):
+    def __init__(self, task: Task, columns: dict[str, np.ndarray], device="cpu", source: str = ""):
         def tensor(name: str) -> torch.Tensor:
             return torch.as_tensor(columns[name], dtype=torch.float32, device=device)
 
-        self.task, self.device = task, device
+        self.task, self.device, self.source = task, device, source
         self.states, self.next_states, self.rewards = tensor("observations"), tensor("next_observations"), tensor("rewards")
         self.actions = task.split_actions(tensor("actions"))
         if not task.discrete:
@@ -85,7 +86,7 @@ def dataset_path(task: Task) -> Path:
 
 
 def load_dataset(task: Task, path: Path | None = None, device="cpu") -> OfflineDataset:
-    """Loads a task's dataset, or the file at `path`. Reacher's is recorded from the shipped experts if it is missing.
+    """Loads a task's dataset, or the file at `path`. A task's own is recorded from the shipped policies if it is missing.
 
     Raises `InputError`, naming the file and the key, if the file is missing, truncated, not finite or made for another task.
     """
@@ -99,14 +100,24 @@ def load_dataset(task: Task, path: Path | None = None, device="cpu") -> OfflineD
             from data import collect_reacher
 
             collect_reacher.record_dataset(collect_reacher.Dataset(output=path))
+        elif not path.is_file():
+            from data import collect_ant
+
+            collect_ant.record_dataset(collect_ant.Dataset(name=task.dataset.removeprefix("ant-"), output=path))
     if not Path(path).is_file():
-        command = f"; make it with: python -m data.collect_{task.name.split('-')[0]} dataset --output {path}"
-        raise InputError(f"no dataset at {path}{'' if task.environment == 'coordination' else command}")
-    return OfflineDataset(task, read_columns(task, Path(path)), device)
+        command = {
+            "coordination": "",
+            "Reacher-v4": f"; make it with: python -m data.collect_reacher dataset --output {path}",
+            "Ant-v4": f"; make it with: python -m data.collect_ant dataset --name {task.dataset[4:]} --output {path}, "
+            f"or download D4RL's: python -m data.download_d4rl --name {task.dataset[4:]} --output {path}",
+        }[task.environment]
+        raise InputError(f"no dataset at {path}{command}")
+    columns, source = read_columns(task, Path(path))
+    return OfflineDataset(task, columns, device, source)
 
 
-def read_columns(task: Task, path: Path) -> dict[str, np.ndarray]:
-    """The columns of an HDF5 file in D4RL's layout, checked against the task."""
+def read_columns(task: Task, path: Path) -> tuple[dict[str, np.ndarray], str]:
+    """The columns of an HDF5 file in D4RL's layout, checked against the task, and where they come from."""
     widths = {
         "observations": (task.state_dim,),
         "actions": (task.num_agents * task.action_dim,),
@@ -118,21 +129,29 @@ def read_columns(task: Task, path: Path) -> dict[str, np.ndarray]:
     columns = {}
     try:
         with h5py.File(path) as file:
+            source = str(file.attrs.get("source", path.name))
             for key, width in widths.items():
+                if key not in file and key == "next_observations":
+                    raise InputError(f"{path} has no 'next_observations', and where episodes end they cannot be told; take D4RL's version 2")
                 if key not in file:
                     raise InputError(f"{path} has no '{key}'; {task.name} needs a file in D4RL's layout")
                 column = file[key]
                 if not isinstance(column, h5py.Dataset) or column.dtype.kind not in "biuf":
                     raise InputError(f"'{key}' in {path} holds no numbers; {task.name} needs a file in D4RL's layout")
                 size = size if columns else (column.shape or (0,))[0]  # the first column's
-                if column.shape != (size, *width):
+                contact_forces = task.environment == "Ant-v4" and column.shape == (size, 111)
+                if column.shape != (size, *width) and not contact_forces:
                     raise InputError(f"'{key}' in {path} has shape {column.shape}; {task.name} needs {(size, *width)}")
                 columns[key] = column[()]
                 if not np.isfinite(columns[key]).all():
                     row = int(np.argwhere(~np.isfinite(columns[key]))[0, 0])
                     raise InputError(f"'{key}' in {path} is not finite at row {row}; record or download the file again")
+                if contact_forces:  # D4RL's files have 84 of them, all zero
+                    if columns[key][:, task.state_dim :].any():
+                        raise InputError(f"'{key}' in {path} has contact forces, so its rewards have a cost of contact; Ant-v4's have none")
+                    columns[key] = columns[key][:, : task.state_dim]
     except (OSError, RuntimeError, KeyError) as error:  # h5py's errors for damaged files
         raise InputError(f"{path} is truncated or not HDF5 ({error}); delete it and record or download it again") from None
     if not len(columns["observations"]):
         raise InputError(f"{path} has no transitions; record or download it again")
-    return columns
+    return columns, source

@@ -1,0 +1,308 @@
+"""Makes the four offline datasets of four-agent Ant by D4RL's protocol (Fu et al. 2020), for where D4RL's own cannot be had.
+
+    python -m data.collect_ant snapshots            # online SAC of the whole ant: data/ant_snapshots.pt
+    python -m data.collect_ant dataset --name medium    # a million transitions: data/ant-medium.hdf5
+
+`random` is recorded from uniform actions (SAC's warm-up), `medium` from a snapshot of a training stopped early, `full-replay` from all
+snapshots in equal shares, which stands for the replay buffer of the whole training, and `expert` from the last one. The snapshots
+ship with the repository, so the first command is needed only to make others; a script that needs a dataset records it by itself.
+
+Online SAC (Haarnoja et al. 2018) with a single policy for all legs, as D4RL's. Many ants run at once, with fewer updates than steps.
+"""
+
+import hashlib
+import os
+import pickle
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Literal, Sequence
+
+import h5py
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from tqdm import tqdm
+
+from mamujoco_envs import InputError, Simulator, find_task
+
+TASK = find_task("ant-expert-fo")
+FOLDER = Path(__file__).parent
+STATE_DIM, ACTION_DIM = TASK.state_dim, TASK.num_agents * TASK.action_dim
+HIDDEN = 128  # units of both hidden layers of the policy: small enough to ship many
+PAPER_MEANS = {"random": 0.064, "medium": 0.802, "full-replay": 0.72, "expert": 1.174}  # Table 2, of D4RL's own datasets
+
+
+@dataclass
+class Snapshots:
+    """Trains one policy for the whole ant by online SAC and saves it every now and then."""
+
+    seed: int = 1
+    """seed of networks, episodes and exploration"""
+    total_updates: int = 600_000
+    """gradient steps of the critics; the policy takes every second one"""
+    updates_per_step: int = 8
+    """gradient steps for each step of all ants"""
+    num_envs: int = 64
+    """ants at once"""
+    learning_rate: float = 1e-3
+    """Adam, decayed linearly to a tenth"""
+    batch_size: int = 256
+    """transitions of a gradient step"""
+    buffer_size: int = 1_000_000
+    """transitions kept, the newest"""
+    warm_up: int = 20_000
+    """transitions with uniform actions before the first update"""
+    snapshot_every: int = 20_000
+    """gradient steps between two snapshots"""
+    output: Path = FOLDER / "ant_snapshots.pt"
+    """file to write"""
+
+
+@dataclass
+class Dataset:
+    """Records one of the four datasets, with sampled actions."""
+
+    name: Literal["random", "medium", "full-replay", "expert"] = "medium"
+    """which one"""
+    transitions: int = 1_000_000
+    """its size"""
+    seed: int = 10101
+    """seed of episodes and exploration"""
+    snapshots: Path = FOLDER / "ant_snapshots.pt"
+    """policies that `snapshots` saved"""
+    output: Path | None = None
+    """file to write; data/ant-NAME.hdf5 if not given"""
+
+
+class BatchedLinear(nn.Module):
+    """One `nn.Linear` per agent (or member) as one batched operation: [agent, batch, in] -> [agent, batch, out]."""
+
+    def __init__(self, in_dims: Sequence[int], out_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(len(in_dims), max(in_dims), out_dim))
+        self.bias = nn.Parameter(torch.zeros(len(in_dims), 1, out_dim))
+        for weight, bias, width in zip(self.weight.data, self.bias.data, in_dims):  # padded inputs keep zero weights
+            weight[:width].uniform_(-(width**-0.5), width**-0.5)
+            bias.uniform_(-(width**-0.5), width**-0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class MLP(nn.Sequential):
+    """One MLP per agent (or member): [agent, batch, in] -> [agent, batch, out]."""
+
+    def __init__(self, in_dims: Sequence[int], hidden: Sequence[int], out_dim: int, activation: Callable = nn.ReLU):
+        widths = [*hidden, out_dim]
+        layers = [BatchedLinear(in_dims, widths[0])]
+        for width_in, width_out in zip(widths, widths[1:]):
+            layers += [activation(), BatchedLinear([width_in] * len(in_dims), width_out)]
+        super().__init__(*layers)
+
+
+def make_policy() -> MLP:
+    """Mean and log standard deviation of a tanh-Gaussian: [1, batch, state] -> [1, batch, 2 * action]."""
+    return MLP([STATE_DIM], [HIDDEN] * 2, 2 * ACTION_DIM)
+
+
+def sample_actions(policy: MLP, states: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Actions [batch, action], squashed by tanh, and their log-densities [batch], for standard normal `noise` [batch, action]."""
+    mean, log_std = policy(states[None])[0].chunk(2, dim=-1)
+    log_std = log_std.clamp(-5, 2)
+    unsquashed = mean + log_std.exp() * noise
+    # log of the tanh's derivative, 1 - tanh^2 x = 4 / (e^x + e^-x)^2, without overflow
+    log_derivative = 2 * (np.log(2) - unsquashed - F.softplus(-2 * unsquashed))
+    log_probs = (-0.5 * noise.square() - log_std - 0.5 * np.log(2 * np.pi) - log_derivative).sum(-1)
+    return unsquashed.tanh(), log_probs
+
+
+def critic_loss(critics, target_critics, policy, log_alpha, batch, noise, gamma: float = 0.99) -> torch.Tensor:
+    states, actions, rewards, next_states, masks = batch
+    with torch.no_grad():
+        next_actions, next_log_probs = sample_actions(policy, next_states, noise)
+        next_inputs = torch.cat([next_states, next_actions], dim=-1).expand(2, -1, -1)
+        next_values = target_critics(next_inputs)[..., 0].amin(0) - log_alpha.exp() * next_log_probs
+        targets = rewards + gamma * masks * next_values
+    values = critics(torch.cat([states, actions], dim=-1).expand(2, -1, -1))[..., 0]
+    return (values - targets).square().mean(1).sum()
+
+
+def policy_loss(critics, policy, log_alpha, states, noise) -> torch.Tensor:
+    """Of the policy, and of the temperature, which keeps the entropy at minus the number of actions."""
+    actions, log_probs = sample_actions(policy, states, noise)
+    values = critics(torch.cat([states, actions], dim=-1).expand(2, -1, -1))[..., 0].amin(0)
+    loss = (log_alpha.exp().detach() * log_probs - values).mean()
+    return loss - log_alpha * (log_probs.detach().mean() - ACTION_DIM)
+
+
+def train_snapshots(args: Snapshots) -> dict:
+    """Online SAC; saves the policies of all snapshots, stacked, with the returns of the episodes that each was seen to finish."""
+    torch.manual_seed(args.seed)
+    policy = make_policy()
+    critics = MLP([STATE_DIM + ACTION_DIM] * 2, [256, 256], 1)  # twins: different from the start
+    target_critics = MLP([STATE_DIM + ACTION_DIM] * 2, [256, 256], 1)
+    target_critics.load_state_dict(critics.state_dict())
+    target_critics.requires_grad_(False)
+    log_alpha = torch.zeros((), requires_grad=True)
+    critic_optimizer = torch.optim.Adam(critics.parameters(), lr=args.learning_rate, fused=True)
+    policy_optimizer = torch.optim.Adam([*policy.parameters(), log_alpha], lr=args.learning_rate, fused=True)
+
+    def update(batch: list[torch.Tensor], with_policy: bool) -> None:
+        noise = torch.randn(2, args.batch_size, ACTION_DIM)
+        critic_optimizer.zero_grad()
+        critic_loss(critics, target_critics, policy, log_alpha, batch, noise[0]).backward()
+        critic_optimizer.step()
+        if with_policy:
+            policy_optimizer.zero_grad()
+            critics.requires_grad_(False)
+            policy_loss(critics, policy, log_alpha, batch[0], noise[1]).backward()
+            critics.requires_grad_(True)
+            policy_optimizer.step()
+        torch._foreach_lerp_(list(target_critics.parameters()), list(critics.parameters()), 0.005)
+
+    simulator = Simulator(TASK, args.num_envs)
+    rng = np.random.default_rng(args.seed)
+    states = simulator.reset([rng] * args.num_envs)
+    ages, episode_returns, finished = np.zeros(args.num_envs, dtype=int), np.zeros(args.num_envs), []
+    size = args.buffer_size // args.num_envs * args.num_envs
+    buffer = [torch.zeros(size, width) for width in (STATE_DIM, ACTION_DIM, 1, STATE_DIM, 1)]
+    updates, steps, snapshots, returns, started = 0, 0, [], [], time.perf_counter()
+    progress = tqdm(total=args.total_updates, unit="update", mininterval=1, disable=not sys.stderr.isatty())
+    while updates < args.total_updates:
+        with torch.no_grad():
+            if steps < args.warm_up:
+                actions = 2 * torch.rand(args.num_envs, ACTION_DIM) - 1
+            else:
+                actions, _ = sample_actions(policy, torch.as_tensor(states, dtype=torch.float32), torch.randn(args.num_envs, ACTION_DIM))
+        next_states, rewards, terminals = simulator.step(TASK.split_actions(actions).numpy())
+        row = steps % size
+        columns = (states, actions, rewards[:, None], next_states, 1.0 - terminals[:, None])
+        for field, column in zip(buffer, columns):
+            field[row : row + args.num_envs] = torch.as_tensor(column)
+        steps, ages, episode_returns = steps + args.num_envs, ages + 1, episode_returns + rewards
+        ended = terminals | (ages == TASK.episode_length)
+        finished += episode_returns[ended].tolist()
+        ages[ended], episode_returns[ended] = 0, 0
+        states = next_states
+        if ended.any():
+            first_states = [simulator.environment.state(*[x[None] for x in simulator.environment.reset(rng)], None)[0] for _ in ended]
+            states = simulator.set_states(np.stack(first_states), where=ended)
+        if steps < args.warm_up:
+            continue
+        rate = args.learning_rate * (1 - 0.9 * updates / args.total_updates)
+        critic_optimizer.param_groups[0]["lr"] = policy_optimizer.param_groups[0]["lr"] = rate
+        for _ in range(args.updates_per_step):
+            indices = torch.randint(min(steps, size), (args.batch_size,))
+            states_, actions_, rewards_, next_states_, masks_ = [field[indices] for field in buffer]
+            update([states_, actions_, rewards_[:, 0], next_states_, masks_[:, 0]], with_policy=updates % 2 == 0)
+            updates += 1
+            if updates % args.snapshot_every == 0:
+                snapshots.append({name: value.clone() for name, value in policy.state_dict().items()})
+                returns.append(float(np.mean(finished)) if finished else -float("inf"))
+                scores = f"return {returns[-1]:.0f} ({TASK.normalized_score(returns[-1]):.2f}) over {len(finished)} episodes"
+                speed = f"{updates / (time.perf_counter() - started):.0f} updates/s"
+                tqdm.write(f"update {updates}, {steps} steps: {scores}, alpha {log_alpha.exp().item():.3f}, {speed}")
+                finished = []
+                stacked = {name: torch.stack([snapshot[name] for snapshot in snapshots]) for name in snapshots[0]}
+                temporary = args.output.with_suffix(".tmp")
+                torch.save({"policies": stacked, "returns": returns, "seed": args.seed, "snapshot_every": args.snapshot_every}, temporary)
+                temporary.replace(args.output)
+        progress.update(args.updates_per_step)
+    return {"returns": returns, "steps": steps}
+
+
+def choose_snapshots(args: Dataset) -> dict[int, MLP]:
+    """The policies that the dataset is recorded from, by the number of their snapshot."""
+    command = f"python -m data.collect_ant snapshots --output {args.snapshots}"
+    if not args.snapshots.is_file():
+        raise InputError(f"no policies at {args.snapshots}; make them with: {command}")
+    try:
+        saved = torch.load(args.snapshots, map_location="cpu", weights_only=True)
+        scores = TASK.normalized_score(np.array(saved["returns"]))
+        policies = {i: make_policy() for i in range(len(scores))}
+        for i, policy in policies.items():
+            policy.load_state_dict({name: value[i] for name, value in saved["policies"].items()})
+    except (OSError, EOFError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, pickle.UnpicklingError):
+        raise InputError(f"{args.snapshots} is truncated or holds no policies; move it away and make it again with: {command}") from None
+    nearest = {name: int(np.argmin(np.abs(scores - PAPER_MEANS[name]))) for name in ("medium", "expert")}
+    return {i: policy for i, policy in policies.items() if args.name == "full-replay" or i == nearest.get(args.name, 0)}
+
+
+@torch.no_grad()
+def record_dataset(args: Dataset) -> None:
+    """Records whole episodes, as many transitions from each policy, into one D4RL file, written whole or not at all."""
+    output = args.output or FOLDER / f"ant-{args.name}.hdf5"
+    if not output.parent.is_dir():
+        raise InputError(f"no folder {output.parent} to write {output.name} to")
+    policies = choose_snapshots(args)
+    share = args.transitions // len(policies)
+    if share < 1 or args.transitions % len(policies):
+        raise InputError(f"--transitions must be a multiple of {len(policies)}, as many from each snapshot; it is {args.transitions}")
+    length, copies = TASK.episode_length, min(-(-share // TASK.episode_length), 200)
+    generator, simulator = torch.Generator().manual_seed(args.seed), Simulator(TASK, copies)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the same file to the bit, whatever the number of threads
+    size, widths = args.transitions, {"observations": STATE_DIM, "actions": ACTION_DIM, "rewards": 1, "next_observations": STATE_DIM}
+    columns = {name: np.empty((size, width), dtype=np.float32) for name, width in widths.items()}
+    columns |= {"terminals": np.zeros((size, 1), dtype=bool), "timeouts": np.zeros((size, 1), dtype=bool)}
+    returns, lengths, row, episode = [], [], 0, 0
+    print(f"recording {size} transitions of ant-{args.name} to {output}", flush=True)
+    progress = tqdm(total=size, unit="step", unit_scale=True, mininterval=1, disable=None)  # a bar in a terminal only
+    for number, policy in enumerate(policies.values(), start=1):
+        while row < number * share:
+            states = simulator.reset([np.random.default_rng([args.seed, episode + i]) for i in range(copies)])
+            alive, age, ages = np.ones(copies, dtype=bool), 0, np.zeros(copies, dtype=int)
+            rows = {name: np.zeros((copies, length, column.shape[1]), dtype=column.dtype) for name, column in columns.items()}
+            while alive.any() and age < length:
+                if args.name == "random":
+                    actions = 2 * torch.rand(copies, ACTION_DIM, generator=generator) - 1
+                else:
+                    noise = torch.randn(copies, ACTION_DIM, generator=generator)
+                    actions, _ = sample_actions(policy, torch.as_tensor(states, dtype=torch.float32), noise)
+                next_states, rewards, terminals = simulator.step(TASK.split_actions(actions).numpy(), alive)
+                for name, values in zip(columns, (states, actions, rewards[:, None], next_states, terminals[:, None])):
+                    rows[name][:, age] = values
+                states, age, ages = next_states, age + 1, ages + alive
+                alive &= ~terminals
+            rows["timeouts"][ages == length, -1] = ~rows["terminals"][ages == length, -1]
+            for i, steps in enumerate(ages):
+                steps = min(steps, number * share - row)  # the last episode of a share is cut
+                if steps == 0:
+                    break
+                for name, column in columns.items():
+                    column[row : row + steps] = rows[name][i, :steps]
+                row, episode = row + steps, episode + 1
+                progress.update(int(steps))
+                if row == number * share:
+                    columns["timeouts"][row - 1] = ~columns["terminals"][row - 1]
+                if steps == ages[i]:  # a whole episode
+                    returns.append(rows["rewards"][i, :steps].sum(dtype=np.float64))
+                    lengths.append(int(steps))
+    progress.close()
+    torch.set_num_threads(threads)
+    temporary = output.with_suffix(f".{os.getpid()}.tmp")  # scripts that start together may record at once
+    with h5py.File(temporary, "w") as file:
+        for name, column in columns.items():
+            file.create_dataset(name, data=column if column.shape[1] > 1 else column[:, 0])
+        file.attrs.update(
+            environment=TASK.environment,
+            source=f"python -m data.collect_ant dataset --name {args.name} --transitions {size} --seed {args.seed} (not D4RL's own)",
+            snapshots_sha256=hashlib.sha256(args.snapshots.read_bytes()).hexdigest(),
+            snapshots=list(policies),
+        )
+    temporary.replace(output)
+    for name, values in {"normalised return in %": 100 * TASK.normalized_score(np.array(returns)), "length": np.array(lengths)}.items():
+        summary = ", ".join(f"{f.__name__} {f(values):.1f}" for f in (np.min, np.mean, np.median, np.max))
+        print(f"{output}: {len(values)} whole episodes, {name}: {summary}")
+
+
+if __name__ == "__main__":
+    try:
+        args = tyro.extras.subcommand_cli_from_dict({"snapshots": Snapshots, "dataset": Dataset})
+        train_snapshots(args) if isinstance(args, Snapshots) else record_dataset(args)
+    except InputError as error:
+        sys.exit(f"error: {error}")
