@@ -86,9 +86,10 @@ class CoordinationGame:
         self.states = np.zeros((len(generators), self.task.state_dim))
         return self.states
 
-    def set_states(self, states: np.ndarray) -> np.ndarray:
-        """Goes on from the given states [batch, state]."""
-        self.states = np.array(states, dtype=np.float64)
+    def set_states(self, states: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
+        """Goes on from the given states [batch, state] in the copies `where` [batch] is true."""
+        chosen = np.full(len(states), True) if where is None else where
+        self.states = np.where(chosen[:, None], states, self.states if len(self.states) == len(states) else 0.0)
         return self.states
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

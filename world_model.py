@@ -562,7 +562,7 @@ def train(args: Args) -> dict:
         "epsilon_g": {behavior: result[behavior]["epsilon_g"] for behavior in ("held-out", "perturbed", "random")},
         "scale": scale,
         "bounding_box": dataset.bounding_box(),
-        "dataset": {"name": task.dataset, "transitions": dataset.size, "mean_return": float(dataset.episode_returns().mean())},
+        "dataset": dataset.description,
         "description": description,
     }
     save_whole(world_model, output)

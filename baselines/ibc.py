@@ -47,13 +47,21 @@ PAPER_SCORES = {  # Tables 3 and 4, IBC
     "coordination-favorable": "1.00 ± 0.00",
     "coordination-neutral": "0.55 ± 0.11",
     "coordination-unfavorable": "0.00 ± 0.00",
+    "ant-random-fo": "0.31 ± 0.00",
+    "ant-medium-fo": "0.84 ± 0.01",
+    "ant-full-replay-fo": "1.20 ± 0.01",
+    "ant-expert-fo": "1.24 ± 0.00",
+    "ant-random-po": "0.31 ± 0.00",
+    "ant-medium-po": "0.17 ± 0.01",
+    "ant-full-replay-po": "0.21 ± 0.01",
+    "ant-expert-po": "0.05 ± 0.04",
 }
 
 
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """reacher-{all-observant,independent,leader-only} or coordination-{favorable,neutral,unfavorable}"""
+    """reacher-{all-observant,independent,leader-only}, ant-{random,medium,full-replay,expert}-{fo,po} or coordination-{favorable,neutral,unfavorable}"""
     seed: int = 1
     """seed of networks and minibatches"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -62,8 +70,8 @@ class Args:
     """gradient steps; if not given, 10,000, or 500 in the coordination game (the paper's: 1,000,000)"""
     eval_every: int | None = None
     """gradient steps between two evaluations, each followed by a checkpoint; if not given, 1,000, or 100 in the coordination game"""
-    eval_episodes: int = 100
-    """greedy episodes of an evaluation, from the same start states each time (the paper's: 10); the final one has 100"""
+    eval_episodes: int | None = None
+    """greedy episodes of an evaluation, from the same start states each time; if not given, 100, or 10 on the ant (the paper's: 10); the final one has 100"""
     run_dir: Path | None = None
     """folder of the run; runs/TASK__ibc__SEED__TIME if not given"""
     resume: Path | None = None
@@ -344,6 +352,8 @@ def train(args: Args) -> dict:
         args.total_steps = 500 if args.task.startswith("coordination") else 10_000
     if args.eval_every is None:
         args.eval_every = 100 if args.task.startswith("coordination") else 1000
+    if args.eval_episodes is None:
+        args.eval_episodes = 10 if args.task.startswith("ant") else 100
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size", "learning_rate", "memory_learning_rate", "max_grad_norm")
     run_dir, checkpoint = open_run(args, "ibc")
     task, device = find_task(args.task), choose_device(args)
@@ -446,7 +456,7 @@ def train(args: Args) -> dict:
         "evaluations": evaluations,
         "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "dataset": {"name": task.dataset, "transitions": dataset.size, "mean_return": float(dataset.episode_returns().mean())},
+        "dataset": dataset.description,
         "seconds": seconds,
         "steps_per_second": args.total_steps / seconds,
     }

@@ -49,13 +49,21 @@ PAPER_SCORES = {  # Table 4, ICQL
     "reacher-all-observant": "0.48 ± 0.06",
     "reacher-independent": "0.46 ± 0.04",
     "reacher-leader-only": "0.31 ± 0.05",
+    "ant-random-fo": "0.08 ± 0.00",
+    "ant-medium-fo": "0.88 ± 0.12",
+    "ant-full-replay-fo": "1.21 ± 0.02",
+    "ant-expert-fo": "0.73 ± 0.15",
+    "ant-random-po": "0.17 ± 0.02",
+    "ant-medium-po": "0.09 ± 0.02",
+    "ant-full-replay-po": "0.09 ± 0.01",
+    "ant-expert-po": "0.11 ± 0.03",
 }
 
 
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """reacher-{all-observant,independent,leader-only}"""
+    """reacher-{all-observant,independent,leader-only} or ant-{random,medium,full-replay,expert}-{fo,po}"""
     seed: int = 1
     """seed of networks, minibatches and noise"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -64,8 +72,8 @@ class Args:
     """gradient steps (the paper's: 1,000,000)"""
     eval_every: int = 1000
     """gradient steps between two evaluations, each followed by a checkpoint"""
-    eval_episodes: int = 100
-    """greedy episodes of an evaluation, from the same start states each time (the paper's: 10); the final one has 100"""
+    eval_episodes: int | None = None
+    """greedy episodes of an evaluation, from the same start states each time; if not given, 100, or 10 on the ant (the paper's: 10); the final one has 100"""
     run_dir: Path | None = None
     """folder of the run; runs/TASK__icql__SEED__TIME if not given"""
     resume: Path | None = None
@@ -97,8 +105,8 @@ class Args:
     """largest such noise"""
     max_grad_norm: float = 1.0
     """for each agent, the largest norm of the gradients of its policy, of its critics and of its history encoder"""
-    cql_alpha: float = 1.0
-    """weight of the conservative loss"""
+    cql_alpha: float | None = None
+    """weight of the conservative loss; if not given, 1, or 5 on ant-expert"""
     cql_samples: int = 10
     """sampled actions of each kind: uniform ones, and near the policy's at this step and at the next"""
     cql_noise: float = 0.2
@@ -422,6 +430,10 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
 
 
 def train(args: Args) -> dict:
+    if args.cql_alpha is None:
+        args.cql_alpha = 5.0 if args.task.startswith("ant-expert") else 1.0
+    if args.eval_episodes is None:
+        args.eval_episodes = 10 if args.task.startswith("ant") else 100
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size", "max_grad_norm")
     check_positive(args, "learning_rate", "memory_learning_rate", "policy_delay", "cql_samples", "cql_noise")
     check_range(args, 0, 1, "gamma", "polyak")
@@ -542,7 +554,7 @@ def train(args: Args) -> dict:
         "evaluations": evaluations,
         "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "dataset": {"name": task.dataset, "transitions": dataset.size, "mean_return": float(dataset.episode_returns().mean())},
+        "dataset": dataset.description,
         "seconds": seconds,
         "steps_per_second": args.total_steps / seconds,
     }

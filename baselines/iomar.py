@@ -49,13 +49,21 @@ PAPER_SCORES = {  # Table 4, IOMAR
     "reacher-all-observant": "0.73 ± 0.01",
     "reacher-independent": "0.45 ± 0.02",
     "reacher-leader-only": "0.39 ± 0.02",
+    "ant-random-fo": "0.08 ± 0.00",
+    "ant-medium-fo": "1.10 ± 0.03",
+    "ant-full-replay-fo": "1.30 ± 0.00",
+    "ant-expert-fo": "1.16 ± 0.01",
+    "ant-random-po": "0.21 ± 0.02",
+    "ant-medium-po": "0.06 ± 0.01",
+    "ant-full-replay-po": "0.11 ± 0.02",
+    "ant-expert-po": "0.10 ± 0.01",
 }
 
 
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """reacher-{all-observant,independent,leader-only}"""
+    """reacher-{all-observant,independent,leader-only} or ant-{random,medium,full-replay,expert}-{fo,po}"""
     seed: int = 1
     """seed of networks, minibatches and noise"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -64,8 +72,8 @@ class Args:
     """gradient steps (the paper's: 1,000,000)"""
     eval_every: int = 1000
     """gradient steps between two evaluations, each followed by a checkpoint"""
-    eval_episodes: int = 100
-    """greedy episodes of an evaluation, from the same start states each time (the paper's: 10); the final one has 100"""
+    eval_episodes: int | None = None
+    """greedy episodes of an evaluation, from the same start states each time; if not given, 100, or 10 on the ant (the paper's: 10); the final one has 100"""
     run_dir: Path | None = None
     """folder of the run; runs/TASK__iomar__SEED__TIME if not given"""
     resume: Path | None = None
@@ -97,8 +105,8 @@ class Args:
     """largest such noise"""
     max_grad_norm: float = 1.0
     """for each agent, the largest norm of the gradients of its policy, of its critics and of its history encoder"""
-    cql_alpha: float = 1.0
-    """weight of the conservative loss"""
+    cql_alpha: float | None = None
+    """weight of the conservative loss; if not given, 1, or 5 on ant-expert"""
     cql_samples: int = 10
     """sampled actions of each kind: uniform ones, and near the policy's at this step and at the next"""
     cql_noise: float = 0.2
@@ -466,6 +474,10 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
 
 
 def train(args: Args) -> dict:
+    if args.cql_alpha is None:
+        args.cql_alpha = 5.0 if args.task.startswith("ant-expert") else 1.0
+    if args.eval_episodes is None:
+        args.eval_episodes = 10 if args.task.startswith("ant") else 100
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size", "max_grad_norm")
     check_positive(args, "learning_rate", "memory_learning_rate", "policy_delay", "cql_samples", "cql_noise")
     check_positive(args, "omar_iterations", "omar_elites", "omar_std")
@@ -591,7 +603,7 @@ def train(args: Args) -> dict:
         "evaluations": evaluations,
         "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "dataset": {"name": task.dataset, "transitions": dataset.size, "mean_return": float(dataset.episode_returns().mean())},
+        "dataset": dataset.description,
         "seconds": seconds,
         "steps_per_second": args.total_steps / seconds,
     }

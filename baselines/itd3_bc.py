@@ -46,13 +46,21 @@ PAPER_SCORES = {  # Table 4, ITD3+BC
     "reacher-all-observant": "0.78 ± 0.00",
     "reacher-independent": "0.30 ± 0.11",
     "reacher-leader-only": "0.48 ± 0.04",
+    "ant-random-fo": "0.22 ± 0.02",
+    "ant-medium-fo": "1.04 ± 0.00",
+    "ant-full-replay-fo": "1.33 ± 0.01",
+    "ant-expert-fo": "1.25 ± 0.02",
+    "ant-random-po": "0.31 ± 0.00",
+    "ant-medium-po": "0.22 ± 0.05",
+    "ant-full-replay-po": "0.20 ± 0.02",
+    "ant-expert-po": "0.16 ± 0.00",
 }
 
 
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """reacher-{all-observant,independent,leader-only}"""
+    """reacher-{all-observant,independent,leader-only} or ant-{random,medium,full-replay,expert}-{fo,po}"""
     seed: int = 1
     """seed of networks, minibatches and noise"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -61,8 +69,8 @@ class Args:
     """gradient steps (the paper's: 1,000,000)"""
     eval_every: int = 1000
     """gradient steps between two evaluations, each followed by a checkpoint"""
-    eval_episodes: int = 100
-    """greedy episodes of an evaluation, from the same start states each time (the paper's: 10); the final one has 100"""
+    eval_episodes: int | None = None
+    """greedy episodes of an evaluation, from the same start states each time; if not given, 100, or 10 on the ant (the paper's: 10); the final one has 100"""
     run_dir: Path | None = None
     """folder of the run; runs/TASK__itd3_bc__SEED__TIME if not given"""
     resume: Path | None = None
@@ -390,6 +398,8 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
 
 
 def train(args: Args) -> dict:
+    if args.eval_episodes is None:
+        args.eval_episodes = 10 if args.task.startswith("ant") else 100
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size", "max_grad_norm")
     check_positive(args, "learning_rate", "memory_learning_rate", "policy_delay")
     check_range(args, 0, 1, "gamma", "polyak")
@@ -510,7 +520,7 @@ def train(args: Args) -> dict:
         "evaluations": evaluations,
         "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "dataset": {"name": task.dataset, "transitions": dataset.size, "mean_return": float(dataset.episode_returns().mean())},
+        "dataset": dataset.description,
         "seconds": seconds,
         "steps_per_second": args.total_steps / seconds,
     }

@@ -57,13 +57,21 @@ PAPER_SCORES = {  # Tables 3 and 4, MAIQL
     "coordination-favorable": "1.00 ± 0.00",
     "coordination-neutral": "0.90 ± 0.10",
     "coordination-unfavorable": "0.00 ± 0.00",
+    "ant-random-fo": "0.28 ± 0.01",
+    "ant-medium-fo": "0.85 ± 0.02",
+    "ant-full-replay-fo": "0.77 ± 0.21",
+    "ant-expert-fo": "1.24 ± 0.00",
+    "ant-random-po": "0.31 ± 0.00",
+    "ant-medium-po": "0.14 ± 0.02",
+    "ant-full-replay-po": "0.18 ± 0.02",
+    "ant-expert-po": "-0.16 ± 0.01",
 }
 
 
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """reacher-{all-observant,independent,leader-only} or coordination-{favorable,neutral,unfavorable}"""
+    """reacher-{all-observant,independent,leader-only}, ant-{random,medium,full-replay,expert}-{fo,po} or coordination-{favorable,neutral,unfavorable}"""
     seed: int = 1
     """seed of networks, minibatches and rollouts"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -72,8 +80,8 @@ class Args:
     """gradient steps; if not given, 10,000, or 500 in the coordination game (the paper's: 1,000,000)"""
     eval_every: int | None = None
     """gradient steps between two evaluations, each followed by a checkpoint; if not given, 1,000, or 100 in the coordination game"""
-    eval_episodes: int = 100
-    """greedy episodes of an evaluation, from the same start states each time (the paper's: 10); the final one has 100"""
+    eval_episodes: int | None = None
+    """greedy episodes of an evaluation, from the same start states each time; if not given, 100, or 10 on the ant (the paper's: 10); the final one has 100"""
     run_dir: Path | None = None
     """folder of the run; runs/TASK__maiql__SEED__TIME if not given"""
     resume: Path | None = None
@@ -309,8 +317,9 @@ class OnlineData:
     At the end there are about as many transitions as in the dataset. `rows[:filled]` are the row numbers of those recorded so far.
     """
 
-    def __init__(self, task: Task, dataset: OfflineDataset, args: Args):
+    def __init__(self, task: Task, dataset: OfflineDataset, args: Args, reward_scale: float = 1.0):
         self.dataset, self.length, self.filled, self.next_row = dataset, args.rollout_length, 0, dataset.size
+        self.reward_scale = reward_scale
         batches = math.ceil(args.total_steps / args.rollout_every)
         self.rollouts = math.ceil(dataset.size / batches / self.length)
         if self.rollouts > 2000:
@@ -339,7 +348,7 @@ class OnlineData:
             actions = team.sample_actions(dataset.task.observe(dataset.states[rows]), dataset.histories(rows))
             states, rewards, terminals = self.simulator.step(actions.cpu().numpy())
             terminals = torch.as_tensor(terminals, device=dataset.device)
-            dataset.actions[rows], dataset.rewards[rows] = actions, torch.as_tensor(rewards).to(dataset.rewards)
+            dataset.actions[rows], dataset.rewards[rows] = actions, torch.as_tensor(rewards * self.reward_scale).to(dataset.rewards)
             dataset.next_states[rows], dataset.masks[rows] = torch.as_tensor(states).to(dataset.states), 1 - terminals.float()
             recorded = rows[alive]
             self.rows[self.filled : self.filled + len(recorded)] = recorded
@@ -361,6 +370,14 @@ class OnlineData:
         self.rows[: self.filled] = saved["rows"]
         for name, column in saved["columns"].items():
             getattr(self.dataset, name)[self.dataset.size : self.next_row] = column
+
+
+def normalize_rewards(dataset: OfflineDataset) -> float:
+    """On the ant, scales rewards so that the best and the worst return are 1000 apart, as IQL does in locomotion; returns the factor."""
+    span = float(np.ptp(dataset.episode_returns()))
+    scale = 1000 / span if dataset.task.environment == "Ant-v4" and span > 0 else 1.0
+    dataset.rewards.mul_(scale)
+    return scale
 
 
 def maiql_losses(team: Team, batch: Batch, args: Args) -> torch.Tensor:
@@ -496,6 +513,8 @@ def train(args: Args) -> dict:
         args.gamma = 0.5 if args.task.startswith("coordination") else 0.99
     if args.eval_every is None:
         args.eval_every = 100 if args.task.startswith("coordination") else 1000
+    if args.eval_episodes is None:
+        args.eval_episodes = 10 if args.task.startswith("ant") else 100
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size", "learning_rate", "memory_learning_rate", "max_grad_norm")
     check_positive(args, "rollout_length", "rollout_every")
     check_range(args, 0, 1, "gamma", "polyak", "expectile")
@@ -503,9 +522,10 @@ def train(args: Args) -> dict:
     run_dir, checkpoint = open_run(args, "maiql")
     task, device = find_task(args.task), choose_device(args)
     dataset = load_dataset(task, args.dataset, device)  # before seeding: recording it draws random numbers
+    reward_scale = normalize_rewards(dataset)
     seed_everything(args.seed, args.torch_deterministic)
     team = Team(task, dataset.states).to(device)
-    online_data = OnlineData(task, dataset, args) if args.finetune else None
+    online_data = OnlineData(task, dataset, args, reward_scale) if args.finetune else None
     last_step = 2 * args.total_steps if args.finetune else args.total_steps
     groups = []
     for networks in ([team.policy], [team.value, team.value_mixer], [team.critics, team.critic_mixer], [team.memory]):
@@ -618,7 +638,7 @@ def train(args: Args) -> dict:
         "evaluations": evaluations,
         "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "dataset": {"name": task.dataset, "transitions": dataset.size, "mean_return": float(dataset.episode_returns().mean())},
+        "dataset": dataset.description,
         "seconds": seconds,
         "steps_per_second": last_step / seconds,
     }

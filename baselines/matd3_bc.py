@@ -56,7 +56,7 @@ PAPER_SCORES = {  # Table 4, MATD3+BC
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """reacher-{all-observant,independent,leader-only}"""
+    """reacher-{all-observant,independent,leader-only} or ant-{random,medium,full-replay,expert}-{fo,po}"""
     seed: int = 1
     """seed of networks, minibatches and noise"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -65,8 +65,8 @@ class Args:
     """gradient steps (the paper's: 1,000,000)"""
     eval_every: int = 1000
     """gradient steps between two evaluations, each followed by a checkpoint"""
-    eval_episodes: int = 100
-    """greedy episodes of an evaluation, from the same start states each time (the paper's: 10); the final one has 100"""
+    eval_episodes: int | None = None
+    """greedy episodes of an evaluation, from the same start states each time; if not given, 100, or 10 on the ant (the paper's: 10); the final one has 100"""
     run_dir: Path | None = None
     """folder of the run; runs/TASK__matd3_bc__SEED__TIME if not given"""
     resume: Path | None = None
@@ -369,6 +369,8 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
 
 
 def train(args: Args) -> dict:
+    if args.eval_episodes is None:
+        args.eval_episodes = 10 if args.task.startswith("ant") else 100
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size", "max_grad_norm")
     check_positive(args, "learning_rate", "memory_learning_rate", "policy_delay")
     check_range(args, 0, 1, "gamma", "polyak")
@@ -490,7 +492,7 @@ def train(args: Args) -> dict:
         "evaluations": evaluations,
         "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "dataset": {"name": task.dataset, "transitions": dataset.size, "mean_return": float(dataset.episode_returns().mean())},
+        "dataset": dataset.description,
         "seconds": seconds,
         "steps_per_second": args.total_steps / seconds,
     }

@@ -295,9 +295,10 @@ def record_dataset(args: Dataset) -> None:
             snapshots=list(policies),
         )
     temporary.replace(output)
-    for name, values in {"normalised return in %": 100 * TASK.normalized_score(np.array(returns)), "length": np.array(lengths)}.items():
-        summary = ", ".join(f"{f.__name__} {f(values):.1f}" for f in (np.min, np.mean, np.median, np.max))
-        print(f"{output}: {len(values)} whole episodes, {name}: {summary}")
+    scores = 100 * TASK.normalized_score(np.array(returns))
+    print(f"{output}: {len(scores)} whole episodes")
+    for name, values in {"score in %": scores, "length": np.array(lengths)}.items() if returns else ():
+        print(f"{name}: min {min(values):.1f}, mean {np.mean(values):.1f}, median {np.median(values):.1f}, max {max(values):.1f}")
 
 
 if __name__ == "__main__":

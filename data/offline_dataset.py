@@ -27,14 +27,14 @@ class OfflineDataset:
 
     `states`, `next_states` [N, state] float32; `actions` [N, agent, action] float32, clamped to +-ACTION_LIMIT; `rewards`
     [N] float32; `masks` [N] float32, 0 where the next state is absorbing (a time-out is not); `episode_starts` [N] int64,
-    the row at which a row's episode began.
+    the row at which a row's episode began. `description` is for results: where the dataset comes from, its size, its mean return.
     """
 
     def __init__(self, task: Task, columns: dict[str, np.ndarray], device="cpu", source: str = ""):
         def tensor(name: str) -> torch.Tensor:
             return torch.as_tensor(columns[name], dtype=torch.float32, device=device)
 
-        self.task, self.device, self.source = task, device, source
+        self.task, self.device = task, device
         self.states, self.next_states, self.rewards = tensor("observations"), tensor("next_observations"), tensor("rewards")
         self.actions = task.split_actions(tensor("actions"))
         if not task.discrete:
@@ -47,6 +47,8 @@ class OfflineDataset:
         starts = np.concatenate([[0], self.episode_ends[:-1] + 1])
         lengths = np.diff(np.append(starts, self.size))
         self.episode_starts = torch.as_tensor(np.repeat(starts, lengths), device=device)
+        mean_return = float(self.episode_returns().mean())
+        self.description = {"name": task.dataset, "source": source, "transitions": self.size, "mean_return": mean_return}
         self._offsets = torch.arange(-HISTORY_LENGTH, 0, device=device)
 
     def histories(self, indices: torch.Tensor) -> torch.Tensor:

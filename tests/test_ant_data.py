@@ -56,7 +56,7 @@ def test_d4rl_files_load_as_they_are(tmp_path):
         assert torch.equal(dataset.actions[:, agent], torch.tensor(columns["actions"][:, list(driven)], dtype=torch.float32))
     assert dataset.episode_starts.unique().tolist() == [0, 21, 41]  # the last row closes its episode
     assert dataset.masks.sum() == ROWS - 1 and dataset.masks[20] == 0
-    assert dataset.source == "ant_medium-v2.hdf5"
+    assert dataset.description["source"] == "ant_medium-v2.hdf5"
 
 
 def test_files_of_other_versions_are_refused(tmp_path):
@@ -213,7 +213,7 @@ def test_recorded_episodes_are_the_simulators(tmp_path, snapshots, name, chosen)
         assert "not D4RL's own" in file.attrs["source"]
         assert file.attrs["snapshots"].tolist() == {"random": [0], "medium": [1], "full-replay": [0, 1, 2], "expert": [2]}[name]
     dataset = load_dataset(TASKS[f"ant-{name}-fo"], path)
-    assert dataset.size == 600 and "collect_ant" in dataset.source
+    assert dataset.size == 600 and "collect_ant" in dataset.description["source"]
     ends = columns["terminals"] | columns["timeouts"]
     assert not (columns["terminals"] & columns["timeouts"]).any() and ends[600 // chosen - 1 :: 600 // chosen].all()
     for i in np.flatnonzero(~ends):  # within an episode the next row goes on
