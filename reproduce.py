@@ -3,6 +3,7 @@
     python reproduce.py --table 3          # the coordination game: 4 algorithms x 3 datasets x 10 seeds
     python reproduce.py --table scaling    # MOMA-PPO on the unfavorable dataset with 2, 3, 4 and 8 agents
     python reproduce.py --table 4a         # two-agent Reacher
+    python reproduce.py --table 4b         # four-agent Ant
 
 Each run is a process of its own with one thread, as many at once as there are cores. A run that has a result is not run again,
 so an interrupted table goes on where it stopped; raw returns are in each run's result.json. The learning curves of all runs are
@@ -27,20 +28,22 @@ from tqdm import tqdm
 
 GAMES = [f"coordination-{behavior}" for behavior in ("favorable", "neutral", "unfavorable")]
 REACHER = [f"reacher-{view}" for view in ("all-observant", "independent", "leader-only")]
+ANT = [f"ant-{behavior}-{view}" for view in ("fo", "po") for behavior in ("random", "medium", "full-replay", "expert")]
 TEAMS = ["maiql", "matd3_bc", "ibc", "itd3_bc", "icql", "iomar", "moma_ppo"]  # in the order of Table 4
 TABLES = {  # tasks of each algorithm, the number of seeds, and options of every run
     "3": ({"iql": GAMES, "maiql": GAMES, "ibc": GAMES, "moma_ppo": GAMES}, 10, []),
     "scaling": ({"moma_ppo": ["coordination-unfavorable", *[f"coordination-unfavorable-{agents}" for agents in (3, 4, 8)]]}, 10, []),
+    "4b": ({"iql": ANT[:4]} | {algorithm: ANT for algorithm in TEAMS if algorithm != "matd3_bc"}, 3, ["--compile"]),
     "4a": ({"iql": REACHER[:1]} | {algorithm: REACHER for algorithm in TEAMS}, 3, ["--compile"]),
 }
 
 
 @dataclass
 class Args:
-    table: Literal["3", "scaling", "4a"] = "3"
+    table: Literal["3", "scaling", "4a", "4b"] = "3"
     """which table"""
     seeds: int | None = None
-    """seeds 1, 2, ...; if not given, the paper's 10 for the game and 3 for Reacher"""
+    """seeds 1, 2, ...; if not given, the paper's 10 for the game and 3 for Reacher and the ant"""
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
     """runs at once"""
     folder: Path = Path("runs")

@@ -536,8 +536,9 @@ def train(args: Args) -> dict:
             print(
                 f"step {step}: held-out state {result['state_error']:.4f}, reward {result['reward_error']:.5f}; ten steps on data "
                 f"{result['held-out']['ten_step_error']:.3f}, perturbed {result['perturbed']['ten_step_error']:.3f}, "
-                f"random {result['random']['ten_step_error']:.3f}; re-targeting {result.get('retargeting_error', math.nan):.4f}; "
-                f"{step / seconds:.0f} steps/s",
+                f"random {result['random']['ten_step_error']:.3f}; "
+                + (f"re-targeting {result['retargeting_error']:.4f}; " if "retargeting_error" in result else "")
+                + f"{step / seconds:.0f} steps/s",
                 flush=True,
             )
             started = time.perf_counter()
