@@ -92,8 +92,11 @@ class CoordinationGame:
         self.states = np.where(chosen[:, None], states, self.states if len(self.states) == len(states) else 0.0)
         return self.states
 
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """One-hot actions, [batch, agent, action] or joined -> states [batch, state], rewards [batch], terminals [batch] (never)."""
+    def step(self, actions: np.ndarray, where: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """One-hot actions, [batch, agent, action] or joined -> states [batch, state], rewards [batch], terminals [batch] (never).
+
+        No episode ends before the others, so all copies take the step, whatever `where` says.
+        """
         choices = np.argmax(np.reshape(actions, (-1, self.task.num_agents, self.task.action_dim)), axis=-1)
         self.states = np.eye(self.task.action_dim)[choices].reshape(len(choices), -1)
         rewards = (choices == choices[:, :1]).all(axis=1).astype(np.float64)

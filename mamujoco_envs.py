@@ -264,13 +264,13 @@ class Simulator:
         self.threads = min(num_envs, os.cpu_count() or 1)
         self.pool = ThreadPoolExecutor(self.threads)
 
-    def reset(self, generators: list[np.random.Generator]) -> np.ndarray:
-        """Starts an episode from each generator, which moves on; states [B, state].
+    def reset(self, generators: list[np.random.Generator], where: np.ndarray | None = None) -> np.ndarray:
+        """Starts an episode from each generator, which moves on; states [B, state]. With `where` [B], in these copies alone.
 
         `np.random.default_rng(seed)` gives the episode that `gymnasium.make(...).reset(seed=seed)` starts.
         """
         qpos, qvel = zip(*[self.environment.reset(rng) for rng in generators])
-        self._place(range(len(self.data)), qpos, qvel)
+        self._place(range(len(self.data)) if where is None else np.flatnonzero(where), qpos, qvel)
         self._read()
         return self.states
 
@@ -354,8 +354,8 @@ def evaluate(task: Task, act: Callable, episodes: int, seed: int = 10102, device
         observations = task.observe(torch.as_tensor(states, dtype=torch.float32, device=device))
         actions = act(observations, histories)
         histories = append_to_histories(histories, observations, actions)
-        states, rewards, terminals = simulator.step(actions.cpu().numpy())
-        returns += rewards * alive
+        states, rewards, terminals = simulator.step(actions.cpu().numpy(), alive)
+        returns += np.where(alive, rewards, 0)
         lengths += alive
         last_states = np.where(alive[:, None], states, last_states)
         alive &= ~terminals
@@ -391,8 +391,9 @@ class ParallelEnv:
 
     def __init__(self, task: Task, render_mode: str | None = None):
         self.task, self.render_mode = task, render_mode
-        self.metadata = {"name": task.name, "render_modes": ["human", "rgb_array"], "is_parallelizable": True, "render_fps": 50}
+        self.metadata = {"name": task.name, "render_modes": ["human", "rgb_array"], "is_parallelizable": True}
         self.environment = {"Reacher-v4": ReacherEnv, "Ant-v4": AntEnv}[task.environment](render_mode=render_mode)
+        self.metadata["render_fps"] = self.environment.metadata["render_fps"]
         self.possible_agents = [f"agent_{i}" for i in range(task.num_agents)]
         self.agents: list[str] = []
         self.state_space = self.environment.observation_space

@@ -16,13 +16,12 @@ Deviations from the paper, README.md has the figures:
    0.95. The paper's values, for those who have the time: --total-steps 100000 --learning-rate 5e-5
    --memory-learning-rate 1e-4 --gamma 0.99 --gae-lambda 0.98 (these would decay, too).
 2. Observations are standardised by the dataset's statistics.
-3. Rollouts are whole episodes, from first states of the dataset (--start-states any --rollout-length 10: the release's).
-   Those from later states start where experts, who saw everything, have brought the arm; what agents must tell each other on
+3. On Reacher rollouts are whole episodes, from first states of the dataset (--start-states any --rollout-length 10: the release's,
+   and ours on the ant). Those from later states start where experts, who saw everything, have brought the arm; what agents must tell each other on
    the way is then learned from a tenth of the data alone.
 4. Policies start with a standard deviation of 0.22 instead of 1, close to the actions that the world model has seen.
 5. The memory, 128 dimensions of noise at first, starts at a tenth of its scale, and policies and values without weights on it.
-6. On the ant, rewards are scaled so that discounted returns are about 1: values in their thousands could not be learned in so few
-   steps of at most 0.2.
+6. On the ant rewards are scaled so that values are about 1: a value moves by at most 0.2 in a learning step, too slow for hundreds.
 7. lambda_g and l_eps are calibrated on held-out data by one rule (`calibrate`), and eps_g is measured in units of the
    dataset's standard deviations. The release has 0.1 and 2 for every task, on raw states.
 """
@@ -73,7 +72,7 @@ PAPER_SCORES = {  # Tables 3 and 4, MOMA-PPO
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """reacher-{all-observant,independent,leader-only}, ant-{random,medium,full-replay,expert}-{fo,po} or coordination-{favorable,neutral,unfavorable}"""
+    """reacher-{all-observant,independent,leader-only}, ant-{random,medium,full-replay,expert}-{fo,po,po-other-legs} or coordination-{favorable,neutral,unfavorable}"""
     seed: int = 1
     """seed of networks, rollouts and minibatches"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -725,7 +724,7 @@ def train(args: Args) -> dict:
     if args.eval_episodes is None:
         args.eval_episodes = 10 if args.task.startswith("ant") else 100
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "transitions", "rollout_length", "epochs", "minibatch_size")
-    check_positive(args, "learning_rate", "memory_learning_rate", "max_grad_norm")
+    check_positive(args, "learning_rate", "memory_learning_rate", "max_grad_norm", *["reward_scale"] * (args.reward_scale is not None))
     if args.transitions // args.rollout_length * args.rollout_length < args.minibatch_size:
         raise InputError("--transitions must fill a --minibatch-size with rollouts of --rollout-length")
     run_dir, checkpoint = open_run(args, "moma_ppo")
@@ -748,9 +747,12 @@ def train(args: Args) -> dict:
         args.world_model = args.world_model or Path(__file__).parent / "data" / f"{task.dataset}.pt"
         model = WorldModel(task, args.world_model, device)
         calibrate(args, model.checkpoint)
+        learned_from = model.checkpoint["dataset"].get("source", dataset.description["source"])
+        if learned_from != dataset.description["source"]:
+            print(f"note: the world model learned from '{learned_from}', the dataset is '{dataset.description['source']}'")
 
     if args.reward_scale is None:
-        args.reward_scale = (1 - args.gamma) / float(dataset.rewards.abs().mean()) if task.environment == "Ant-v4" else 1.0
+        args.reward_scale = (1 - args.gamma) / max(float(dataset.rewards.abs().mean()), 1e-3) if task.environment == "Ant-v4" else 1.0
 
     # Initialize MAPPO policies and value function.
     team = Team(task, dataset.states).to(device)
@@ -872,7 +874,7 @@ def train(args: Args) -> dict:
         "score": record["score"],
         "score_stderr": float(scores.std(ddof=1) / len(scores) ** 0.5),
         "best_score": max(entry["score"] for entry in [*evaluations, record]),
-        "paper_score": PAPER_SCORES.get(task.name),
+        "paper_score": PAPER_SCORES.get(task.name.removesuffix("-other-legs")),
         "returns": record["returns"],
         "model_returns": record.get("model_returns"),
         "evaluations": evaluations,
@@ -889,7 +891,7 @@ def train(args: Args) -> dict:
     if task.environment == "Reacher-v4":
         plot_team_strategy(task, evaluation, run_dir / "strategy.png")
     writer.close()
-    print(f"{task.name}: score {result['score']:.3f} ± {result['score_stderr']:.3f} over 100 greedy episodes (paper: {PAPER_SCORES.get(task.name, '-')})")
+    print(f"{task.name}: score {result['score']:.3f} ± {result['score_stderr']:.3f} over 100 greedy episodes (paper: {result['paper_score'] or '-'})")
     if record.get("model_returns"):
         print(f"return {evaluation.returns.mean():.2f} in the environment, {np.mean(record['model_returns']):.2f} in the world model")
     print(f"{seconds:.0f} s of training; everything is in {run_dir}")

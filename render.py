@@ -3,8 +3,7 @@
     python render.py --run runs/RUN                          # RUN/film.gif
     python render.py --run runs/RUN --output strip.png       # eight moments of it, side by side
 
-Machines without a screen render off-screen through EGL; where that is missing too, install Mesa's EGL (Debian: libegl-mesa0) or
-libosmesa6 and set MUJOCO_GL=osmesa.
+Machines without a screen render through EGL (Debian: libegl1, libegl-mesa0), or with MUJOCO_GL=osmesa through OSMesa (libosmesa6).
 """
 
 import importlib
@@ -12,9 +11,6 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-if sys.platform == "linux" and "DISPLAY" not in os.environ:
-    os.environ.setdefault("MUJOCO_GL", "egl")  # before mujoco is imported
 
 import imageio.v3 as imageio
 import numpy as np
@@ -44,25 +40,34 @@ def load_team(run: Path):
         raise InputError(f"no checkpoint at {path}; --run takes the folder of a run")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        script, task, weights = checkpoint["script"], find_task(checkpoint["args"]["task"]), checkpoint["team"]
-    except InputError as error:
-        raise InputError(f"{error} (only Reacher and the ant can be filmed)") from None
+        script, weights = checkpoint["script"], checkpoint["team"]
+        module = importlib.import_module(script if script == "moma_ppo" else f"baselines.{script}")
+        task = find_task(checkpoint["args"]["task"])
+        if task.discrete:
+            raise InputError(f"{task.name} has nothing to show; Reacher and the ant can be filmed")
+        extra = [task.action_dim] if script == "iql" else []
+        task = module.centralize(task) if script == "iql" else task
+        team = module.Team(task, torch.zeros(2, task.state_dim), *extra)  # statistics come with the weights
+        team.load_state_dict(weights)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"{path} is not a checkpoint of a team ({type(error).__name__}); --run takes the folder of a run") from None
-    module = importlib.import_module(script if script == "moma_ppo" else f"baselines.{script}")
-    extra = [task.action_dim] if script == "iql" else []
-    task = module.centralize(task) if script == "iql" else task
-    team = module.Team(task, torch.zeros(2, task.state_dim), *extra)  # statistics come with the weights
-    team.load_state_dict(weights)
     return team, task
 
 
 @torch.no_grad()
-def film(args: Args) -> tuple[list[np.ndarray], float]:
-    """Frames [height, width, 3] of one episode, and its return so far."""
+def film(args: Args) -> tuple[list[np.ndarray], float, float]:
+    """Frames [height, width, 3] of one episode, one a step, its return so far, and the seconds of a step."""
     team, task = load_team(args.run)
+    if sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")
     env = ParallelEnv(task, render_mode="rgb_array")
     env.reset(seed=args.seed)
+    try:
+        env.render()
+    except Exception as error:  # each backend fails in its own way
+        raise InputError(f"this machine cannot render ({error}); install libegl1 and libegl-mesa0, or libosmesa6 and set MUJOCO_GL=osmesa") from None
     histories = torch.zeros(1, task.num_agents, HISTORY_LENGTH, max(task.obs_dims) + task.action_dim)
     frames, episode_return = [env.render()], 0.0
     for _ in tqdm(range(args.steps), unit="step", disable=None):
@@ -74,8 +79,9 @@ def film(args: Args) -> tuple[list[np.ndarray], float]:
         frames.append(env.render())
         if not env.agents:
             break
+    seconds = env.environment.dt
     env.close()
-    return frames, episode_return
+    return frames, episode_return, seconds
 
 
 def main(args: Args) -> None:
@@ -84,9 +90,9 @@ def main(args: Args) -> None:
         raise InputError(f"--output must end in .gif or .png and --steps be above 0; they are {output} and {args.steps}")
     if args.output and not output.parent.is_dir():
         raise InputError(f"no folder {output.parent} to write {output.name} to")
-    frames, episode_return = film(args)
-    if output.suffix == ".gif":
-        imageio.imwrite(output, frames[::2], duration=100, loop=0)
+    frames, episode_return, seconds = film(args)
+    if output.suffix == ".gif":  # every second frame, as fast as in life
+        imageio.imwrite(output, frames[::2], duration=2000 * seconds, loop=0)
     else:
         moments = np.linspace(0, len(frames) - 1, 8).round().astype(int)
         imageio.imwrite(output, np.hstack([frames[i] for i in moments]))

@@ -263,24 +263,26 @@ def open_loop(ensemble: Ensemble, dataset: OfflineDataset, rows: torch.Tensor, s
     """Rolls the elites out from `rows` beside the true simulator, with the dataset's actions, perturbed or random ones.
 
     Errors of the state (L2) after one and after all steps, of the return, its bias (positive: the model promises too much),
-    and the quantiles of eps_g on the way.
+    and the quantiles of eps_g on the way, all until the true episode ends.
     """
     task, device = dataset.task, dataset.device
     members, generator = ensemble.networks[0][0].weight.shape[0], torch.Generator().manual_seed(0)
     simulator, states = make_simulator(task, len(rows)), dataset.states[rows]
     simulator.set_states(states.cpu().numpy())
     model_return, true_return, epsilons, errors = torch.zeros(len(rows)), torch.zeros(len(rows)), [], []
+    alive = torch.ones(len(rows), dtype=torch.bool)  # what comes after a terminal is in no episode
     for t in range(steps):
         actions = disturb(task, dataset.actions[rows + t].cpu(), behavior, generator)
         joint = task.join_actions(actions).to(device)
         prediction = ensemble(states.expand(members, -1, -1), joint.expand(members, -1, -1))
-        epsilons.append(epistemic_uncertainty(prediction, scale)[1])
+        epsilons.append(epistemic_uncertainty(prediction, scale)[1][alive])
         member = torch.randint(members, (len(rows),), generator=generator).to(device)
         states = prediction.next_states[member, torch.arange(len(rows), device=device)]
-        true_states, true_rewards, _ = simulator.step(actions.numpy())
-        errors.append((states.cpu() - torch.as_tensor(true_states)).norm(dim=1).mean().item())
-        model_return += prediction.rewards.mean(0).cpu()
-        true_return += torch.as_tensor(true_rewards)
+        true_states, true_rewards, terminals = simulator.step(actions.numpy())
+        errors.append((states.cpu() - torch.as_tensor(true_states)).norm(dim=1)[alive].mean().item())
+        model_return += torch.where(alive, prediction.rewards.mean(0).cpu(), 0)
+        true_return += torch.where(alive, torch.as_tensor(true_rewards), 0)
+        alive &= ~torch.as_tensor(terminals)
     quantiles = torch.cat(epsilons).quantile(torch.tensor(QUANTILES, device=device)).tolist()
     return {
         "one_step_error": errors[0],
@@ -554,7 +556,7 @@ def train(args: Args) -> dict:
 
     if first_step == args.total_steps:  # stopped after the last checkpoint
         result = evaluation()
-    description = {"dataset": task.dataset, "seed": args.seed, "total_steps": args.total_steps, "seconds": seconds, **architecture}
+    description = {"dataset": task.dataset, "source": dataset.description["source"], "seed": args.seed, "total_steps": args.total_steps, "seconds": seconds, **architecture}
     world_model = {
         "architecture": architecture,
         "weights": ensemble.state_dict(),

@@ -14,6 +14,7 @@ Deviations from the paper:
 3. The value inside targets and advantages sees the online memory, whose value it is; target critics see the target memory.
 4. Value, policy and critics take one step together instead of one after the other; so the memory is encoded and trained once.
 5. The memory, 128 dimensions of noise at first, starts at a tenth of its scale.
+6. On the ant rewards are scaled so that returns span 1000, as IQL does in locomotion (the paper does not say).
 """
 
 import copy
@@ -287,7 +288,7 @@ def normalize_rewards(dataset: OfflineDataset) -> float:
     """On the ant, scales rewards so that the best and the worst return are 1000 apart, as IQL does in locomotion; returns the factor."""
     span = float(np.ptp(dataset.episode_returns()))
     scale = 1000 / span if dataset.task.environment == "Ant-v4" and span > 0 else 1.0
-    dataset.rewards.mul_(scale)
+    dataset.rewards = dataset.rewards * scale
     return scale
 
 
@@ -534,7 +535,7 @@ def train(args: Args) -> dict:
         "score": record["score"],
         "score_stderr": float(scores.std(ddof=1) / len(scores) ** 0.5),
         "best_score": max(entry["score"] for entry in [*evaluations, record]),
-        "paper_score": PAPER_SCORES.get(task.name),
+        "paper_score": PAPER_SCORES.get(task.name.removesuffix("-other-legs")),
         "returns": record["returns"],
         "evaluations": evaluations,
         "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
@@ -548,7 +549,7 @@ def train(args: Args) -> dict:
     if task.environment == "Reacher-v4":
         plot_team_strategy(task, evaluation, run_dir / "strategy.png")
     writer.close()
-    print(f"{task.name}: score {result['score']:.3f} ± {result['score_stderr']:.3f} over 100 greedy episodes (paper: {PAPER_SCORES.get(task.name, '-')})")
+    print(f"{task.name}: score {result['score']:.3f} ± {result['score_stderr']:.3f} over 100 greedy episodes (paper: {result['paper_score'] or '-'})")
     print(f"{seconds:.0f} s of training; everything is in {run_dir}")
     return result
 

@@ -60,7 +60,7 @@ PAPER_SCORES = {  # Table 4, ITD3+BC
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """reacher-{all-observant,independent,leader-only} or ant-{random,medium,full-replay,expert}-{fo,po}"""
+    """reacher-{all-observant,independent,leader-only} or ant-{random,medium,full-replay,expert}-{fo,po,po-other-legs}"""
     seed: int = 1
     """seed of networks, minibatches and noise"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -515,7 +515,7 @@ def train(args: Args) -> dict:
         "score": record["score"],
         "score_stderr": float(scores.std(ddof=1) / len(scores) ** 0.5),
         "best_score": max(entry["score"] for entry in [*evaluations, record]),
-        "paper_score": PAPER_SCORES.get(task.name),
+        "paper_score": PAPER_SCORES.get(task.name.removesuffix("-other-legs")),
         "returns": record["returns"],
         "evaluations": evaluations,
         "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
@@ -529,7 +529,7 @@ def train(args: Args) -> dict:
     if task.environment == "Reacher-v4":
         plot_team_strategy(task, evaluation, run_dir / "strategy.png")
     writer.close()
-    print(f"{task.name}: score {result['score']:.3f} ± {result['score_stderr']:.3f} over 100 greedy episodes (paper: {PAPER_SCORES.get(task.name, '-')})")
+    print(f"{task.name}: score {result['score']:.3f} ± {result['score_stderr']:.3f} over 100 greedy episodes (paper: {result['paper_score'] or '-'})")
     print(f"{seconds:.0f} s of training; everything is in {run_dir}")
     return result
 

@@ -3,9 +3,10 @@
     python -m data.collect_ant snapshots            # online SAC of the whole ant: data/ant_snapshots.pt
     python -m data.collect_ant dataset --name medium    # a million transitions: data/ant-medium.hdf5
 
-`random` is recorded from uniform actions (SAC's warm-up), `medium` from a snapshot of a training stopped early, `full-replay` from all
-snapshots in equal shares, which stands for the replay buffer of the whole training, and `expert` from the last one. The snapshots
-ship with the repository, so the first command is needed only to make others; a script that needs a dataset records it by itself.
+`random` is recorded from an untrained policy, `medium` and `expert` from the first snapshot of the training that is about as good as
+D4RL's (or else the best), and `full-replay` from all snapshots in equal shares, which stands for the replay buffer of the whole
+training. The snapshots ship with the repository, so the first command is needed only to make others; a script that needs a
+dataset records it by itself.
 
 Online SAC (Haarnoja et al. 2018) with a single policy for all legs, as D4RL's. Many ants run at once, with fewer updates than steps.
 """
@@ -33,7 +34,7 @@ TASK = find_task("ant-expert-fo")
 FOLDER = Path(__file__).parent
 STATE_DIM, ACTION_DIM = TASK.state_dim, TASK.num_agents * TASK.action_dim
 HIDDEN = 128  # units of both hidden layers of the policy: small enough to ship many
-PAPER_MEANS = {"random": 0.064, "medium": 0.802, "full-replay": 0.72, "expert": 1.174}  # Table 2, of D4RL's own datasets
+GOOD_ENOUGH = {"medium": 0.75, "expert": 1.15}  # scores of the policies behind datasets; the means of D4RL's are 0.80 and 1.17 (Table 2)
 
 
 @dataclass
@@ -139,8 +140,43 @@ def policy_loss(critics, policy, log_alpha, states, noise) -> torch.Tensor:
     return loss - log_alpha * (log_probs.detach().mean() - ACTION_DIM)
 
 
+@torch.no_grad()
+def play(policy: MLP, simulator: Simulator, seeds: Sequence, generator: torch.Generator) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """One whole episode of each copy of the simulator, with sampled actions: D4RL's columns [copy, step, ...] and the lengths [copy]."""
+    states, copies, length = simulator.reset([np.random.default_rng(seed) for seed in seeds]), len(seeds), TASK.episode_length
+    widths = {"observations": STATE_DIM, "actions": ACTION_DIM, "rewards": 1, "next_observations": STATE_DIM, "terminals": 1, "timeouts": 1}
+    columns = {name: np.zeros((copies, length, width), dtype=bool if "t" == name[0] else np.float32) for name, width in widths.items()}
+    alive, lengths = np.ones(copies, dtype=bool), np.zeros(copies, dtype=int)
+    for age in range(length):
+        noise = torch.randn(copies, ACTION_DIM, generator=generator)
+        actions, _ = sample_actions(policy, torch.as_tensor(states, dtype=torch.float32), noise)
+        next_states, rewards, terminals = simulator.step(TASK.split_actions(actions).numpy(), alive)
+        time_outs = ~terminals & (age == length - 1)
+        values = (states, actions, rewards[:, None], next_states, terminals[:, None], time_outs[:, None])
+        for column, value in zip(columns.values(), values):
+            column[:, age] = value
+        states, lengths, alive = next_states, lengths + alive, alive & ~terminals
+        if not alive.any():
+            break
+    return columns, lengths
+
+
+def mean_return(policy: MLP, episodes: int = 20) -> float:
+    columns, lengths = play(policy, Simulator(TASK, episodes), range(episodes), torch.Generator().manual_seed(0))
+    return float(np.mean([rewards[:length].sum() for rewards, length in zip(columns["rewards"], lengths)]))
+
+
 def train_snapshots(args: Snapshots) -> dict:
-    """Online SAC; saves the policies of all snapshots, stacked, with the returns of the episodes that each was seen to finish."""
+    """Online SAC; saves the policies of all snapshots, stacked, with the mean return of each over 20 episodes with sampled actions."""
+    for name in ("total_updates", "updates_per_step", "num_envs", "learning_rate", "batch_size", "snapshot_every"):
+        if not getattr(args, name) > 0:
+            raise InputError(f"--{name.replace('_', '-')} must be above 0; it is {getattr(args, name)}")
+    if args.buffer_size < args.num_envs:
+        raise InputError(f"--buffer-size must be --num-envs {args.num_envs} or more; it is {args.buffer_size}")
+    if args.output.exists():
+        raise InputError(f"{args.output} exists; give another --output, or move it away")
+    if not args.output.parent.is_dir():
+        raise InputError(f"no folder {args.output.parent} to write {args.output.name} to")
     torch.manual_seed(args.seed)
     policy = make_policy()
     critics = MLP([STATE_DIM + ACTION_DIM] * 2, [256, 256], 1)  # twins: different from the start
@@ -162,14 +198,13 @@ def train_snapshots(args: Snapshots) -> dict:
             policy_loss(critics, policy, log_alpha, batch[0], noise[1]).backward()
             critics.requires_grad_(True)
             policy_optimizer.step()
-        torch._foreach_lerp_(list(target_critics.parameters()), list(critics.parameters()), 0.005)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(target_critics.parameters()), list(critics.parameters()), 0.005)
 
-    simulator = Simulator(TASK, args.num_envs)
-    rng = np.random.default_rng(args.seed)
-    states = simulator.reset([rng] * args.num_envs)
-    ages, episode_returns, finished = np.zeros(args.num_envs, dtype=int), np.zeros(args.num_envs), []
+    simulator, rng = Simulator(TASK, args.num_envs), np.random.default_rng(args.seed)
+    states, ages = simulator.reset([rng] * args.num_envs), np.zeros(args.num_envs, dtype=int)
     size = args.buffer_size // args.num_envs * args.num_envs
-    buffer = [torch.zeros(size, width) for width in (STATE_DIM, ACTION_DIM, 1, STATE_DIM, 1)]
+    buffer = [torch.zeros(size, *shape) for shape in ((STATE_DIM,), (ACTION_DIM,), (), (STATE_DIM,), ())]
     updates, steps, snapshots, returns, started = 0, 0, [], [], time.perf_counter()
     progress = tqdm(total=args.total_updates, unit="update", mininterval=1, disable=not sys.stderr.isatty())
     while updates < args.total_updates:
@@ -179,44 +214,39 @@ def train_snapshots(args: Snapshots) -> dict:
             else:
                 actions, _ = sample_actions(policy, torch.as_tensor(states, dtype=torch.float32), torch.randn(args.num_envs, ACTION_DIM))
         next_states, rewards, terminals = simulator.step(TASK.split_actions(actions).numpy())
-        row = steps % size
-        columns = (states, actions, rewards[:, None], next_states, 1.0 - terminals[:, None])
-        for field, column in zip(buffer, columns):
-            field[row : row + args.num_envs] = torch.as_tensor(column)
-        steps, ages, episode_returns = steps + args.num_envs, ages + 1, episode_returns + rewards
+        for field, values in zip(buffer, (states, actions, rewards, next_states, 1.0 - terminals)):
+            field[steps % size : steps % size + args.num_envs] = torch.as_tensor(values)
+        states, steps, ages = next_states, steps + args.num_envs, ages + 1
         ended = terminals | (ages == TASK.episode_length)
-        finished += episode_returns[ended].tolist()
-        ages[ended], episode_returns[ended] = 0, 0
-        states = next_states
         if ended.any():
-            first_states = [simulator.environment.state(*[x[None] for x in simulator.environment.reset(rng)], None)[0] for _ in ended]
-            states = simulator.set_states(np.stack(first_states), where=ended)
-        if steps < args.warm_up:
-            continue
-        rate = args.learning_rate * (1 - 0.9 * updates / args.total_updates)
-        critic_optimizer.param_groups[0]["lr"] = policy_optimizer.param_groups[0]["lr"] = rate
-        for _ in range(args.updates_per_step):
+            states, ages = simulator.reset([rng] * ended.sum(), where=ended), np.where(ended, 0, ages)
+        for _ in range(args.updates_per_step if steps >= args.warm_up else 0):
+            rate = args.learning_rate * (1 - 0.9 * updates / args.total_updates)
+            critic_optimizer.param_groups[0]["lr"] = policy_optimizer.param_groups[0]["lr"] = rate
             indices = torch.randint(min(steps, size), (args.batch_size,))
-            states_, actions_, rewards_, next_states_, masks_ = [field[indices] for field in buffer]
-            update([states_, actions_, rewards_[:, 0], next_states_, masks_[:, 0]], with_policy=updates % 2 == 0)
+            update([field[indices] for field in buffer], with_policy=updates % 2 == 0)
             updates += 1
-            if updates % args.snapshot_every == 0:
+            progress.update()
+            if updates % args.snapshot_every == 0 or updates == args.total_updates:
                 snapshots.append({name: value.clone() for name, value in policy.state_dict().items()})
-                returns.append(float(np.mean(finished)) if finished else -float("inf"))
-                scores = f"return {returns[-1]:.0f} ({TASK.normalized_score(returns[-1]):.2f}) over {len(finished)} episodes"
-                speed = f"{updates / (time.perf_counter() - started):.0f} updates/s"
-                tqdm.write(f"update {updates}, {steps} steps: {scores}, alpha {log_alpha.exp().item():.3f}, {speed}")
-                finished = []
+                returns.append(mean_return(policy))
+                score, speed = TASK.normalized_score(returns[-1]), updates / (time.perf_counter() - started)
+                tqdm.write(f"update {updates}, {steps} steps: return {returns[-1]:.0f}, score {score:.2f}, {speed:.0f} updates/s")
                 stacked = {name: torch.stack([snapshot[name] for snapshot in snapshots]) for name in snapshots[0]}
                 temporary = args.output.with_suffix(".tmp")
                 torch.save({"policies": stacked, "returns": returns, "seed": args.seed, "snapshot_every": args.snapshot_every}, temporary)
                 temporary.replace(args.output)
-        progress.update(args.updates_per_step)
-    return {"returns": returns, "steps": steps}
+            if updates == args.total_updates:
+                break
+    progress.close()
+    return {"returns": returns, "steps": steps, "target_critics": target_critics}
 
 
-def choose_snapshots(args: Dataset) -> dict[int, MLP]:
-    """The policies that the dataset is recorded from, by the number of their snapshot."""
+def choose_policies(args: Dataset) -> dict[int, MLP]:
+    """The policies that the dataset is recorded from, by the number of their snapshot; an untrained one for `random`."""
+    if args.name == "random":
+        torch.manual_seed(args.seed)
+        return {-1: make_policy()}
     command = f"python -m data.collect_ant snapshots --output {args.snapshots}"
     if not args.snapshots.is_file():
         raise InputError(f"no policies at {args.snapshots}; make them with: {command}")
@@ -228,72 +258,55 @@ def choose_snapshots(args: Dataset) -> dict[int, MLP]:
             policy.load_state_dict({name: value[i] for name, value in saved["policies"].items()})
     except (OSError, EOFError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, pickle.UnpicklingError):
         raise InputError(f"{args.snapshots} is truncated or holds no policies; move it away and make it again with: {command}") from None
-    nearest = {name: int(np.argmin(np.abs(scores - PAPER_MEANS[name]))) for name in ("medium", "expert")}
-    return {i: policy for i, policy in policies.items() if args.name == "full-replay" or i == nearest.get(args.name, 0)}
+    if args.name == "full-replay":
+        return policies
+    good = np.flatnonzero(scores >= GOOD_ENOUGH[args.name])
+    chosen = int(good[0]) if len(good) else int(np.argmax(scores))
+    return {chosen: policies[chosen]}
 
 
-@torch.no_grad()
 def record_dataset(args: Dataset) -> None:
     """Records whole episodes, as many transitions from each policy, into one D4RL file, written whole or not at all."""
     output = args.output or FOLDER / f"ant-{args.name}.hdf5"
     if not output.parent.is_dir():
         raise InputError(f"no folder {output.parent} to write {output.name} to")
-    policies = choose_snapshots(args)
-    share = args.transitions // len(policies)
-    if share < 1 or args.transitions % len(policies):
-        raise InputError(f"--transitions must be a multiple of {len(policies)}, as many from each snapshot; it is {args.transitions}")
-    length, copies = TASK.episode_length, min(-(-share // TASK.episode_length), 200)
+    policies = choose_policies(args)
+    if args.transitions < len(policies):
+        raise InputError(f"--transitions must be {len(policies)} or more, the number of policies; it is {args.transitions}")
+    ends = [args.transitions * (i + 1) // len(policies) for i in range(len(policies))]  # of the policies' shares
+    copies = min(-(-ends[0] // TASK.episode_length), 200)
     generator, simulator = torch.Generator().manual_seed(args.seed), Simulator(TASK, copies)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same file to the bit, whatever the number of threads
-    size, widths = args.transitions, {"observations": STATE_DIM, "actions": ACTION_DIM, "rewards": 1, "next_observations": STATE_DIM}
-    columns = {name: np.empty((size, width), dtype=np.float32) for name, width in widths.items()}
-    columns |= {"terminals": np.zeros((size, 1), dtype=bool), "timeouts": np.zeros((size, 1), dtype=bool)}
-    returns, lengths, row, episode = [], [], 0, 0
-    print(f"recording {size} transitions of ant-{args.name} to {output}", flush=True)
-    progress = tqdm(total=size, unit="step", unit_scale=True, mininterval=1, disable=None)  # a bar in a terminal only
-    for number, policy in enumerate(policies.values(), start=1):
-        while row < number * share:
-            states = simulator.reset([np.random.default_rng([args.seed, episode + i]) for i in range(copies)])
-            alive, age, ages = np.ones(copies, dtype=bool), 0, np.zeros(copies, dtype=int)
-            rows = {name: np.zeros((copies, length, column.shape[1]), dtype=column.dtype) for name, column in columns.items()}
-            while alive.any() and age < length:
-                if args.name == "random":
-                    actions = 2 * torch.rand(copies, ACTION_DIM, generator=generator) - 1
-                else:
-                    noise = torch.randn(copies, ACTION_DIM, generator=generator)
-                    actions, _ = sample_actions(policy, torch.as_tensor(states, dtype=torch.float32), noise)
-                next_states, rewards, terminals = simulator.step(TASK.split_actions(actions).numpy(), alive)
-                for name, values in zip(columns, (states, actions, rewards[:, None], next_states, terminals[:, None])):
-                    rows[name][:, age] = values
-                states, age, ages = next_states, age + 1, ages + alive
-                alive &= ~terminals
-            rows["timeouts"][ages == length, -1] = ~rows["terminals"][ages == length, -1]
-            for i, steps in enumerate(ages):
-                steps = min(steps, number * share - row)  # the last episode of a share is cut
-                if steps == 0:
-                    break
+    columns, returns, lengths, row, episode = None, [], [], 0, 0
+    print(f"recording {args.transitions} transitions of ant-{args.name} to {output}", flush=True)
+    progress = tqdm(total=args.transitions, unit="step", unit_scale=True, mininterval=1, disable=None)  # a bar in a terminal only
+    for end, policy in zip(ends, policies.values()):
+        while row < end:
+            played, ages = play(policy, simulator, [[args.seed, episode + i] for i in range(copies)], generator)
+            columns = columns or {name: np.empty((args.transitions, x.shape[2]), dtype=x.dtype) for name, x in played.items()}
+            for i, age in enumerate(ages):
+                steps = min(age, end - row)  # the last episode of a share is cut
                 for name, column in columns.items():
-                    column[row : row + steps] = rows[name][i, :steps]
+                    column[row : row + steps] = played[name][i, :steps]
                 row, episode = row + steps, episode + 1
                 progress.update(int(steps))
-                if row == number * share:
-                    columns["timeouts"][row - 1] = ~columns["terminals"][row - 1]
-                if steps == ages[i]:  # a whole episode
-                    returns.append(rows["rewards"][i, :steps].sum(dtype=np.float64))
+                if steps == age:
+                    returns.append(played["rewards"][i, :steps].sum(dtype=np.float64))
                     lengths.append(int(steps))
+                if row == end:
+                    columns["timeouts"][row - 1] = ~columns["terminals"][row - 1]
+                    break
     progress.close()
     torch.set_num_threads(threads)
+    source = f"python -m data.collect_ant dataset --name {args.name} --transitions {args.transitions} --seed {args.seed}"
     temporary = output.with_suffix(f".{os.getpid()}.tmp")  # scripts that start together may record at once
     with h5py.File(temporary, "w") as file:
         for name, column in columns.items():
             file.create_dataset(name, data=column if column.shape[1] > 1 else column[:, 0])
-        file.attrs.update(
-            environment=TASK.environment,
-            source=f"python -m data.collect_ant dataset --name {args.name} --transitions {size} --seed {args.seed} (not D4RL's own)",
-            snapshots_sha256=hashlib.sha256(args.snapshots.read_bytes()).hexdigest(),
-            snapshots=list(policies),
-        )
+        file.attrs.update(environment=TASK.environment, source=f"{source} (ours, not D4RL's)")
+        if args.name != "random":
+            file.attrs.update(snapshots=list(policies), snapshots_sha256=hashlib.sha256(args.snapshots.read_bytes()).hexdigest())
     temporary.replace(output)
     scores = 100 * TASK.normalized_score(np.array(returns))
     print(f"{output}: {len(scores)} whole episodes")

@@ -10,6 +10,7 @@ at all. (Without these files, scripts record datasets of their own by the same p
 
 import http.client
 import sys
+import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -38,34 +39,43 @@ class Args:
 
 
 def fetch(url: str, part: Path, attempts: int = 5) -> None:
-    """Brings all of `url` into `part`, going on where `part` ends; raises `OSError` or `http.client.HTTPException` if it cannot."""
+    """Brings all of `url` into `part`, going on where `part` ends; raises `OSError` or `http.client.HTTPException` if it cannot.
+
+    Beside `part` lies the server's name for this version of the file (ETag), so that two versions are never mixed.
+    """
+    version = part.with_name(part.name + ".version")
     for attempt in range(1, attempts + 1):
-        have = part.stat().st_size if part.exists() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        have = part.stat().st_size if part.exists() and version.exists() else 0
+        headers = {"Range": f"bytes={have}-", "If-Range": version.read_text()} if have else {}
         try:
-            with urllib.request.urlopen(request, timeout=30) as response:
-                have = have if response.status == 206 else 0  # a server without ranges begins again
+            with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as response:
+                if response.status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+                    raise OSError("the server sent another part than asked for")
+                have = have if response.status == 206 else 0  # another version, or a server without ranges: from the beginning
                 if response.headers["Content-Length"] is None:
                     raise OSError("the server does not say how long the file is")
                 total = have + int(response.headers["Content-Length"])
+                name = response.headers["ETag"] or response.headers["Last-Modified"]
+                version.write_text(name) if name else version.unlink(missing_ok=True)
                 with part.open("ab" if have else "wb") as file:
                     with tqdm(total=total, initial=have, unit="B", unit_scale=True, mininterval=1, disable=None) as progress:
                         while chunk := response.read(1 << 20):
                             file.write(chunk)
                             progress.update(len(chunk))
             if part.stat().st_size == total:
+                version.unlink(missing_ok=True)
                 return
             raise OSError(f"it broke off after {part.stat().st_size} of {total} bytes")
         except urllib.error.HTTPError as error:
-            if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{have}":
-                return  # all of it was there
-            if error.code == 416:
-                part.unlink()  # longer than the file: of another one
-            if error.code < 500 and error.code != 416 or attempt == attempts:
+            if error.code == 416:  # nothing is left to send, although the file was not whole: begin again
+                version.unlink()
+            elif error.code < 500 or attempt == attempts:
                 raise
         except (OSError, http.client.HTTPException):
             if attempt == attempts or have == (part.stat().st_size if part.exists() else 0):  # nothing came
                 raise
+        time.sleep(attempt)
+    raise OSError("the server sent nothing to the end")
 
 
 def download(args: Args) -> Path:

@@ -107,12 +107,12 @@ def load_dataset(task: Task, path: Path | None = None, device="cpu") -> OfflineD
 
             collect_ant.record_dataset(collect_ant.Dataset(name=task.dataset.removeprefix("ant-"), output=path))
     if not Path(path).is_file():
-        command = {
-            "coordination": "",
-            "Reacher-v4": f"; make it with: python -m data.collect_reacher dataset --output {path}",
-            "Ant-v4": f"; make it with: python -m data.collect_ant dataset --name {task.dataset[4:]} --output {path}, "
-            f"or download D4RL's: python -m data.download_d4rl --name {task.dataset[4:]} --output {path}",
-        }[task.environment]
+        command = ""
+        if task.environment == "Reacher-v4":
+            command = f"; make it with: python -m data.collect_reacher dataset --output {path}"
+        elif task.environment == "Ant-v4":
+            options = f"--name {task.dataset.removeprefix('ant-')} --output {path}"
+            command = f"; make ours with: python -m data.collect_ant dataset {options}, or download D4RL's: python -m data.download_d4rl {options}"
         raise InputError(f"no dataset at {path}{command}")
     columns, source = read_columns(task, Path(path))
     return OfflineDataset(task, columns, device, source)
@@ -141,7 +141,7 @@ def read_columns(task: Task, path: Path) -> tuple[dict[str, np.ndarray], str]:
                 if not isinstance(column, h5py.Dataset) or column.dtype.kind not in "biuf":
                     raise InputError(f"'{key}' in {path} holds no numbers; {task.name} needs a file in D4RL's layout")
                 size = size if columns else (column.shape or (0,))[0]  # the first column's
-                contact_forces = task.environment == "Ant-v4" and column.shape == (size, 111)
+                contact_forces = task.environment == "Ant-v4" and width == (task.state_dim,) and column.shape == (size, 111)
                 if column.shape != (size, *width) and not contact_forces:
                     raise InputError(f"'{key}' in {path} has shape {column.shape}; {task.name} needs {(size, *width)}")
                 columns[key] = column[()]
@@ -151,7 +151,7 @@ def read_columns(task: Task, path: Path) -> tuple[dict[str, np.ndarray], str]:
                 if contact_forces:  # D4RL's files have 84 of them, all zero
                     if columns[key][:, task.state_dim :].any():
                         raise InputError(f"'{key}' in {path} has contact forces, so its rewards have a cost of contact; Ant-v4's have none")
-                    columns[key] = columns[key][:, : task.state_dim]
+                    columns[key] = columns[key][:, : task.state_dim].copy()  # lets go of the zeros
     except (OSError, RuntimeError, KeyError) as error:  # h5py's errors for damaged files
         raise InputError(f"{path} is truncated or not HDF5 ({error}); delete it and record or download it again") from None
     if not len(columns["observations"]):

@@ -3,6 +3,8 @@
 import http.server
 import re
 import threading
+import time
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -85,6 +87,8 @@ def test_a_missing_file_names_both_ways_to_get_it(tmp_path):
 class Server(http.server.ThreadingHTTPServer):
     """Serves `content` under any path; breaks off after `breaks` bytes of each of the first `broken` answers."""
 
+    version = '"1"'
+
     def __init__(self, content, broken=0, breaks=1000, ranges=True, status=200):
         self.content, self.broken, self.breaks, self.ranges, self.status, self.requests = content, broken, breaks, ranges, status, []
         super().__init__(("127.0.0.1", 0), Handler)
@@ -99,15 +103,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if server.status != 200:
             self.send_error(server.status)
             return
-        first = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and server.ranges else 0
+        asked = asked if server.ranges and self.headers.get("If-Range") == server.version else None
+        first = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked else 0
         if first >= len(server.content):
             self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(server.content)}")
             self.end_headers()
             return
         body = server.content[first:]
-        self.send_response(206 if asked and server.ranges else 200)
+        self.send_response(206 if asked else 200)
+        if asked:
+            self.send_header("Content-Range", f"bytes {first}-{len(server.content) - 1}/{len(server.content)}")
         self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", server.version)
         self.end_headers()
         self.wfile.write(body[: server.breaks] if len(server.requests) <= server.broken else body)
 
@@ -116,7 +123,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def content(tmp_path):
+def content(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     return write(tmp_path / "served.hdf5", d4rl_columns()).read_bytes()
 
 
@@ -126,7 +134,7 @@ def test_download_goes_on_where_it_broke_off(tmp_path, content, broken, ranges):
     server, output = Server(content, broken, ranges=ranges), tmp_path / "ant.hdf5"
     assert download(Args("full-replay", output, server.host)) == output
     assert output.read_bytes() == content
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob("*.part*"))
     starts = [None, "bytes=1000-", "bytes=2000-" if ranges else "bytes=1000-"][: broken + 1]
     assert server.requests == [("/ant_full_replay-v2.hdf5", start) for start in starts]
     load_dataset(TASKS["ant-full-replay-fo"], output)
@@ -141,18 +149,22 @@ def test_a_later_command_goes_on_with_what_came(tmp_path, content):
     assert output.read_bytes() == content and server.requests[-1][1] == "bytes=1500-"
 
 
-def test_a_whole_part_is_not_fetched_again(tmp_path, content):
-    server, output = Server(content), tmp_path / "ant.hdf5"
-    (tmp_path / "ant.hdf5.part").write_bytes(content)
-    download(Args("medium", output, server.host))
-    assert output.read_bytes() == content and len(server.requests) == 1
-
-
-def test_a_part_of_a_longer_file_is_dropped(tmp_path, content):
-    server, output = Server(content), tmp_path / "ant.hdf5"
-    (tmp_path / "ant.hdf5.part").write_bytes(content + b"more")
+def test_two_versions_of_a_file_are_not_mixed(tmp_path, content):
+    server, output = Server(content[::-1], broken=5, breaks=300), tmp_path / "ant.hdf5"
+    with pytest.raises(InputError, match="broke off"):
+        download(Args("medium", output, server.host))
+    server.content, server.version = content, '"2"'
     download(Args("medium", output, server.host))
     assert output.read_bytes() == content
+
+
+@pytest.mark.parametrize("extra", [b"", b"more"])
+def test_a_part_that_is_too_long_is_dropped(tmp_path, content, extra):
+    server, output = Server(content), tmp_path / "ant.hdf5"
+    (tmp_path / "ant.hdf5.part").write_bytes(content + extra)
+    (tmp_path / "ant.hdf5.part.version").write_text(server.version)
+    download(Args("medium", output, server.host))
+    assert output.read_bytes() == content and not list(tmp_path.glob("*.part*"))
 
 
 @pytest.mark.parametrize("wrong", [b"<html>the lab has moved</html>" * 50, None])
@@ -164,7 +176,7 @@ def test_a_wrong_file_is_removed(tmp_path, content, wrong):
     output = tmp_path / "ant.hdf5"
     with pytest.raises(InputError, match="ant_medium-v2.hdf5.*it was removed; take ant_medium-v2.hdf5 from .* and put it at .*ant.hdf5"):
         download(Args("medium", output, Server(wrong).host))
-    assert not output.exists() and not list(tmp_path.glob("*.part"))
+    assert not output.exists() and not list(tmp_path.glob("*.part*"))
 
 
 def test_a_host_that_is_down_names_the_mirror(tmp_path, content):
@@ -204,37 +216,45 @@ def snapshots(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("name, chosen", [("random", 1), ("medium", 1), ("full-replay", 3), ("expert", 1)])
-def test_recorded_episodes_are_the_simulators(tmp_path, snapshots, name, chosen):
-    path = tmp_path / "ant.hdf5"
-    record_dataset(Dataset(name, 600, seed=3, snapshots=snapshots, output=path))
+@pytest.mark.parametrize("name, chosen", [("random", None), ("medium", [1]), ("full-replay", [0, 1, 2]), ("expert", [2])])
+def test_recorded_episodes_are_the_simulators(tmp_path, snapshots, name, chosen, monkeypatch):
+    monkeypatch.setattr(collect_ant, "TASK", replace(TASK, episode_length=40))
+    path, size = tmp_path / "ant.hdf5", 1000
+    record_dataset(Dataset(name, size, seed=3, snapshots=snapshots, output=path))
     with h5py.File(path) as file:
         columns = {key: file[key][()] for key in file}
-        assert "not D4RL's own" in file.attrs["source"]
-        assert file.attrs["snapshots"].tolist() == {"random": [0], "medium": [1], "full-replay": [0, 1, 2], "expert": [2]}[name]
+        assert "ours, not D4RL's" in file.attrs["source"]
+        assert (file.attrs["snapshots"].tolist() if chosen else file.attrs.get("snapshots")) == chosen
     dataset = load_dataset(TASKS[f"ant-{name}-fo"], path)
-    assert dataset.size == 600 and "collect_ant" in dataset.description["source"]
+    assert dataset.size == size and "collect_ant" in dataset.description["source"]
     ends = columns["terminals"] | columns["timeouts"]
-    assert not (columns["terminals"] & columns["timeouts"]).any() and ends[600 // chosen - 1 :: 600 // chosen].all()
+    assert columns["terminals"].any() and not (columns["terminals"] & columns["timeouts"]).any()
+    assert ends[[333 - 1, 666 - 1, 1000 - 1] if name == "full-replay" else [size - 1]].all()  # shares are cut
     for i in np.flatnonzero(~ends):  # within an episode the next row goes on
         np.testing.assert_array_equal(columns["next_observations"][i], columns["observations"][i + 1])
-    # The first episode, simulated again from its own first state.
-    simulator, length = Simulator(TASK, 1), int(np.flatnonzero(ends)[0]) + 1
-    simulator.reset([np.random.default_rng([3, 0])])
-    for i in range(min(length, 20)):
-        np.testing.assert_allclose(columns["observations"][i], simulator.states[0], rtol=1e-6, atol=1e-6)
-        actions = dataset.task.split_actions(torch.tensor(columns["actions"][i : i + 1]))
-        states, rewards, terminals = simulator.step(actions.numpy())
-        np.testing.assert_allclose(columns["rewards"][i], rewards[0], atol=1e-5)
-        assert columns["terminals"][i] == terminals[0]
+    # Every episode, simulated again from its own first state with its own actions.
+    starts = np.concatenate([[0], np.flatnonzero(ends)[:-1] + 1])
+    lengths = np.diff(np.append(starts, size))
+    assert lengths.max() == 40 and (lengths < 40).any()
+    for episode, (start, length) in enumerate(zip(starts, lengths)):
+        simulator = Simulator(TASK, 1)
+        simulator.reset([np.random.default_rng([3, episode])])
+        for i in range(start, start + length):
+            np.testing.assert_allclose(columns["observations"][i], simulator.states[0], rtol=1e-6, atol=1e-6)
+            actions = dataset.task.split_actions(torch.tensor(columns["actions"][i : i + 1]))
+            states, rewards, terminals = simulator.step(actions.numpy())
+            np.testing.assert_allclose(columns["next_observations"][i], states[0], rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(columns["rewards"][i], rewards[0], atol=1e-5)
+            assert columns["terminals"][i] == terminals[0]
+            assert columns["timeouts"][i] == (i - start == 39 and not terminals[0] or i in (332, 665, 999) and ends[i] and not terminals[0])
 
 
 def test_bad_input_of_the_recording(tmp_path, snapshots):
     for arguments, message in [
         (dict(snapshots=tmp_path / "nowhere.pt"), "no policies at .*nowhere.pt; make them with: python -m data.collect_ant snapshots"),
         (dict(output=tmp_path / "nowhere" / "ant.hdf5"), "no folder"),
-        (dict(name="full-replay", transitions=100), "--transitions must be a multiple of 3"),
-        (dict(transitions=0), "--transitions must be"),
+        (dict(name="full-replay", transitions=2), "--transitions must be 3 or more"),
+        (dict(transitions=0), "--transitions must be 1 or more"),
     ]:
         with pytest.raises(InputError, match=message):
             record_dataset(Dataset(**{"snapshots": snapshots, "output": tmp_path / "ant.hdf5"} | arguments))
@@ -282,11 +302,15 @@ def test_sac_losses_transition_by_transition():
     torch.testing.assert_close(policy_loss(critics, policy, log_alpha, batch[0], noise[1]), actor)
 
 
-def test_snapshots_are_saved_and_record_a_dataset(tmp_path):
+def test_snapshots_are_saved_and_record_a_dataset(tmp_path, monkeypatch):
     path = tmp_path / "snapshots.pt"
     arguments = dict(total_updates=8, updates_per_step=2, num_envs=4, warm_up=40, snapshot_every=4, buffer_size=60, batch_size=16)
+    monkeypatch.setattr(collect_ant, "TASK", replace(TASK, episode_length=15))
     result = collect_ant.train_snapshots(collect_ant.Snapshots(**arguments, output=path))
     assert result["steps"] == 40 + 3 * 4 and len(result["returns"]) == 2
+    assert not any(parameter.requires_grad for parameter in result["target_critics"].parameters())
+    with pytest.raises(InputError, match="exists; give another --output"):
+        collect_ant.train_snapshots(collect_ant.Snapshots(output=path))
     saved = torch.load(path, weights_only=True)
     assert all(len(value) == 2 and not torch.equal(value[0], value[1]) for value in saved["policies"].values())
     record_dataset(Dataset("full-replay", 20, snapshots=path, output=tmp_path / "ant.hdf5"))

@@ -1,6 +1,6 @@
 """Films of runs, on machines that can render."""
 
-import sys
+import os
 
 import imageio.v3 as imageio
 import numpy as np
@@ -13,11 +13,15 @@ import render
 from baselines import ibc, iql
 from mamujoco_envs import TASKS, InputError
 
+backend = os.environ.get("MUJOCO_GL")
+os.environ.setdefault("MUJOCO_GL", "egl")
 try:
     mamujoco_envs.parallel_env("reacher-leader-only", render_mode="rgb_array").render()
     renders = True
 except Exception:  # each backend fails in its own way
     renders = False
+if backend is None:
+    del os.environ["MUJOCO_GL"]  # the other tests are to run as on the user's machine
 
 
 def run_of(tmp_path, module, script, task_name):
@@ -42,7 +46,7 @@ def test_films_and_pictures(tmp_path, module, script, task_name):
 def test_the_filmed_episode_is_the_evaluations(tmp_path):
     team = run_of(tmp_path, iql, "iql", "reacher-all-observant")
     evaluation = mamujoco_envs.evaluate(iql.centralize(TASKS["reacher-all-observant"]), team.act_greedily, 1)
-    frames, episode_return = render.film(render.Args(run=tmp_path, steps=100))
+    frames, episode_return, _ = render.film(render.Args(run=tmp_path, steps=100))
     assert len(frames) == 51 and episode_return == pytest.approx(evaluation.returns[0], abs=1e-4)
     assert np.ptp(frames[0]) > 0
 
@@ -58,6 +62,8 @@ def test_bad_input(tmp_path):
         with pytest.raises(InputError, match=message):
             render.main(args)
     torch.save({"script": "ibc", "args": {"task": "coordination-neutral"}, "team": {}}, tmp_path / "checkpoint.pt")
-    if "coordination_game" not in sys.modules:
-        with pytest.raises(InputError, match="only Reacher and the ant"):
-            render.main(render.Args(run=tmp_path))
+    with pytest.raises(InputError, match="coordination-neutral has nothing to show; Reacher and the ant can be filmed"):
+        render.main(render.Args(run=tmp_path))
+    run_of(tmp_path, moma_ppo, "ibc", "ant-medium-po")  # another script's weights
+    with pytest.raises(InputError, match="is not a checkpoint of a team"):
+        render.main(render.Args(run=tmp_path))

@@ -5,6 +5,7 @@ same scripts inside this process, because importing PyTorch takes longer than re
 """
 
 import ast
+import dataclasses
 import functools
 import importlib
 import io
@@ -30,7 +31,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(
     str(path.relative_to(ROOT))
-    for pattern in ("*.py", "baselines/*.py", "data/collect_*.py")
+    for pattern in ("*.py", "baselines/*.py", "data/*.py")
     for path in ROOT.glob(pattern)
     if "\nif __name__ ==" in path.read_text()
 )
@@ -405,6 +406,60 @@ def test_a_world_model_of_other_networks_is_read_as_well(dataset, moma_here, tmp
     assert result["world_model"]["trunk"] == "shared" and math.isfinite(result["score"])
 
 
+@pytest.fixture(scope="module")
+def ant(tmp_path_factory):
+    """A small recording of an untrained ant, and a small world model of it."""
+    folder = tmp_path_factory.mktemp("ant")
+    recorded = run("data/collect_ant.py", "dataset", "--name", "random", "--transitions", 600, "--output", folder / "ant.hdf5")
+    assert recorded.returncode == 0, recorded.stderr
+    arguments = ["--task", "ant-random-po", "--dataset", folder / "ant.hdf5", *TINY["world_model.py"], "--output", folder / "ant.pt"]
+    learned = run("world_model.py", *arguments, "--run-dir", folder / "run")
+    assert learned.returncode == 0, learned.stderr
+    return folder
+
+
+ANT_RUNS = [(script, []) for script in BASELINES] + [("baselines/maiql.py", ["--finetune"]), ("moma_ppo.py", []), ("moma_ppo.py", ["--ground-truth"])]
+
+
+@pytest.mark.parametrize("script, options", ANT_RUNS, ids=[" ".join([script, *options]) for script, options in ANT_RUNS])
+def test_every_script_learns_on_the_ant(script, options, ant, tmp_path, monkeypatch):
+    """Four agents with two actions each, observations of different widths, episodes that end."""
+    name = "ant-random-fo" if script == "baselines/iql.py" else "ant-random-po"
+    tasks = script_module("mamujoco_envs").TASKS
+    monkeypatch.setitem(tasks, name, dataclasses.replace(tasks[name], episode_length=12))  # evaluations take as long as they do
+    arguments = ["--task", name, "--dataset", ant / "ant.hdf5", "--run-dir", tmp_path / "run", "--total-steps", 4, "--eval-every", 2]
+    if script == "moma_ppo.py":
+        arguments += ["--transitions", 300, "--epochs", 1, *([] if options else ["--world-model", ant / "ant.pt"])]
+    else:
+        arguments += ["--batch-size", 16]
+    status, output = run_here(script, *arguments, *options, monkeypatch=monkeypatch)
+    assert status == 0, output
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert len(result["returns"]) == 100 and np.isfinite(result["returns"]).all()
+    assert len(result["evaluations"][0]["returns"]) == 10
+    assert "ours, not D4RL's" in result["dataset"]["source"]
+    if script != "moma_ppo.py":
+        module = script_module(script)
+        assert result["paper_score"] == (module.FINETUNED_PAPER_SCORES if options else module.PAPER_SCORES).get(name)
+    else:
+        assert (result["args"]["start_states"], result["args"]["rollout_length"]) == ("any", 10)
+        assert 0 < result["args"]["reward_scale"] < 1
+        if not options:
+            assert "ours, not D4RL's" in result["world_model"]["source"]
+
+
+def test_a_world_model_of_another_recording_is_noticed(ant, tmp_path, monkeypatch):
+    tasks = script_module("mamujoco_envs").TASKS
+    monkeypatch.setitem(tasks, "ant-random-fo", dataclasses.replace(tasks["ant-random-fo"], episode_length=12))
+    with h5py.File(ant / "ant.hdf5") as ours, h5py.File(tmp_path / "d4rl.hdf5", "w") as other:
+        for name, column in ours.items():
+            other[name] = column[()]
+    arguments = ["--task", "ant-random-fo", "--dataset", tmp_path / "d4rl.hdf5", "--world-model", ant / "ant.pt", "--run-dir", tmp_path / "run"]
+    arguments += ["--total-steps", 1, "--transitions", 300, "--epochs", 1]
+    status, output = run_here("moma_ppo.py", *arguments, monkeypatch=monkeypatch)
+    assert status == 0 and "the world model learned from 'python -m data.collect_ant" in output and "the dataset is 'd4rl.hdf5'" in output
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script, monkeypatch):
     status, output = run_here(script, "--help", monkeypatch=monkeypatch)
@@ -419,7 +474,8 @@ def parse(script, arguments):
     module = script_module(script)
     if hasattr(module, "Args"):
         return tyro.cli(module.Args, args=arguments)
-    return tyro.extras.subcommand_cli_from_dict({"experts": module.Experts, "dataset": module.Dataset}, args=arguments)
+    commands = {name.lower(): getattr(module, name) for name in ("Experts", "Snapshots", "Dataset") if hasattr(module, name)}
+    return tyro.extras.subcommand_cli_from_dict(commands, args=arguments)
 
 
 @pytest.mark.parametrize("script", TRAINING)
