@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.distributions import Normal, TransformedDistribution
+from torch.distributions import Normal, TransformedDistribution, Uniform
 from torch.distributions.transforms import TanhTransform
 
 from baselines import ibc, icql, iomar, iql, itd3_bc, maiql, matd3_bc
@@ -18,29 +18,47 @@ from mamujoco_envs import TASKS, append_to_histories, make_simulator
 
 ROOT = Path(__file__).parents[1]
 TASK = TASKS["reacher-leader-only"]
+ANT = TASKS["ant-medium-po"]  # four agents of two actions, the first of which sees more than the others
+
+each_task = pytest.mark.parametrize("task", [TASK, ANT], ids=lambda task: task.name)
 
 
-@pytest.fixture
-def batch():
+def literal_mlp(mlp, slice_, x):
+    for layer in mlp:
+        x = x @ layer.weight[slice_, : x.shape[0]] + layer.bias[slice_, 0] if hasattr(layer, "weight") else layer(x)
+    return x
+
+
+def own_input(team, agent, agent_input):
+    """Without the padding behind it."""
+    widths = team.task.obs_dims
+    return agent_input[: len(agent_input) - max(widths) + widths[agent]]
+
+
+def literal_log_prob(team, agent, agent_input, action):
+    outputs = literal_mlp(team.policy, agent, own_input(team, agent, agent_input))
+    if team.task.discrete:
+        return outputs.log_softmax(dim=0)[action.argmax()]
+    actions = team.task.action_dim
+    normal = Normal(outputs[:actions], outputs[actions:].clamp(-6, 0).exp())
+    return TransformedDistribution(normal, TanhTransform()).log_prob(action).sum()
+
+
+@each_task
+def test_cloning_loss_is_the_tanh_gaussians_likelihood(task):
     torch.manual_seed(0)
-    states, histories = torch.randn(9, TASK.state_dim), torch.randn(9, TASK.num_agents, 10, max(TASK.obs_dims) + 1)
-    return TASK.observe(states), histories, (2 * torch.rand(9, TASK.num_agents, 1) - 1) * 0.95
-
-
-def test_cloning_loss_is_the_tanh_gaussians_likelihood(batch):
-    team = ibc.Team(TASK, torch.randn(50, TASK.state_dim))
+    observations, histories = task.observe(torch.randn(9, task.state_dim)), torch.randn(9, task.num_agents, 10, max(task.obs_dims) + task.action_dim)
+    actions = (2 * torch.rand(9, task.num_agents, task.action_dim) - 1) * 0.95
+    team = ibc.Team(task, torch.randn(50, task.state_dim))
     team.policy[-1].weight.data.mul_(3)  # log standard deviations on both sides of the clamp
-    observations, histories, actions = batch
-    mean, log_std = team.policy(team.inputs(observations, histories)).transpose(0, 1).chunk(2, dim=-1)
-    expected = torch.zeros(())
-    for agent in range(TASK.num_agents):
+    inputs, expected = team.inputs(observations, histories), torch.zeros(())
+    for agent in range(task.num_agents):
         for i in range(len(actions)):
-            normal = Normal(mean[i, agent], log_std[i, agent].clamp(-6, 0).exp())
-            expected -= TransformedDistribution(normal, TanhTransform()).log_prob(actions[i, agent]).sum() / len(actions)
+            expected -= literal_log_prob(team, agent, inputs[agent, i], actions[i, agent]) / len(actions)
     torch.testing.assert_close(ibc.cloning_loss(team, observations, histories, actions), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_cloning_finds_each_agents_own_actions(batch):
+def test_cloning_finds_each_agents_own_actions():
     """Actions that depend on an agent's own observation are learned; greedy actions are then these."""
     torch.manual_seed(0)
     states = torch.randn(256, TASK.state_dim)
@@ -62,12 +80,6 @@ def test_cloning_finds_each_agents_own_actions(batch):
 GAME = TASKS["coordination-unfavorable"]
 
 
-def literal_mlp(mlp, slice_, x):
-    for layer in mlp:
-        x = x @ layer.weight[slice_, : x.shape[0]] + layer.bias[slice_, 0] if hasattr(layer, "weight") else layer(x)
-    return x
-
-
 def made_up_batch(module, task, size=7):
     dataset = load_dataset(task) if task.discrete else None
     if dataset is not None:
@@ -87,7 +99,29 @@ def scrambled(team):
     return team
 
 
-@pytest.mark.parametrize("task", [TASK, GAME], ids=lambda task: task.name)
+@each_task
+def test_iql_losses_equal_the_equations_sample_by_sample(task):
+    torch.manual_seed(0)
+    task = iql.centralize(task)
+    team = scrambled(iql.Team(task, torch.randn(50, task.state_dim), 1))
+    batch, args = made_up_batch(iql, task), iql.Args(gamma=0.9, max_weight=2.0)
+    losses = torch.zeros(3)
+    with torch.no_grad():
+        inputs, next_inputs = team.inputs(batch.observations, batch.histories)[0], team.inputs(batch.next_observations, batch.next_histories)[0]
+        target_inputs = team.inputs(batch.observations, batch.histories, target=True)[0]
+        for b in range(len(batch.rewards)):
+            qs = [literal_mlp(team.critics, twin, torch.cat([batch.actions[b, 0], inputs[b]]))[0] for twin in range(2)]
+            target_qs = [literal_mlp(team.target_critics, twin, torch.cat([batch.actions[b, 0], target_inputs[b]]))[0] for twin in range(2)]
+            error = min(target_qs) - literal_mlp(team.value, 0, inputs[b])[0]
+            losses[0] += (0.3 if error < 0 else 0.7) * error**2
+            losses[1] -= min(math.exp(3 * error), 2.0) * literal_log_prob(team, 0, inputs[b], batch.actions[b, 0])
+            goal = batch.rewards[b] + 0.9 * batch.masks[b] * literal_mlp(team.value, 0, next_inputs[b])[0]
+            losses[2] += sum((q - goal) ** 2 for q in qs)
+        got = iql.iql_losses(team, batch, args)
+    torch.testing.assert_close(got, losses / len(batch.rewards), rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("task", [TASK, ANT, GAME], ids=lambda task: task.name)
 def test_maiql_losses_equal_the_equations_sample_by_sample(task):
     torch.manual_seed(0)
     team = scrambled(maiql.Team(task, torch.randn(50, task.state_dim)))
@@ -98,34 +132,35 @@ def test_maiql_losses_equal_the_equations_sample_by_sample(task):
     with torch.no_grad():
         inputs, next_inputs = team.inputs(batch.observations, batch.histories), team.inputs(batch.next_observations, batch.next_histories)
         target_inputs = team.inputs(batch.observations, batch.histories, target=True)
-        log_probs = team.distribution(inputs).log_prob(batch.actions)
         for b in range(len(batch.rewards)):
 
             def value(inputs, states):
                 weights = literal_mlp(team.value_mixer, 0, states[b])
-                return sum(weights[i] * literal_mlp(team.value, i, inputs[i, b])[0] for i in range(task.num_agents)) + weights[-1]
+                return sum(weights[i] * literal_mlp(team.value, i, own_input(team, i, inputs[i, b]))[0] for i in range(task.num_agents)) + weights[-1]
 
             def q(twin, critics, mixer, inputs):
                 weights = literal_mlp(mixer, 0, torch.cat([standardized[b], batch.actions[b].flatten()]))
-                own = [torch.cat([batch.actions[b, i], inputs[i, b]]) for i in range(task.num_agents)]
+                own = [torch.cat([batch.actions[b, i], own_input(team, i, inputs[i, b])]) for i in range(task.num_agents)]
                 values = [literal_mlp(critics, twin * task.num_agents + i, x)[0] for i, x in enumerate(own)]
                 return sum(weight * x for weight, x in zip(weights, values)) + weights[-1]
 
             target = min(q(twin, team.target_critics, team.target_critic_mixer, target_inputs) for twin in range(2))
             error = target - value(inputs, standardized)
             losses[0] += (0.3 if error < 0 else 0.7) * error**2
-            losses[1] -= min(math.exp(3 * error), 2.0) * log_probs[b]
+            log_prob = sum(literal_log_prob(team, i, inputs[i, b], batch.actions[b, i]) for i in range(task.num_agents))
+            losses[1] -= min(math.exp(3 * error), 2.0) * log_prob
             goal = batch.rewards[b] + 0.9 * batch.masks[b] * value(next_inputs, next_standardized)
             losses[2] += sum((q(twin, team.critics, team.critic_mixer, inputs) - goal) ** 2 for twin in range(2))
         got = maiql.maiql_losses(team, batch, args)
-    torch.testing.assert_close(got, losses / len(batch.rewards), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, losses / len(batch.rewards), rtol=1e-4, atol=2e-4)
 
 
+@each_task
 @pytest.mark.parametrize("module", [iql, maiql], ids=["iql", "maiql"])
-def test_each_loss_of_the_iql_family_trains_its_own_networks_only(module):
+def test_each_loss_of_the_iql_family_trains_its_own_networks_only(module, task):
     torch.manual_seed(0)
-    task = iql.centralize(TASK) if module is iql else TASK
-    team = scrambled(iql.Team(task, torch.randn(50, 11), 1) if module is iql else maiql.Team(task, torch.randn(50, 11)))
+    task, states = iql.centralize(task) if module is iql else task, torch.randn(50, task.state_dim)
+    team = scrambled(iql.Team(task, states, 1) if module is iql else maiql.Team(task, states))
     losses = iql.iql_losses if module is iql else maiql.maiql_losses
     batch, args = made_up_batch(module, task), module.Args(gamma=0.9)
     for index, trained in enumerate([{"value", "value_mixer"}, {"policy"}, {"critics", "critic_mixer"}]):
@@ -174,48 +209,73 @@ def test_centralised_iql_chooses_among_all_joint_actions():
     assert (distribution.greedy().unflatten(-1, (3, 2)).sum(-1) == 1).all()
 
 
-@pytest.fixture
-def online_data():
-    """Four episodes of random actions and, behind them, rollouts of an untrained team."""
-    torch.manual_seed(0)
-    rng, simulator, rows = np.random.default_rng(0), make_simulator(TASK, 4), []
+def recorded_columns(task):
+    """Four episodes, cut after 50 steps, of random actions that leave an ant on its feet."""
+    rng, simulator, rows = np.random.default_rng(0), make_simulator(task, 4), []
     states = simulator.reset([np.random.default_rng(seed) for seed in range(4)])
     for _ in range(50):
-        actions = rng.uniform(-1, 1, size=(4, 2, 1))
-        next_states, rewards, _ = simulator.step(actions)
-        rows.append((states, actions[..., 0], rewards, next_states))
+        actions = rng.uniform(-0.3, 0.3, size=(4, task.num_agents, task.action_dim))
+        next_states, rewards, terminals = simulator.step(actions)
+        assert not terminals.any()
+        rows.append((states, task.join_actions(torch.as_tensor(actions)).numpy(), rewards, next_states))
         states = next_states
     names = ("observations", "actions", "rewards", "next_observations")
     columns = {name: np.stack(column, axis=1).reshape(200, *column[0].shape[1:]) for name, column in zip(names, zip(*rows))}
-    columns |= {"terminals": np.zeros(200, bool), "timeouts": np.arange(200) % 50 == 49}
-    dataset = OfflineDataset(TASK, columns)
+    columns |= {"terminals": np.zeros(200), "timeouts": np.arange(200) % 50 == 49}
+    return {name: column.astype(np.float32) for name, column in columns.items()}  # as in files: tensors share their memory
+
+
+@each_task
+@pytest.mark.parametrize("module", [iql, maiql], ids=["iql", "maiql"])
+def test_returns_of_the_ant_span_1000_and_those_of_reacher_stay(module, task):
+    columns = recorded_columns(task)
+    before, view = {name: column.copy() for name, column in columns.items()}, iql.centralize(task) if module is iql else task
+    dataset = OfflineDataset(view, columns)
+    span = np.ptp(dataset.episode_returns())
+    scale = module.normalize_rewards(dataset)
+    assert scale == (pytest.approx(1000 / span) if task is ANT else 1)
+    assert np.ptp(dataset.episode_returns()) == pytest.approx(1000 if task is ANT else span, rel=1e-5)
+    np.testing.assert_allclose(dataset.rewards, scale * before["rewards"], rtol=1e-6)
+    assert all(np.array_equal(columns[name], before[name]) for name in columns)
+    assert module.normalize_rewards(OfflineDataset(view, columns | {"timeouts": np.zeros(200)})) == 1  # a single return spans nothing
+
+
+@pytest.fixture(params=[(TASK, 1.0), (ANT, 0.25)], ids=["reacher", "ant"])
+def online_data(request):
+    """Four episodes and, behind them, rollouts of an untrained team."""
+    task, scale = request.param
+    torch.manual_seed(0)
+    dataset = OfflineDataset(task, recorded_columns(task))
     args = maiql.Args(total_steps=4, rollout_every=2, rollout_length=5)
-    return maiql.Team(TASK, dataset.states), maiql.OnlineData(TASK, dataset, args)
+    return maiql.Team(task, dataset.states), maiql.OnlineData(task, dataset, args, scale)
 
 
 def test_online_data_are_rollouts_in_the_true_simulator_with_their_histories(online_data):
+    """Their rewards are in the unit of the dataset's, which were scaled before."""
     team, online = online_data
-    dataset = online.dataset
+    dataset, task, simulator = online.dataset, team.task, make_simulator(team.task, 1)
     for _ in range(2):
         online.collect(team)
-    assert online.filled == dataset.size == 200  # as many as the dataset has
     assert len(dataset.episode_returns()) == 4 and np.allclose(dataset.episode_returns(), dataset.rewards[:200].view(4, 50).sum(1))
-    by_rollout = online.rows.view(2, 5, 20).transpose(1, 2).reshape(40, 5)
+    recorded = online.rows[: online.filled].sort().values
+    by_rollout = recorded.tensor_split((recorded.diff() > 1).nonzero()[:, 0] + 1)  # ten rows of history stand before each
+    assert len(by_rollout) == 40 and dataset.size == 200  # as many transitions as the dataset has, if none ends early
     for rows in by_rollout:
         start = (dataset.states[:200] == dataset.states[rows[0]]).all(1).nonzero()[0]
         histories = dataset.histories(start)
-        simulator = make_simulator(TASK, 1)
         simulator.set_states(dataset.states[start].numpy())
         for row in rows:
             row = row[None]
             torch.testing.assert_close(dataset.histories(row), histories)
-            next_states, rewards, _ = simulator.step(dataset.actions[row].numpy())
+            next_states, rewards, terminals = simulator.step(dataset.actions[row].numpy())
             np.testing.assert_allclose(dataset.next_states[row], next_states, atol=1e-4)
-            np.testing.assert_allclose(dataset.rewards[row], rewards, atol=1e-5)
-            histories = append_to_histories(histories, TASK.observe(dataset.states[row]), dataset.actions[row])
-        assert torch.equal(dataset.next_states[rows[:-1]], dataset.states[rows[1:]]) and (dataset.masks[rows] == 1).all()
-    assert len(dataset.actions[online.rows].unique()) > 300  # sampled, not greedy
-    assert set(online.sample(20_000).tolist()) == {*range(200), *online.rows.tolist()}
+            np.testing.assert_allclose(dataset.rewards[row], online.reward_scale * rewards, atol=1e-5)
+            assert dataset.masks[row] == 1 - terminals
+            histories = append_to_histories(histories, task.observe(dataset.states[row]), dataset.actions[row])
+        assert torch.equal(dataset.next_states[rows[:-1]], dataset.states[rows[1:]])
+        assert (dataset.masks[rows[:-1]] == 1).all() and (len(rows) == 5 or dataset.masks[rows[-1]] == 0)
+    assert len(dataset.actions[recorded].unique()) > 300  # sampled, not greedy
+    assert set(online.sample(20_000).tolist()) == {*range(200), *recorded.tolist()}
 
 
 def test_online_data_end_at_a_terminal(online_data, monkeypatch):
@@ -224,9 +284,8 @@ def test_online_data_end_at_a_terminal(online_data, monkeypatch):
     ends = iter([[0], [], [3, 4], [], []])  # which rollouts end at which of the five steps
 
     def step_with_terminals(actions):
-        states, rewards, terminals = step(actions)
-        terminals[next(ends)] = True
-        return states, rewards, terminals
+        states, rewards, _ = step(actions)
+        return states, rewards, np.isin(np.arange(20), next(ends))
 
     monkeypatch.setattr(online.simulator, "step", step_with_terminals)
     online.collect(team)
@@ -239,14 +298,18 @@ def test_online_data_end_at_a_terminal(online_data, monkeypatch):
 
 def literal_q(team, twin, agent, action, agent_input, target=False):
     critics = team.target_critics if target else team.critics
-    return literal_mlp(critics, twin * team.task.num_agents + agent, torch.cat([action, agent_input]))[0]
+    return literal_mlp(critics, twin * team.task.num_agents + agent, torch.cat([action, own_input(team, agent, agent_input)]))[0]
 
 
-def td3_case(module, size=5):
+def literal_action(team, agent, agent_input, target=False):
+    return literal_mlp(team.target_policy if target else team.policy, agent, own_input(team, agent, agent_input)).tanh()
+
+
+def td3_case(module, task, size=5):
     """A team with targets unlike its networks, a batch, what its agents see now and next, and noise."""
     torch.manual_seed(0)
-    team = scrambled(module.Team(TASK, torch.randn(50, TASK.state_dim)))
-    batch = made_up_batch(module, TASK, size)
+    team = scrambled(module.Team(task, torch.randn(50, task.state_dim)))
+    batch = made_up_batch(module, task, size)
     with torch.no_grad():
         inputs = team.inputs(batch.observations, batch.histories)
         next_inputs = team.inputs(batch.next_observations, batch.next_histories, target=True)
@@ -254,7 +317,7 @@ def td3_case(module, size=5):
 
 
 def literal_next_action(team, agent, next_input, noise):
-    action = literal_mlp(team.target_policy, agent, next_input).tanh()
+    action = literal_action(team, agent, next_input, target=True)
     return (action + (0.2 * noise).clamp(-0.5, 0.5)).clamp(-1, 1)
 
 
@@ -262,7 +325,7 @@ def literal_next_action(team, agent, next_input, noise):
 def literal_td_loss(team, batch, inputs, next_inputs, noise):
     loss = torch.zeros(())
     for b in range(len(batch.rewards)):
-        for i in range(TASK.num_agents):
+        for i in range(team.task.num_agents):
             action = literal_next_action(team, i, next_inputs[i, b], noise[b, i])
             next_q = min(literal_q(team, twin, i, action, next_inputs[i, b], target=True) for twin in range(2))
             target = batch.rewards[b] + 0.9 * batch.masks[b] * next_q
@@ -270,13 +333,14 @@ def literal_td_loss(team, batch, inputs, next_inputs, noise):
     return loss / len(batch.rewards)
 
 
-def test_itd3_bc_losses_equal_the_equations_agent_by_agent():
-    team, batch, inputs, next_inputs, noise = td3_case(itd3_bc)
+@each_task
+def test_itd3_bc_losses_equal_the_equations_agent_by_agent(task):
+    team, batch, inputs, next_inputs, noise = td3_case(itd3_bc, task)
     args = itd3_bc.Args(gamma=0.9)
     policy_loss = torch.zeros(())
     with torch.no_grad():
-        for i in range(TASK.num_agents):
-            actions = [literal_mlp(team.policy, i, x).tanh() for x in inputs[i]]
+        for i in range(task.num_agents):
+            actions = [literal_action(team, i, x) for x in inputs[i]]
             qs = torch.stack([literal_q(team, 0, i, a, x) for a, x in zip(actions, inputs[i])])
             policy_loss += sum((a - data) ** 2 for a, data in zip(actions, batch.actions[:, i])).mean() / len(actions)
             policy_loss -= 2.5 / qs.abs().mean() * qs.mean()
@@ -286,9 +350,10 @@ def test_itd3_bc_losses_equal_the_equations_agent_by_agent():
     torch.testing.assert_close(between, expected * torch.tensor([1.0, 0.0]), rtol=1e-4, atol=1e-4)
 
 
-def test_matd3_bc_losses_equal_the_equations_with_mixed_values():
-    team, batch, inputs, next_inputs, noise = td3_case(matd3_bc)
-    agents = range(TASK.num_agents)
+@each_task
+def test_matd3_bc_losses_equal_the_equations_with_mixed_values(task):
+    team, batch, inputs, next_inputs, noise = td3_case(matd3_bc, task)
+    agents = range(task.num_agents)
 
     def team_q(twin, state, actions, own_inputs, target=False):
         mixer = team.target_critic_mixer if target else team.critic_mixer
@@ -303,7 +368,7 @@ def test_matd3_bc_losses_equal_the_equations_with_mixed_values():
             next_q = min(team_q(twin, batch.next_states[b], next_actions, next_inputs[:, b], target=True) for twin in range(2))
             target = batch.rewards[b] + 0.9 * batch.masks[b] * next_q
             critic_loss += sum((team_q(twin, batch.states[b], list(batch.actions[b]), inputs[:, b]) - target) ** 2 for twin in range(2))
-            actions = [literal_mlp(team.policy, i, inputs[i, b]).tanh() for i in agents]
+            actions = [literal_action(team, i, inputs[i, b]) for i in agents]
             qs.append(team_q(0, batch.states[b], actions, inputs[:, b]))
             cloning += sum((actions[i] - batch.actions[b, i]).square().mean() for i in agents)
         qs = torch.stack(qs)
@@ -316,70 +381,71 @@ def test_matd3_bc_losses_equal_the_equations_with_mixed_values():
 def literal_conservative_loss(team, batch, inputs, next_inputs, noise):
     loss, third = torch.zeros(()), len(noise) // 3
     for b in range(len(batch.rewards)):
-        for i in range(TASK.num_agents):
-            here, after = (literal_mlp(team.policy, i, x).tanh() for x in (inputs[i, b], next_inputs[i, b]))
+        for i in range(team.task.num_agents):
+            here, after = (literal_action(team, i, x) for x in (inputs[i, b], next_inputs[i, b]))
             for twin in range(2):
                 terms = []
                 for j, z in enumerate(noise[:, b, i]):
                     center = here if j < 2 * third else after
                     action = 2 * z - 1 if j < third else (center + 0.2 * z).clamp(-1, 1)
-                    log_density = torch.tensor(0.5).log() if j < third else Normal(0, 0.2).log_prob(0.2 * z).sum()
+                    log_density = (Uniform(-1, 1).log_prob(action) if j < third else Normal(0, 0.2).log_prob(0.2 * z)).sum()
                     terms.append(literal_q(team, twin, i, action, inputs[i, b]) - log_density)
                 loss += torch.stack(terms).logsumexp(0) - literal_q(team, twin, i, batch.actions[b, i], inputs[i, b])
     return loss / len(batch.rewards)
 
 
+@each_task
 @pytest.mark.parametrize("module", [icql, iomar], ids=["icql", "iomar"])
-def test_conservative_loss_is_the_importance_weighted_log_sum_exp(module):
-    team, batch, inputs, next_inputs, smoothing = td3_case(module)
+def test_conservative_loss_is_the_importance_weighted_log_sum_exp(module, task):
+    team, batch, inputs, next_inputs, smoothing = td3_case(module, task)
     args = module.Args(gamma=0.9, cql_samples=3, cql_alpha=0.5)
     _, noise = module.draw_noise(batch, args)
-    assert noise.shape == (9, 5, 2, 1) and 0 <= noise[:3].min() and noise[:3].max() <= 1
+    assert noise.shape == (9, 5, task.num_agents, task.action_dim) and 0 <= noise[:3].min() and noise[:3].max() <= 1
     conservative = literal_conservative_loss(team, batch, inputs, next_inputs, noise)
     torch.testing.assert_close(module.conservative_loss(team, batch, inputs, next_inputs, noise, args), conservative, rtol=1e-4, atol=1e-4)
     losses = icql.icql_losses if module is icql else iomar.iomar_losses
-    got = losses(team, batch, (smoothing, noise, torch.randn(2, 20, 5, 2, 1)), args, True)
+    got = losses(team, batch, (smoothing, noise, torch.randn(2, 20, *batch.actions.shape)), args, True)
     torch.testing.assert_close(got[0], literal_td_loss(team, batch, inputs, next_inputs, smoothing) + 0.5 * conservative, rtol=1e-4, atol=1e-4)
     if module is icql:
         policy_loss = torch.zeros(())
         with torch.no_grad():
-            for i in range(TASK.num_agents):
+            for i in range(task.num_agents):
                 for x in inputs[i]:
-                    policy_loss -= literal_q(team, 0, i, literal_mlp(team.policy, i, x).tanh(), x) / len(inputs[i])
+                    policy_loss -= literal_q(team, 0, i, literal_action(team, i, x), x) / len(inputs[i])
         torch.testing.assert_close(got[1], policy_loss, rtol=1e-4, atol=1e-4)
 
 
-def test_omar_sampler_equals_a_search_for_each_agent_and_state():
-    team, batch, inputs, _, _ = td3_case(iomar)
-    args = iomar.Args(omar_iterations=3, omar_samples=6, omar_elites=3, omar_mean=0.1)
-    noise, policy_actions = torch.randn(3, 6, 5, 2, 1), team.act(inputs).detach()
+@each_task
+def test_omar_sampler_equals_a_search_for_each_agent_and_state(task):
+    team, batch, inputs, _, smoothing = td3_case(iomar, task)
+    args = iomar.Args(omar_iterations=3, omar_samples=6, omar_elites=3, omar_mean=0.1, omega=0.5, cql_alpha=1.0)
+    noise, policy_actions = torch.randn(3, 6, *batch.actions.shape), team.act(inputs).detach()
     got = iomar.best_sampled_actions(team, inputs, policy_actions, noise, args)
-    kept_policy = 0
+    kept, policy_loss = 0, torch.zeros(())
     with torch.no_grad():
         for b in range(5):
-            for i in range(TASK.num_agents):
+            for i in range(task.num_agents):
                 q = lambda action: literal_q(team, 0, i, action, inputs[i, b]).item()  # noqa: E731
-                mean, std, elites = torch.tensor([0.1]), torch.tensor([2.0]), []
+                mean, std, elites = torch.full((task.action_dim,), 0.1), torch.full((task.action_dim,), 2.0), []
                 for z in noise[:, :, b, i]:
                     pool = [(mean + std * x).clamp(-1, 1) for x in z] + elites
                     elites = sorted(pool, key=q, reverse=True)[:3]
                     mean, std = torch.stack(elites).mean(0), torch.stack(elites).std(0) + 1e-6
-                own = policy_actions[b, i]
-                kept_policy += q(own) >= q(elites[0])
-                torch.testing.assert_close(got[b, i], own if q(own) >= q(elites[0]) else elites[0], rtol=1e-3, atol=1e-3)
-    best = iomar.Args(omega=0.5)
-    loss = iomar.iomar_losses(team, batch, (noise[0, 0], torch.rand(3, 5, 2, 1), noise), best, True)[1]
-    a_star = iomar.best_sampled_actions(team, inputs, policy_actions, noise, best)
-    q = team.q_values(inputs, policy_actions[None])[0].mean(-1).sum()
-    expected = (0.5 * (policy_actions - a_star).square() + 1e-3 * policy_actions.square()).mean((0, 2)).sum() - 0.5 * q
-    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+                own = literal_action(team, i, inputs[i, b])
+                best = own if q(own) >= q(elites[0]) else elites[0]
+                kept += best is own
+                torch.testing.assert_close(got[b, i], best, rtol=1e-3, atol=1e-3)
+                policy_loss += (0.5 * (own - best).square().mean() + 1e-3 * own.square().mean() - 0.5 * q(own)) / 5
+    assert kept < 5 * task.num_agents
+    loss = iomar.iomar_losses(team, batch, (smoothing, iomar.draw_noise(batch, args)[1], noise), args, True)[1]
+    torch.testing.assert_close(loss, policy_loss, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("module", [itd3_bc, matd3_bc, icql, iomar], ids=lambda module: module.__name__.split(".")[-1])
-def test_each_loss_trains_its_own_networks_only(module):
-    team, batch, inputs, _, smoothing = td3_case(module)
-    args = module.Args()
-    noise = smoothing
+@each_task
+def test_each_loss_trains_its_own_networks_only(module, task):
+    team, batch, _, _, noise = td3_case(module, task)
+    args = module.Args(cql_alpha=1.0) if module in (icql, iomar) else module.Args()
     if module in (icql, iomar):
         noise = (*module.draw_noise(batch, args), torch.randn(2, 20, *batch.actions.shape))
     losses = getattr(module, f"{module.__name__.split('.')[-1]}_losses")

@@ -42,6 +42,9 @@ def Args(**arguments):
 
 TASK = TASKS["reacher-leader-only"]  # agents see 8 and 6 dimensions, so the second one's observation is padded
 WIDTHS = [9, 7]  # of their (action, observation) pairs
+ANT = TASKS["ant-medium-po"]  # four agents of two actions, the first of which sees more than the others
+
+each_task = pytest.mark.parametrize("task", [TASK, ANT], ids=lambda task: task.name)
 
 
 @pytest.fixture(autouse=True)
@@ -146,19 +149,19 @@ def literal_mlp(mlp, agent, x):
 
 def literal_team(team, states, observations, histories):
     """Means and log standard deviations [batch, agent, action] and team values [batch], each agent at its true widths."""
-    means, log_stds, values = [], [], []
-    for agent, observed in enumerate(TASK.observed):
+    means, log_stds, values, action_dim = [], [], [], team.task.action_dim
+    for agent, observed in enumerate(team.task.observed):
         mean, std, width = team.state_mean[list(observed)], team.state_std[list(observed)], len(observed)
         observation = (observations[:, agent, :width] - mean) / std
-        actions, past = histories[:, agent, :, :1], (histories[:, agent, :, 1 : 1 + width] - mean) / std
+        actions, past = histories[:, agent, :, :action_dim], (histories[:, agent, :, action_dim : action_dim + width] - mean) / std
         memory = literal_memory(team.memory, agent, torch.cat([actions, past], dim=-1))
         inputs = torch.cat([memory, observation], dim=1)
         outputs = literal_mlp(team.policy, agent, inputs)
-        means.append(outputs[:, :1])
-        log_stds.append(outputs[:, 1:].clamp(-6, 0))
+        means.append(outputs[:, :action_dim])
+        log_stds.append(outputs[:, action_dim:].clamp(-6, 0))
         values.append(literal_mlp(team.value, agent, inputs)[:, 0])
     mixed = literal_mlp(team.mixer, 0, (states - team.state_mean) / team.state_std)
-    team_values = mixed[:, 0] * values[0] + mixed[:, 1] * values[1] + mixed[:, 2]
+    team_values = sum(mixed[:, agent] * value for agent, value in enumerate(values)) + mixed[:, -1]
     return torch.stack(means, dim=1), torch.stack(log_stds, dim=1), team_values
 
 
@@ -167,30 +170,31 @@ def made_up_states(number, task=TASK):
     return torch.randn(number, task.state_dim) * torch.linspace(0.1, 10, task.state_dim) + torch.linspace(-5, 5, task.state_dim)
 
 
-def made_up_histories(number):
+def made_up_histories(number, task=TASK):
     """Padded as the dataset's are."""
-    histories = torch.randn(number, TASK.num_agents, HISTORY_LENGTH, max(WIDTHS))
-    for agent, width in enumerate(WIDTHS):
-        histories[:, agent, :, width:] = 0
+    histories = torch.randn(number, task.num_agents, HISTORY_LENGTH, task.action_dim + max(task.obs_dims))
+    for agent, width in enumerate(task.obs_dims):
+        histories[:, agent, :, task.action_dim + width :] = 0
     return histories
 
 
 @torch.no_grad()
-def made_up_team():
+def made_up_team(task=TASK):
     """Its greedy actions are in and out of the bounds, its log standard deviations on both sides of 0."""
-    states = made_up_states(1000)
-    team = Team(TASK, states)
+    states = made_up_states(300, task)
+    team = Team(task, states)
     scramble(team, 0.03)
-    outputs, last = team.policy(team.inputs(TASK.observe(states), made_up_histories(1000))), team.policy[-1]
+    outputs, last = team.policy(team.inputs(task.observe(states), made_up_histories(300, task))), team.policy[-1]
     scale = 1 / outputs.std(dim=1, keepdim=True)
     last.weight.mul_(scale)
-    last.bias.add_(-outputs.mean(dim=1, keepdim=True)).mul_(scale).add_(torch.tensor([0.0, -0.5]))
+    last.bias.add_(-outputs.mean(dim=1, keepdim=True)).mul_(scale).add_(torch.tensor([0.0, -0.5]).repeat_interleave(task.action_dim))
     return team
 
 
-def test_the_team_equals_agents_computed_one_by_one(float64):
-    team, states, histories = made_up_team(), made_up_states(7), made_up_histories(7)
-    observations = TASK.observe(states)
+@each_task
+def test_the_team_equals_agents_computed_one_by_one(task, float64):
+    team, states, histories = made_up_team(task), made_up_states(7, task), made_up_histories(7, task)
+    observations = task.observe(states)
     inputs = team.inputs(observations, histories)
     got = *team.distribution(inputs), team.team_value(inputs, states)
     for one, expected in zip(got, literal_team(team, states, observations, histories)):
@@ -245,9 +249,10 @@ def test_greedy_actions_are_the_means_bounded():
     assert torch.equal(actions, mean.clamp(-1, 1))
 
 
-def test_log_prob_is_the_joint_density():
-    actions, mean = torch.randn(2, 9, 2, 3, dtype=torch.float64)
-    log_std = torch.linspace(-6, 0, 54, dtype=torch.float64).view(9, 2, 3)
+@pytest.mark.parametrize("agents, action_dim", [(2, 1), (4, 2), (2, 3)])
+def test_log_prob_is_the_joint_density(agents, action_dim):
+    actions, mean = torch.randn(2, 9, agents, action_dim, dtype=torch.float64)
+    log_std = torch.linspace(-6, 0, actions.numel(), dtype=torch.float64).view_as(actions)
     expected = torch.distributions.Normal(mean, log_std.exp()).log_prob(actions).sum(dim=(1, 2))
     torch.testing.assert_close(Gaussian(mean, log_std).log_prob(actions), expected, rtol=1e-12, atol=0)
 
@@ -428,13 +433,13 @@ def test_calibration_keeps_what_is_given():
 # --- Rollouts ---
 
 
-def made_up_dataset():
+def made_up_dataset(task=TASK):
     """Uneven episodes of numbers that stand nowhere twice, so that a row is known by its state."""
     rng, size = np.random.default_rng(1), 24
-    columns = {"observations": rng.normal(size=(size, 11)), "next_observations": rng.normal(size=(size, 11))}
-    columns |= {"actions": rng.uniform(-1, 1, (size, 2)), "rewards": rng.normal(size=size)}
+    columns = {"observations": rng.normal(size=(size, task.state_dim)), "next_observations": rng.normal(size=(size, task.state_dim))}
+    columns |= {"actions": rng.uniform(-1, 1, (size, task.num_agents * task.action_dim)), "rewards": rng.normal(size=size)}
     columns |= {"terminals": np.isin(np.arange(size), [3, 9]), "timeouts": np.isin(np.arange(size), [10, 23])}
-    return OfflineDataset(TASK, columns)
+    return OfflineDataset(task, columns)
 
 
 class MadeUpModel:
@@ -448,13 +453,13 @@ class MadeUpModel:
         masks = (torch.rand(number) >= self.terminals).float()
         epsilons = torch.rand(3, number) * 2
         epsilons[1, torch.rand(number) < 0.1] = 1.0  # l_eps to the bit: a rollout ends there, too
-        step = Step(torch.randn(number, 11), torch.randn(number), masks, *epsilons)
+        step = Step(torch.randn_like(states), torch.randn(number), masks, *epsilons)
         self.calls.append((states, actions, step))
         return step
 
 
-def made_up_rollouts(args, model):
-    team, dataset = Team(TASK, made_up_states(100)), made_up_dataset()
+def made_up_rollouts(args, model, task=TASK):
+    team, dataset = Team(task, made_up_states(100, task)), made_up_dataset(task)
     rollouts, report = generate_rollouts(lambda *carry: rollout_step(team, model, dataset, args, *carry), dataset, args)
     return team, dataset, rollouts, report
 
@@ -526,9 +531,10 @@ class Rollout:
             setattr(self, name, field[t, i])
 
 
-def test_actions_are_samples_whose_density_and_value_the_rollouts_keep():
+@each_task
+def test_actions_are_samples_whose_density_and_value_the_rollouts_keep(task):
     args, model = Args(penalty="none", lambda_g=0.0, max_uncertainty=1.0, transitions=2000), MadeUpModel()
-    team, _, rollouts, _ = made_up_rollouts(args, model)
+    team, _, rollouts, _ = made_up_rollouts(args, model, task)
     flat = [field.flatten(0, 1) for field in rollouts]
     states, observations, histories, actions, log_probs, values = flat[:6]
     mean, log_std, expected_values = literal_team(team, states, observations, histories)
@@ -536,9 +542,9 @@ def test_actions_are_samples_whose_density_and_value_the_rollouts_keep():
     torch.testing.assert_close(log_probs, distribution.log_prob(actions).sum((1, 2)), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(values, expected_values, rtol=1e-4, atol=1e-4)
     normalized = (actions - mean) / log_std.exp()
-    torch.testing.assert_close(normalized.mean((0, 2)), torch.zeros(2), rtol=0, atol=0.1)
-    torch.testing.assert_close(normalized.std(0)[:, 0], torch.ones(2), rtol=0, atol=0.1)
-    assert normalized.flatten(1).T.corrcoef()[0, 1].abs() < 0.1  # each agent draws for itself
+    drawn = normalized.flatten(1)
+    torch.testing.assert_close(drawn.mean(0), torch.zeros(drawn.shape[1]), rtol=0, atol=0.1)
+    torch.testing.assert_close(drawn.T.cov(), torch.eye(drawn.shape[1]), rtol=0, atol=0.1)  # each agent draws for itself
     assert (actions.abs() > 1).any()  # unclipped
 
 
@@ -620,16 +626,17 @@ def test_generalized_advantages_equal_the_papers_listing(last_is_cut):
         np.testing.assert_allclose(advantages[:, i], expected_advantages, rtol=0, atol=1e-12)
 
 
-def test_the_batch_bootstraps_from_each_transitions_own_next_state():
+@each_task
+def test_the_batch_bootstraps_from_each_transitions_own_next_state(task):
     """Not from the state after it in its column, where another rollout may have started."""
     args = Args(penalty="none", lambda_g=0.0, max_uncertainty=1.0, transitions=400, rollout_length=10, gamma=0.9, gae_lambda=0.8)
-    team, _, rollouts, _ = made_up_rollouts(args, MadeUpModel())
+    team, _, rollouts, _ = made_up_rollouts(args, MadeUpModel(), task)
     scramble(team, 0.02)  # values that differ from state to state
     batch = make_batch(team, rollouts, args)
     for name in ("states", "observations", "histories", "actions", "log_probs", "values"):
         assert torch.equal(getattr(batch, name), getattr(rollouts, name).flatten(0, 1))
     next_states, next_histories = rollouts.next_states.flatten(0, 1), rollouts.next_histories.flatten(0, 1)
-    next_values = literal_team(team, next_states, TASK.observe(next_states), next_histories)[2].view(10, 40)
+    next_values = literal_team(team, next_states, task.observe(next_states), next_histories)[2].view(10, 40)
     returns, advantages = torch.zeros(10, 40), torch.zeros(10, 40)
     for i in range(40):
         columns = (rollouts.rewards, rollouts.values, next_values, rollouts.masks, rollouts.time_out_masks)
@@ -640,10 +647,26 @@ def test_the_batch_bootstraps_from_each_transitions_own_next_state():
     torch.testing.assert_close(batch.advantages, advantages.flatten(), rtol=1e-3, atol=1e-3)
 
 
+@each_task
+def test_the_batch_scales_rewards_and_nothing_else(task):
+    """Values are learned in the scaled unit, so they are not scaled once more."""
+    args = Args(penalty="none", lambda_g=0.0, max_uncertainty=1.0, transitions=400, rollout_length=10, gamma=0.9, gae_lambda=0.8)
+    team, _, rollouts, _ = made_up_rollouts(args, MadeUpModel(), task)
+    scramble(team, 0.02)
+    rewards, unscaled = rollouts.rewards.clone(), make_batch(team, rollouts, args)
+    args.reward_scale = 0.1
+    scaled = make_batch(team, rollouts, args)
+    args.reward_scale = 1.0
+    for got, expected in zip(scaled, make_batch(team, rollouts._replace(rewards=0.1 * rewards), args)):
+        torch.testing.assert_close(got, expected)
+    assert torch.equal(rollouts.rewards, rewards)  # what is logged
+    assert not torch.allclose(scaled.returns, unscaled.returns) and not torch.allclose(scaled.advantages, unscaled.advantages)
+
+
 def made_up_minibatch(team, size=24):
     """Old log-densities and values are off the team's by more and by less than the clip value."""
-    states, histories = made_up_states(size), made_up_histories(size)
-    observations = TASK.observe(states)
+    states, histories = made_up_states(size, team.task), made_up_histories(size, team.task)
+    observations = team.task.observe(states)
     with torch.no_grad():
         mean, log_std, values = literal_team(team, states, observations, histories)
         actions = mean + 0.7 * log_std.exp() * torch.randn_like(mean)
@@ -658,18 +681,18 @@ def literal_loss(team, batch, args, alpha):
     mean, log_std, values = literal_team(team, batch.states, batch.observations, batch.histories)
     clip, terms = args.clip, []
     for i in range(len(batch.states)):
-        new_log_prob = sum(torch.distributions.Normal(mean[i, j], log_std[i, j].exp()).log_prob(batch.actions[i, j])[0] for j in range(2))
+        new_log_prob = torch.distributions.Normal(mean[i], log_std[i].exp()).log_prob(batch.actions[i]).sum()
         ratio = torch.exp(torch.clamp(new_log_prob - batch.log_probs[i], max=10))
         clipped_ratio = torch.clamp(ratio, 1 - clip, 1 + clip)
         actor = torch.min(ratio * batch.advantages[i], clipped_ratio * batch.advantages[i])
         clipped_value = batch.values[i] + torch.clamp(values[i] - batch.values[i], -clip, clip)
         critics = [(clipped_value - batch.returns[i]) ** 2, (values[i] - batch.returns[i]) ** 2]
         entropies = [-clipped_ratio * new_log_prob, -ratio * new_log_prob]
-        bound_error = sum(torch.relu(mean[i, j, 0].abs() - 1) ** 2 for j in range(2))
+        bound_error = sum(torch.relu(x.abs() - 1) ** 2 for x in mean[i].flatten())
         terms.append(torch.stack([actor, *critics, *entropies, clipped_ratio * bound_error, ratio * bound_error]))
     actor, clipped_critic, critic, clipped_entropy, entropy, clipped_penalty, penalty = torch.stack(terms).mean(0)
     entropy = torch.min(clipped_entropy, entropy)
-    alpha = max(0.0, alpha + args.entropy_coefficient * (TASK.entropy_target - entropy.item()))
+    alpha = max(0.0, alpha + args.entropy_coefficient * (team.task.entropy_target - entropy.item()))
     loss = -actor + args.critic_coefficient * torch.max(clipped_critic, critic)
     loss = loss - alpha * entropy + args.action_penalty * torch.max(clipped_penalty, penalty)
     return loss, alpha
@@ -677,8 +700,9 @@ def literal_loss(team, batch, args, alpha):
 
 @pytest.mark.parametrize("case", ["plain", "close values", "far values", "a huge ratio", "entropy below target", "other coefficients"])
 @pytest.mark.parametrize("alpha", [0.0, 0.7])
-def test_ppo_loss_equals_the_appendix_sample_by_sample(case, alpha, float64):
-    team = made_up_team()
+@each_task
+def test_ppo_loss_equals_the_appendix_sample_by_sample(task, case, alpha, float64):
+    team = made_up_team(task)
     team.entropy_alpha.fill_(alpha)
     batch, args = made_up_minibatch(team), Args()
     if case == "close values":  # to the returns: the clipped value is the worse one
@@ -688,7 +712,7 @@ def test_ppo_loss_equals_the_appendix_sample_by_sample(case, alpha, float64):
     if case == "a huge ratio":
         batch.log_probs[3] -= 15
     if case == "entropy below target":
-        team.policy[-1].bias.data[..., 1:] = -5
+        team.policy[-1].bias.data[..., task.action_dim :] = -5
         batch = made_up_minibatch(team)
     if case == "other coefficients":
         args = Args(clip=0.1, critic_coefficient=3.0, action_penalty=0.3, entropy_coefficient=0.05)
@@ -703,8 +727,9 @@ def test_ppo_loss_equals_the_appendix_sample_by_sample(case, alpha, float64):
     assert metrics.isfinite().all() and not metrics.requires_grad
 
 
-def test_the_minibatches_exercise_every_branch_of_the_loss(float64):
-    team = made_up_team()
+@each_task
+def test_the_minibatches_exercise_every_branch_of_the_loss(task, float64):
+    team = made_up_team(task)
     batch = made_up_minibatch(team)
     mean, log_std, values = literal_team(team, batch.states, batch.observations, batch.histories)
     ratio = (Gaussian(mean, log_std).log_prob(batch.actions) - batch.log_probs).exp()

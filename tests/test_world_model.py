@@ -6,9 +6,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import world_model
 from data.offline_dataset import OfflineDataset
 from mamujoco_envs import TASKS
-from world_model import BatchedLinear, Ensemble, clip_member_gradients, member_losses, select_members, standardize, validate
+from world_model import BatchedLinear, Ensemble, clip_member_gradients, member_losses, open_loop, select_members, standardize, validate
 
 TASK = TASKS["reacher-leader-only"]
 MEMBERS = 4
@@ -178,6 +179,48 @@ def test_validation_errors_against_a_loop_over_rows():
             np.mean((logits.detach().numpy() > 0) != (dataset.masks[rows].numpy() == 1)),
         ]
         np.testing.assert_allclose(errors[i], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [[3, 10, 1, 11, 10], [11] * 5], ids=["some end", "none ends"])
+def test_open_loop_against_a_loop_over_rows_until_their_true_episodes_end(lengths, monkeypatch):
+    """What a simulator and the model say after a terminal is in no episode; the last step of an episode is."""
+    dataset, ensemble, scale = toy_dataset(), made_up_ensemble(), torch.rand(12) + 0.1
+    rows, true_states, true_rewards = torch.tensor([7, 100, 205, 3000, 4321]), 10 * torch.randn(10, 5, 11), torch.randn(10, 5)
+    steps = torch.arange(1, 11)[:, None]
+    terminals = steps == torch.tensor(lengths)  # [step, row]
+    true_states[steps > torch.tensor(lengths)] = true_rewards[steps > torch.tensor(lengths)] = torch.nan
+
+    class Scripted:
+        def __init__(self, task, number):
+            self.steps = zip(true_states.numpy(), true_rewards.numpy(), terminals.numpy())
+
+        def set_states(self, states):
+            assert np.array_equal(states, dataset.states[rows])
+
+        def step(self, actions):
+            return next(self.steps)
+
+    monkeypatch.setattr(world_model, "make_simulator", Scripted)
+    got = open_loop(ensemble, dataset, rows, scale, "held-out")
+    generator = torch.Generator().manual_seed(0)
+    members = [torch.randint(MEMBERS, (5,), generator=generator) for _ in range(10)]
+    errors, gaps, epsilons = [[] for _ in range(10)], [], []
+    for i, row in enumerate(rows):
+        state, gap = dataset.states[row], 0.0
+        for t in range(min(10, lengths[i])):
+            joint = TASK.join_actions(dataset.actions[row + t])
+            predictions = [literal_prediction(ensemble, member, state[None], joint[None]) for member in range(MEMBERS)]
+            next_states, rewards = torch.cat([x[0] for x in predictions]).detach(), torch.cat([x[2] for x in predictions]).detach()
+            epsilons.append(torch.linalg.matrix_norm(torch.cov((torch.cat([next_states, rewards[:, None]], dim=1) / scale).T)))
+            state = next_states[members[t][i]]
+            errors[t].append((state - true_states[t, i]).norm().item())
+            gap += (rewards.mean() - true_rewards[t, i]).item()
+        gaps.append(gap)
+    expected = {"one_step_error": np.mean(errors[0]), "ten_step_error": np.mean(errors[9])}
+    expected |= {"return_error": np.mean(np.abs(gaps)), "return_bias": np.mean(gaps)}
+    assert {name: got[name] for name in expected} == pytest.approx(expected, rel=1e-3)
+    quantiles = [torch.stack(epsilons).quantile(q).item() for q in (0.5, 0.9, 0.99)]
+    assert got["epsilon_g"] == pytest.approx(dict(zip(("0.5", "0.9", "0.99"), quantiles)), rel=1e-3)
 
 
 @each_trunk
