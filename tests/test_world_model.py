@@ -84,21 +84,23 @@ def batch_of(dataset, rows):
 
 @each_target
 @each_trunk
-def test_losses_are_those_of_gaussians_and_a_bernoulli(target, trunk, float64):
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_losses_are_those_of_gaussians_and_a_bernoulli(target, trunk, beta, float64):
     ensemble = made_up_ensemble(target, trunk)
     for network in ensemble.networks:
         network[-1].weight.data.mul_(30)  # some log standard deviations leave their bounds
     states, next_states = torch.randn(2, MEMBERS, 30, 11)
     actions, rewards, masks = torch.randn(MEMBERS, 30, 2), torch.randn(MEMBERS, 30), (torch.rand(MEMBERS, 30) > 0.3).double()
     changes = ensemble.target_std.nonzero()[:, 0]
-    losses = member_losses(ensemble, (states, actions, next_states, rewards, masks), changes)
+    losses = member_losses(ensemble, (states, actions, next_states, rewards, masks), changes, beta)
     for i in range(MEMBERS):
         mean, log_std, reward_mean, reward_log_std, logits = literal_prediction(ensemble, i, states[i], actions[i])
         assert (log_std < -5.5).any() and (log_std[:, changes] > 1.5).any()
         log_probs = torch.distributions.Normal(mean[:, changes], log_std[:, changes].exp()).log_prob(next_states[i][:, changes])
         reward_log_probs = torch.distributions.Normal(reward_mean, reward_log_std.exp()).log_prob(rewards[i])
         constant = 0.5 * np.log(2 * np.pi)
-        expected = [-log_probs.mean() - constant, -reward_log_probs.mean() - constant]
+        variance = (2 * (log_std - ensemble.target_std.log())).exp()[:, changes]  # of the standardised change
+        expected = [(variance**beta * (-log_probs - constant)).mean(), -reward_log_probs.mean() - constant]
         expected.append(F.binary_cross_entropy(logits.sigmoid(), masks[i]))
         torch.testing.assert_close(losses[i], torch.stack(expected), rtol=1e-9, atol=1e-12)
 
@@ -107,7 +109,7 @@ def test_losses_are_those_of_gaussians_and_a_bernoulli(target, trunk, float64):
 def test_a_members_loss_leaves_the_other_members_alone(trunk):
     ensemble = made_up_ensemble(trunk=trunk)
     batch = batch_of(toy_dataset(), torch.randint(5000, (MEMBERS, 30)))
-    losses = member_losses(ensemble, batch, ensemble.target_std.nonzero()[:, 0])
+    losses = member_losses(ensemble, batch, ensemble.target_std.nonzero()[:, 0], 0.5)
     losses[1].sum().backward()
     for name, parameter in ensemble.named_parameters():
         assert (parameter.grad[1] != 0).any(), name
@@ -164,7 +166,7 @@ def test_dimensions_that_never_change_are_predicted_to_the_bit(target):
     predicted = ensemble(states, joint).next_states
     kept = CONSTANT if target == "delta" else [10]  # the only one that has the same value in all rows
     assert torch.equal(predicted[..., kept], states[..., kept])
-    losses = member_losses(ensemble, batch_of(dataset, rows.expand(MEMBERS, -1)), ensemble.target_std.nonzero()[:, 0])
+    losses = member_losses(ensemble, batch_of(dataset, rows.expand(MEMBERS, -1)), ensemble.target_std.nonzero()[:, 0], 0.5)
     assert losses.isfinite().all()
 
 
@@ -237,8 +239,8 @@ def test_selected_members_predict_as_before_in_the_order_asked_for(trunk):
 
 
 @each_target
-@each_trunk
-def test_a_linear_world_is_learned(target, trunk):
+@pytest.mark.parametrize("trunk, beta", [("separate", 0.0), ("separate", 0.5), ("shared", 0.0)])  # beta makes a shared trunk care less for the state
+def test_a_linear_world_is_learned(target, trunk, beta):
     dataset, (training_rows, validation_rows) = toy_dataset(), toy_dataset().split()
     ensemble = Ensemble(**architecture(target, trunk, width=64))
     standardize(ensemble, dataset, training_rows)
@@ -249,7 +251,7 @@ def test_a_linear_world_is_learned(target, trunk):
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 400)
         rows = training_rows[torch.randint(len(training_rows), (MEMBERS, 128))]
         optimizer.zero_grad()
-        member_losses(ensemble, batch_of(dataset, rows), changes).sum().backward()
+        member_losses(ensemble, batch_of(dataset, rows), changes, beta).sum().backward()
         clip_member_gradients(ensemble, 1.0)
         optimizer.step()
     errors = validate(ensemble, dataset, validation_rows)
