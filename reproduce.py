@@ -108,10 +108,11 @@ def main(args: Args) -> None:
                 print(f"{algorithm:10} {task:28} {'no run finished':>16}")
                 continue
             scores = [result["score"] for result in done]
-            error = statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else float("nan")
+            # Over seeds, as the paper's; that of a single one is over its episodes.
+            error = statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else done[0]["score_stderr"]
             seconds = statistics.median(result["seconds"] for result in done)
             ours = f"{statistics.mean(scores):.3f} ± {error:.3f}"
-            print(f"{algorithm:10} {task:28} {ours:>16} {done[0]['paper_score'] or '-':>14}   {seconds:.0f}, {len(scores)} seeds")
+            print(f"{algorithm:10} {task:28} {ours:>16} {done[0]['paper_score'] or '-':>14}   {seconds:.0f}, {len(scores)} {'seeds' if len(scores) > 1 else 'seed'}")
     print(f"{time.perf_counter() - started:.0f} s in all, {args.workers} runs at once")
     plot_curves(results, args.folder / f"table_{args.table}.png")
 

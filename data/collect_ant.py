@@ -1,7 +1,7 @@
 """Makes the four offline datasets of four-agent Ant by D4RL's protocol (Fu et al. 2020), for where D4RL's own cannot be had.
 
-    python -m data.collect_ant snapshots            # online SAC of the whole ant: data/ant_snapshots.pt
-    python -m data.collect_ant dataset --name medium    # a million transitions: data/ant-medium.hdf5
+    python -m data.collect_ant snapshots                # online SAC (1.5 hours on one core): data/ant_snapshots.pt
+    python -m data.collect_ant dataset --name medium    # a million transitions (minutes): data/ant-medium.hdf5
 
 `random` is recorded from an untrained policy, `medium` and `expert` from the first snapshot of the training that is about as good as
 D4RL's (or else the best), and `full-replay` from all snapshots in equal shares, which stands for the replay buffer of the whole
@@ -43,14 +43,14 @@ class Snapshots:
 
     seed: int = 1
     """seed of networks, episodes and exploration"""
-    total_updates: int = 600_000
+    total_updates: int = 400_000
     """gradient steps of the critics; the policy takes every second one"""
     updates_per_step: int = 8
     """gradient steps for each step of all ants"""
     num_envs: int = 64
     """ants at once"""
     learning_rate: float = 1e-3
-    """Adam, decayed linearly to a tenth"""
+    """Adam, decayed linearly to 40 %"""
     batch_size: int = 256
     """transitions of a gradient step"""
     buffer_size: int = 1_000_000
@@ -221,7 +221,7 @@ def train_snapshots(args: Snapshots) -> dict:
         if ended.any():
             states, ages = simulator.reset([rng] * ended.sum(), where=ended), np.where(ended, 0, ages)
         for _ in range(args.updates_per_step if steps >= args.warm_up else 0):
-            rate = args.learning_rate * (1 - 0.9 * updates / args.total_updates)
+            rate = args.learning_rate * (1 - 0.6 * updates / args.total_updates)
             critic_optimizer.param_groups[0]["lr"] = policy_optimizer.param_groups[0]["lr"] = rate
             indices = torch.randint(min(steps, size), (args.batch_size,))
             update([field[indices] for field in buffer], with_policy=updates % 2 == 0)
