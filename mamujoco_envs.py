@@ -392,7 +392,9 @@ class ParallelEnv:
     def __init__(self, task: Task, render_mode: str | None = None):
         self.task, self.render_mode = task, render_mode
         self.metadata = {"name": task.name, "render_modes": ["human", "rgb_array"], "is_parallelizable": True}
-        self.environment = {"Reacher-v4": ReacherEnv, "Ant-v4": AntEnv}[task.environment](render_mode=render_mode)
+        # The camera that follows the ant, which runs out of any other's sight.
+        options = {"camera_name": "track"} if task.environment == "Ant-v4" else {}
+        self.environment = {"Reacher-v4": ReacherEnv, "Ant-v4": AntEnv}[task.environment](render_mode=render_mode, **options)
         self.metadata["render_fps"] = self.environment.metadata["render_fps"]
         self.possible_agents = [f"agent_{i}" for i in range(task.num_agents)]
         self.agents: list[str] = []
