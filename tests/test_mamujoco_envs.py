@@ -52,7 +52,9 @@ def test_simulator_equals_gymnasium_to_the_bit(task):
         expected = [env.reset(seed=seed if episode == 0 else None)[0] for env, seed in zip(environments, seeds)]
         np.testing.assert_array_equal(simulator.reset(generators), expected)
         truncated = False
-        while not truncated:
+        for _ in range(250):
+            if truncated:
+                break
             actions = rng.uniform(-1.5, 1.5, (len(seeds), task.num_agents, task.action_dim))
             states, rewards, terminals = simulator.step(actions)
             for i, env in enumerate(environments):

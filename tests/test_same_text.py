@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [path for pattern in ("*.py", "baselines/*.py", "data/collect_*.py") for path in ROOT.glob(pattern)]
-OWN = {"Args", "Team", "train"}  # what an algorithm is: each script's own
+OWN = {"Args", "Dataset", "Team", "main", "record_dataset", "train"}  # what an algorithm or a dataset is: each script's own
 LIBRARIES = {"mamujoco_envs", "coordination_game", "data", "data.offline_dataset"}
 MODULES = {path.stem for path in SCRIPTS} | {"data", "baselines"}
 
