@@ -88,8 +88,7 @@ class CoordinationGame:
 
     def set_states(self, states: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
         """Goes on from the given states [batch, state] in the copies `where` [batch] is true."""
-        chosen = np.full(len(states), True) if where is None else where
-        self.states = np.where(chosen[:, None], states, self.states if len(self.states) == len(states) else 0.0)
+        self.states = np.array(states, dtype=np.float64) if where is None else np.where(where[:, None], states, self.states)
         return self.states
 
     def step(self, actions: np.ndarray, where: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -11,14 +11,14 @@ multi-agent PPO (Section 3.2, Appendix A). The team is scored in the true enviro
     python moma_ppo.py --task reacher-leader-only --max-uncertainty inf # Figure 8: no adaptive rollouts
     python moma_ppo.py --resume runs/RUN                                # goes on where RUN stopped, to the bit
 
-Deviations from the paper, README.md has the figures:
+Deviations from the paper:
 1. Far fewer learning steps, and what that needs: learning rates of 1e-3 that decay to zero, gamma 0.97 and lambda
    0.95. The paper's values, for those who have the time: --total-steps 100000 --learning-rate 5e-5
    --memory-learning-rate 1e-4 --gamma 0.99 --gae-lambda 0.98 (these would decay, too).
 2. Observations are standardised by the dataset's statistics.
 3. On Reacher rollouts are whole episodes, from first states of the dataset (--start-states any --rollout-length 10: the release's,
-   and ours on the ant). Those from later states start where experts, who saw everything, have brought the arm; what agents must tell each other on
-   the way is then learned from a tenth of the data alone.
+   and ours on the ant). Those from later states start where experts, who saw everything, have brought the arm; what agents must
+   tell each other on the way is then learned from a tenth of the data alone.
 4. Policies start with a standard deviation of 0.22 instead of 1, close to the actions that the world model has seen.
 5. The memory, 128 dimensions of noise at first, starts at a tenth of its scale, and policies and values without weights on it.
 6. On the ant rewards are scaled so that values are about 1: a value moves by at most 0.2 in a learning step, too slow for hundreds.

@@ -239,7 +239,7 @@ def train_snapshots(args: Snapshots) -> dict:
             if updates == args.total_updates:
                 break
     progress.close()
-    return {"returns": returns, "steps": steps, "target_critics": target_critics}
+    return {"returns": returns, "steps": steps}
 
 
 def choose_policies(args: Dataset) -> dict[int, MLP]:
@@ -297,6 +297,8 @@ def record_dataset(args: Dataset) -> None:
                 if row == end:
                     columns["timeouts"][row - 1] = ~columns["terminals"][row - 1]
                     break
+            if progress.disable:
+                print(f"{row} of {args.transitions}", flush=True)
     progress.close()
     torch.set_num_threads(threads)
     source = f"python -m data.collect_ant dataset --name {args.name} --transitions {args.transitions} --seed {args.seed}"

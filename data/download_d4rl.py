@@ -91,7 +91,7 @@ def download(args: Args) -> Path:
     try:
         fetch(url, part)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        kept = "; what came is kept, so the same command goes on with it" if part.exists() else ""
+        kept = "; what came is kept, so the same command goes on with it" if part.with_name(part.name + ".version").exists() else ""
         raise InputError(f"cannot download {url} ({error}){kept}; or take {file_name} from {MIRROR} and put it at {output}") from None
     try:
         columns, source = read_columns(task, part)

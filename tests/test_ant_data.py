@@ -308,7 +308,6 @@ def test_snapshots_are_saved_and_record_a_dataset(tmp_path, monkeypatch):
     monkeypatch.setattr(collect_ant, "TASK", replace(TASK, episode_length=15))
     result = collect_ant.train_snapshots(collect_ant.Snapshots(**arguments, output=path))
     assert result["steps"] == 40 + 3 * 4 and len(result["returns"]) == 2
-    assert not any(parameter.requires_grad for parameter in result["target_critics"].parameters())
     with pytest.raises(InputError, match="exists; give another --output"):
         collect_ant.train_snapshots(collect_ant.Snapshots(output=path))
     saved = torch.load(path, weights_only=True)
