@@ -12,17 +12,19 @@ multi-agent PPO (Section 3.2, Appendix A). The team is scored in the true enviro
     python moma_ppo.py --resume runs/RUN                                # goes on where RUN stopped, to the bit
 
 Deviations from the paper:
-1. Far fewer learning steps, and what that needs: learning rates of 1e-3 that decay to zero, gamma 0.97 and lambda
-   0.95. The paper's values, for those who have the time: --total-steps 100000 --learning-rate 5e-5
-   --memory-learning-rate 1e-4 --gamma 0.99 --gae-lambda 0.98 (these would decay, too).
+1. Far fewer learning steps, and what that needs: learning rates that decay to zero (on Reacher from 1e-3, on the ant from 1e-4), lambda
+   0.95, on Reacher gamma 0.97. The paper's values, for those who have the time: --total-steps 100000 --learning-rate 5e-5
+   --memory-learning-rate 1e-4 --gamma 0.99 --gae-lambda 0.98 --cloning-steps 0 (these rates would decay, too).
 2. Observations are standardised by the dataset's statistics.
-3. On Reacher rollouts are whole episodes, from first states of the dataset (--start-states any --rollout-length 10: the release's,
-   and ours on the ant). Those from later states start where experts, who saw everything, have brought the arm; what agents must
-   tell each other on the way is then learned from a tenth of the data alone.
+3. Rollouts take 50 steps (--rollout-length 10: the release's). On Reacher these are whole episodes, from first states of the dataset. Those
+   from later states (--start-states any: the paper's, and ours on the ant) start where experts, who saw everything, have brought
+   the arm; what agents must tell each other on the way is then learned from a tenth of the data alone.
 4. Policies start with a standard deviation of 0.22 instead of 1, close to the actions that the world model has seen.
 5. The memory, 128 dimensions of noise at first, starts at a tenth of its scale, and policies and values without weights on it.
-6. On the ant rewards are scaled so that values are about 1: a value moves by at most 0.2 in a learning step, too slow for hundreds.
-7. lambda_g and l_eps are calibrated on held-out data by one rule (`calibrate`), and eps_g is measured in units of the
+6. On the ant a team starts from behavioural cloning, as in MOReL (Kidambi et al., 2020), and its value from the data's returns. From nothing, PPO
+   would need millions of transitions before a team walks as well as the data; the paper's 100,000 learning steps are 200 million.
+7. On the ant rewards are scaled so that values are about 1: a value moves by at most 0.2 in a learning step, too slow for hundreds.
+8. lambda_g and l_eps are calibrated on held-out data by one rule (`calibrate`), and eps_g is measured in units of the
    dataset's standard deviations. The release has 0.1 and 2 for every task, on raw states.
 """
 
@@ -78,11 +80,11 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a CUDA GPU where there is one"""
     total_steps: int | None = None
-    """learning steps of `transitions` each; if not given, 300, or 10 in the coordination game (1,000: leader-only at 1.00; the paper's: 100,000)"""
+    """learning steps of `transitions` each; if not given, see DEFAULTS (1,000: leader-only at 1.00; the paper's: 100,000)"""
     eval_every: int | None = None
-    """learning steps between two evaluations, each followed by a checkpoint; if not given, 50, or 2 in the coordination game"""
+    """learning steps between two evaluations, each followed by a checkpoint; if not given, see DEFAULTS"""
     eval_episodes: int | None = None
-    """greedy episodes of an evaluation, from the same start states each time; if not given, 100, or 10 on the ant (the paper's: 5); the final one has 100"""
+    """greedy episodes of an evaluation, from the same start states each time; if not given, see DEFAULTS (the paper's: 5); the final one has 100"""
     run_dir: Path | None = None
     """folder of the run; runs/TASK__moma_ppo__SEED__TIME if not given"""
     resume: Path | None = None
@@ -101,9 +103,9 @@ class Args:
     ground_truth: bool = False
     """roll out in the true simulator instead of the world model (Table 5)"""
     start_states: Literal["first", "any"] | None = None
-    """rollouts start from first states of the dataset's episodes, or from any state of the dataset (the paper's); if not given, first, or any on the ant"""
+    """rollouts start from first states of the dataset's episodes, or from any state of the dataset (the paper's); if not given, see DEFAULTS"""
     rollout_length: int | None = None
-    """k, steps of a rollout (Figure 9: 5 to 50 make no difference; the release's: 10); if not given, 50, or 10 on the ant"""
+    """k, steps of a rollout (Figure 9: 5 to 50 make no difference; the release's: 10); if not given, see DEFAULTS"""
     penalty: Literal["epistemic", "aleatoric", "none"] = "epistemic"
     """what is subtracted from the reward: lambda_r eps_r + lambda_g eps_g, lambda_a eps_a (MOPO, Figure 4), or nothing"""
     lambda_r: float = 0.05
@@ -115,18 +117,20 @@ class Args:
     max_uncertainty: float | None = None
     """l_eps: a rollout ends where eps_g reaches it (inf: never); if not given, calibrated on held-out data"""
 
+    cloning_steps: int | None = None
+    """gradient steps of behavioural cloning, and of the values onto the data's returns, that a run begins with; if not given, see DEFAULTS (the paper's: 0)"""
     transitions: int = 2000
     """transitions of a learning step, in transitions / k parallel rollouts"""
     epochs: int = 5
     """passes over these transitions in a learning step"""
     minibatch_size: int = 256
     """transitions of a gradient step; the rest of a pass, smaller than that, is dropped"""
-    learning_rate: float = 1e-3
-    """Adam, of policies, values and mixer, decayed linearly to zero (the paper's: 5e-5)"""
-    memory_learning_rate: float = 1e-3
-    """Adam, of the history encoders, decayed alike (the paper's: 1e-4)"""
+    learning_rate: float | None = None
+    """Adam, of policies, values and mixer, decayed linearly to zero; if not given, see DEFAULTS (the paper's: 5e-5)"""
+    memory_learning_rate: float | None = None
+    """Adam, of the history encoders, decayed alike; if not given, see DEFAULTS (the paper's: 1e-4)"""
     gamma: float | None = None
-    """discount factor; if not given, 0.97, or 0.5 in the coordination game, where a step has no consequences (the paper's: 0.99)"""
+    """discount factor; if not given, see DEFAULTS (the paper's: 0.99)"""
     gae_lambda: float = 0.95
     """lambda of generalized advantage estimation (the paper's: 0.98)"""
     reward_scale: float | None = None
@@ -141,6 +145,22 @@ class Args:
     """weight of the penalty on greedy actions beyond +-1"""
     max_grad_norm: float = 1.0
     """largest norm of the gradient of all parameters together"""
+
+
+DEFAULTS = {
+    "coordination": dict(  # single steps, without consequences
+        total_steps=10, eval_every=2, eval_episodes=100, start_states="any", rollout_length=1,
+        cloning_steps=0, learning_rate=1e-3, memory_learning_rate=1e-3, gamma=0.5,
+    ),
+    "Reacher-v4": dict(
+        total_steps=300, eval_every=50, eval_episodes=100, start_states="first", rollout_length=50,
+        cloning_steps=0, learning_rate=1e-3, memory_learning_rate=1e-3, gamma=0.97,
+    ),
+    "Ant-v4": dict(
+        total_steps=200, eval_every=25, eval_episodes=20, start_states="any", rollout_length=50,
+        cloning_steps=3000, learning_rate=1e-4, memory_learning_rate=1e-4, gamma=0.99,
+    ),
+}  # fmt: skip
 
 
 class BatchedLinear(nn.Module):
@@ -554,6 +574,38 @@ def ppo_loss(team: Team, batch: Minibatch, args: Args) -> tuple[torch.Tensor, to
     return loss, metrics.detach()
 
 
+def discounted_returns(dataset: OfflineDataset, gamma: float) -> torch.Tensor:
+    """Discounted sum of the rewards from each row to its episode's end; a time-out is followed by its last reward for ever: [N]."""
+    rewards, masks, returns = dataset.rewards.tolist(), dataset.masks.tolist(), [0.0] * dataset.size
+    last = set(dataset.episode_ends.tolist())
+    for row in reversed(range(dataset.size)):
+        following = rewards[row] / (1 - gamma) if row in last else returns[row + 1]
+        returns[row] = rewards[row] + gamma * masks[row] * following
+    return torch.tensor(returns, device=dataset.device)
+
+
+def cloning_loss(team: Team, dataset: OfflineDataset, returns: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Of rows `indices`: -log pi(a | h) of the data's joint actions, and the squared error of the value of their states: []."""
+    inputs = team.inputs(team.task.observe(dataset.states[indices]), dataset.histories(indices))
+    values = team.team_value(inputs, dataset.states[indices])
+    return (values - returns[indices]).square().mean() - team.distribution(inputs).log_prob(dataset.actions[indices]).mean()
+
+
+def clone(team: Team, dataset: OfflineDataset, args: Args) -> None:
+    """Starts the policies from behavioural cloning of the data and the values from its returns, with Adam, whose rate decays from 1e-3 to zero."""
+    returns = args.reward_scale * discounted_returns(dataset, args.gamma)
+    optimizer = torch.optim.Adam(team.parameters(), lr=1e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, args.cloning_steps)
+    loss_function = torch.compile(cloning_loss) if args.compile else cloning_loss
+    for _ in tqdm(range(args.cloning_steps), unit="step", desc="behavioural cloning", disable=not sys.stderr.isatty()):
+        loss = loss_function(team, dataset, returns, torch.randint(dataset.size, (args.minibatch_size,), device=dataset.device))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(team.parameters(), args.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+
+
 def calibrate(args: Args, checkpoint: dict) -> None:
     """lambda_g and l_eps by one rule for every dataset, from q, the 0.99 quantile of eps_g that the model has on held-out data.
 
@@ -710,25 +762,17 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
 
 
 def train(args: Args) -> dict:
-    game = args.task.startswith("coordination")
-    if args.total_steps is None:
-        args.total_steps = 10 if game else 300
-    if args.gamma is None:
-        args.gamma = 0.5 if game else 0.97
-    if args.eval_every is None:
-        args.eval_every = 2 if game else 50
-    if args.start_states is None:
-        args.start_states = "any" if args.task.startswith("ant") else "first"
-    if args.rollout_length is None:
-        args.rollout_length = 10 if args.task.startswith("ant") else 50
-    if args.eval_episodes is None:
-        args.eval_episodes = 10 if args.task.startswith("ant") else 100
+    run_dir, checkpoint = open_run(args, "moma_ppo")
+    task, device = find_task(args.task), choose_device(args)
+    for name, value in DEFAULTS[task.environment].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "transitions", "rollout_length", "epochs", "minibatch_size")
+    if args.cloning_steps < 0:
+        raise InputError(f"--cloning-steps must be 0 or above; it is {args.cloning_steps}")
     check_positive(args, "learning_rate", "memory_learning_rate", "max_grad_norm", *["reward_scale"] * (args.reward_scale is not None))
     if args.transitions // args.rollout_length * args.rollout_length < args.minibatch_size:
         raise InputError("--transitions must fill a --minibatch-size with rollouts of --rollout-length")
-    run_dir, checkpoint = open_run(args, "moma_ppo")
-    task, device = find_task(args.task), choose_device(args)
     if task.discrete:  # single steps from any state, and no uncertainty (Section 5.2)
         args.rollout_length, args.start_states, args.penalty, args.max_uncertainty = 1, "any", "none", math.inf
     dataset = load_dataset(task, args.dataset, device)  # before seeding: recording it draws random numbers
@@ -791,6 +835,10 @@ def train(args: Args) -> dict:
             group["lr"] = group["lr"].to(device)
         set_random_states(checkpoint["random_states"])
         first_step, seconds, evaluations = checkpoint["step"], checkpoint["seconds"], checkpoint["evaluations"]
+    elif args.cloning_steps:
+        started = time.perf_counter()
+        clone(team, dataset, args)
+        seconds = time.perf_counter() - started
     make_folder(run_dir)
     writer = SummaryWriter(str(run_dir), purge_step=first_step + 1)
     writer.add_text("arguments", "\n".join(f"- {name}: {value}" for name, value in vars(args).items()))
@@ -814,6 +862,9 @@ def train(args: Args) -> dict:
         state |= {"evaluations": evaluations, "random_states": random_states()}
         save_whole(state | {"team": team.state_dict(), "optimizer": optimizer.state_dict()}, run_dir / "checkpoint.pt")
 
+    if args.cloning_steps and checkpoint is None:
+        evaluations.append(evaluate_team(0, args.eval_episodes)[1])
+        print(f"after behavioural cloning: score {evaluations[0]['score']:.2f}, {seconds:.0f} s", flush=True)
     stop_signals: list[int] = []
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, lambda number, _: stop_signals.append(number))
@@ -855,10 +906,10 @@ def train(args: Args) -> dict:
         stopping = bool(stop_signals)  # looked at once: one that comes later waits for the next step
         if step % args.eval_every == 0:
             evaluations.append(evaluate_team(step, args.eval_episodes)[1])
-            score, speed = evaluations[-1]["score"], seconds / step
+            score = evaluations[-1]["score"]
             progress.set_postfix_str(f"score {score:.2f}")
             if progress.disable:
-                print(f"step {step} of {args.total_steps}: score {score:.2f}, {speed:.2f} s a step", flush=True)
+                print(f"step {step} of {args.total_steps}: score {score:.2f}, {seconds:.0f} s", flush=True)
         progress.update()
         if step % args.eval_every == 0 or stopping:
             save_checkpoint(step)

@@ -24,6 +24,9 @@ from moma_ppo import (
     Team,
     WorldModel,
     calibrate,
+    clone,
+    cloning_loss,
+    discounted_returns,
     epistemic_uncertainty,
     generalized_advantages,
     generate_rollouts,
@@ -593,6 +596,40 @@ def test_model_returns_stop_at_an_absorbing_state():
 
 
 # --- PPO ---
+
+
+def test_discounted_returns_row_by_row():
+    """Rows 3 and 9 of the data end absorbed, 10 and 23 are time-outs, which are followed by their last reward for ever."""
+    dataset, gamma, ends = made_up_dataset(), 0.9, [3, 9, 10, 23]
+    for row, discounted in enumerate(discounted_returns(dataset, gamma)):
+        last = min(end for end in ends if end >= row)
+        rewards = dataset.rewards[row : last + 1].tolist()
+        if last in (10, 23):
+            rewards += [rewards[-1]] * 400
+        assert discounted.item() == pytest.approx(sum(gamma**t * reward for t, reward in enumerate(rewards)), rel=1e-4, abs=1e-5)
+
+
+@each_task
+def test_cloning_loss_equals_agents_computed_one_by_one(task):
+    dataset, team, indices = made_up_dataset(task), made_up_team(task), torch.tensor([0, 5, 9, 23, 5])
+    returns = torch.randn(dataset.size)
+    means, log_stds, values = literal_team(team, dataset.states[indices], task.observe(dataset.states[indices]), dataset.histories(indices))
+    densities = torch.distributions.Normal(means, log_stds.exp()).log_prob(dataset.actions[indices])
+    expected = sum((values[row] - returns[indices[row]]) ** 2 - densities[row].sum() for row in range(5)) / 5
+    torch.testing.assert_close(cloning_loss(team, dataset, returns, indices), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_cloning_finds_the_data_of_a_deterministic_team():
+    """Actions that are a function of what agents see, and a value that is constant: both are found."""
+    dataset = made_up_dataset()
+    dataset.actions = 0.5 * TASK.observe(dataset.states)[..., :1].tanh()
+    dataset.rewards, dataset.masks = torch.full_like(dataset.rewards, 2.0), torch.ones_like(dataset.masks)
+    team = Team(TASK, dataset.states)
+    clone(team, dataset, Args(cloning_steps=300, minibatch_size=24, gamma=0.9, reward_scale=0.1))
+    observations, histories = TASK.observe(dataset.states), dataset.histories(torch.arange(dataset.size))
+    inputs = team.inputs(observations, histories)
+    assert (team.distribution(inputs).greedy() - dataset.actions).abs().mean() < 0.05
+    assert (team.team_value(inputs, dataset.states) - 0.1 * 2 / (1 - 0.9)).abs().mean() < 0.1
 
 
 def appendix_a(rewards, values, next_values, masks, time_out_masks, discount, lamda):

@@ -429,20 +429,21 @@ def test_every_script_learns_on_the_ant(script, options, ant, tmp_path, monkeypa
     monkeypatch.setitem(tasks, name, dataclasses.replace(tasks[name], episode_length=12))  # evaluations take as long as they do
     arguments = ["--task", name, "--dataset", ant / "ant.hdf5", "--run-dir", tmp_path / "run", "--total-steps", 4, "--eval-every", 2]
     if script == "moma_ppo.py":
-        arguments += ["--transitions", 300, "--epochs", 1, *([] if options else ["--world-model", ant / "ant.pt"])]
+        arguments += ["--transitions", 300, "--epochs", 1, "--cloning-steps", 2, *([] if options else ["--world-model", ant / "ant.pt"])]
     else:
         arguments += ["--batch-size", 16]
     status, output = run_here(script, *arguments, *options, monkeypatch=monkeypatch)
     assert status == 0, output
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert len(result["returns"]) == 100 and np.isfinite(result["returns"]).all()
-    assert len(result["evaluations"][0]["returns"]) == 10
+    assert len(result["evaluations"][0]["returns"]) == (20 if script == "moma_ppo.py" else 10)
     assert "ours, not D4RL's" in result["dataset"]["source"]
     if script != "moma_ppo.py":
         module = script_module(script)
         assert result["paper_score"] == (module.FINETUNED_PAPER_SCORES if options else module.PAPER_SCORES).get(name)
     else:
-        assert (result["args"]["start_states"], result["args"]["rollout_length"]) == ("any", 10)
+        assert (result["args"]["start_states"], result["args"]["rollout_length"], result["args"]["gamma"]) == ("any", 50, 0.99)
+        assert [entry["step"] for entry in result["evaluations"]] == [0, 2, 4]
         assert 0 < result["args"]["reward_scale"] < 1
         if not options:
             assert "ours, not D4RL's" in result["world_model"]["source"]
@@ -455,7 +456,7 @@ def test_a_world_model_of_another_recording_is_noticed(ant, tmp_path, monkeypatc
         for name, column in ours.items():
             other[name] = column[()]
     arguments = ["--task", "ant-random-fo", "--dataset", tmp_path / "d4rl.hdf5", "--world-model", ant / "ant.pt", "--run-dir", tmp_path / "run"]
-    arguments += ["--total-steps", 1, "--transitions", 300, "--epochs", 1]
+    arguments += ["--total-steps", 1, "--transitions", 300, "--epochs", 1, "--cloning-steps", 0]
     status, output = run_here("moma_ppo.py", *arguments, monkeypatch=monkeypatch)
     assert status == 0 and "the world model learned from 'python -m data.collect_ant" in output and "the dataset is 'd4rl.hdf5'" in output
 
@@ -703,6 +704,7 @@ def test_output_in_a_missing_folder_is_refused_before_the_training(refused, tmp_
 NONSENSE = [
     *[("moma_ppo.py", "transitions", value) for value in (-400, 0, 5, 200)],  # 200 is less than one minibatch
     *[("moma_ppo.py", name, 0) for name in ("rollout_length", "minibatch_size", "epochs", "eval_episodes")],
+    ("moma_ppo.py", "cloning_steps", -1),
     *[("moma_ppo.py", "rollout_length", value) for value in (-1, 301)],
     *[("world_model.py", name, 0) for name in ("batch_size", "members", "elites")],
     ("world_model.py", "elites", 1),  # no variance
