@@ -4,6 +4,7 @@
     python reproduce.py --table scaling    # MOMA-PPO on the unfavorable dataset with 2, 3, 4 and 8 agents
     python reproduce.py --table 4a         # two-agent Reacher
     python reproduce.py --table 4b         # four-agent Ant
+    python reproduce.py --table 4b --tasks ant-medium-fo --algorithms ibc moma_ppo --seeds 1    # two of its cells
 
 Each run is a process of its own with one thread, as many at once as there are cores. A run that has a result is not run again,
 so an interrupted table goes on where it stopped; raw returns are in each run's result.json. The learning curves of all runs are
@@ -26,6 +27,9 @@ import tyro
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+import coordination_game  # noqa: F401, its tasks
+from mamujoco_envs import find_task
+
 GAMES = [f"coordination-{behavior}" for behavior in ("favorable", "neutral", "unfavorable")]
 REACHER = [f"reacher-{view}" for view in ("all-observant", "independent", "leader-only")]
 ANT = [f"ant-{behavior}-{view}" for view in ("fo", "po") for behavior in ("random", "medium", "full-replay", "expert")]
@@ -44,6 +48,10 @@ class Args:
     """which table"""
     seeds: int | None = None
     """seeds 1, 2, ...; if not given, the paper's 10 for the game and 3 for Reacher and the ant"""
+    tasks: tuple[str, ...] = ()
+    """only these tasks of the table; all if not given"""
+    algorithms: tuple[str, ...] = ()
+    """only these algorithms of the table; all if not given"""
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
     """runs at once"""
     folder: Path = Path("runs")
@@ -70,7 +78,10 @@ def run(algorithm: str, task: str, seed: int, folder: Path, options: list[str]) 
 
 
 def plot_curves(results: dict[tuple[str, str, int], dict | None], path: Path) -> None:
-    """Scores during training over its seconds, a panel for each task, a line for each run and a colour for each algorithm."""
+    """Scores during training over its seconds, a panel for each task, a line for each run and a colour for each algorithm.
+
+    Dashed: the mean of the dataset's episodes.
+    """
     tasks, algorithms = [list(dict.fromkeys(names)) for names in list(zip(*results))[1::-1]]
     figure = Figure(figsize=(4 * len(tasks), 3.5), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks):
@@ -78,6 +89,8 @@ def plot_curves(results: dict[tuple[str, str, int], dict | None], path: Path) ->
             if own_task == task and result and result["evaluations"]:
                 seconds, scores = zip(*[(evaluation["seconds"], evaluation["score"]) for evaluation in result["evaluations"]])
                 label = algorithm if algorithm not in axes.get_legend_handles_labels()[1] else None
+                mean_score = find_task(task).normalized_score(result["dataset"]["mean_return"])
+                axes.axhline(mean_score, color="black", linestyle="--", linewidth=1)
                 axes.plot(seconds, scores, ".-", color=f"C{algorithms.index(algorithm)}", label=label, linewidth=1, markersize=3)
         axes.set(title=task, xlabel="seconds of training", xscale="log")
         axes.grid(alpha=0.3)
@@ -90,6 +103,10 @@ def main(args: Args) -> None:
     if args.workers < 1 or args.seeds is not None and args.seeds < 1:
         sys.exit("error: --workers and --seeds must be above 0")
     rows, seeds, options = TABLES[args.table]
+    if unknown := {*args.algorithms} - {*rows} | {*args.tasks} - {task for tasks in rows.values() for task in tasks}:
+        sys.exit(f"error: table {args.table} has no {', '.join(sorted(unknown))}")
+    rows = {algorithm: [task for task in tasks if task in (args.tasks or tasks)] for algorithm, tasks in rows.items()}
+    rows = {algorithm: tasks for algorithm, tasks in rows.items() if tasks and algorithm in (args.algorithms or rows)}
     jobs = [(algorithm, task, seed) for algorithm, tasks in rows.items() for task in tasks for seed in range(1, (args.seeds or seeds) + 1)]
     started, results = time.perf_counter(), {}
     with ThreadPoolExecutor(args.workers) as pool:

@@ -765,12 +765,25 @@ def test_a_table_is_drawn_whatever_runs_finished(tmp_path):
     curve = [{"seconds": 1.0, "score": 0.1}, {"seconds": 2.0, "score": 0.2}]
     results = {
         ("iql", "coordination-neutral", 1): None,
-        ("iql", "coordination-neutral", 2): {"evaluations": curve},
-        ("ibc", "coordination-neutral", 1): {"evaluations": []},
-        ("ibc", "coordination-favorable", 1): {"evaluations": curve},
+        ("iql", "coordination-neutral", 2): {"evaluations": curve, "dataset": {"mean_return": 0.4}},
+        ("ibc", "coordination-neutral", 1): {"evaluations": [], "dataset": {"mean_return": 0.4}},
+        ("ibc", "coordination-favorable", 1): {"evaluations": curve, "dataset": {"mean_return": 0.4}},
     }
     importlib.import_module("reproduce").plot_curves(results, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_cells_of_a_table(tmp_path, monkeypatch, capsys):
+    """Only those asked for, and none that the table does not have."""
+    reproduce, started = importlib.import_module("reproduce"), []
+    result = {"score": 0.5, "score_stderr": 0.1, "seconds": 1.0, "paper_score": "0.84", "evaluations": [{"seconds": 1.0, "score": 0.1}], "dataset": {"mean_return": 0.4}}
+    monkeypatch.setattr(reproduce, "run", lambda *job: started.append(job[:3]) or result)
+    reproduce.main(reproduce.Args(table="4b", tasks=("ant-medium-fo",), algorithms=("ibc", "moma_ppo"), seeds=1, workers=1, folder=tmp_path))
+    assert started == [("ibc", "ant-medium-fo", 1), ("moma_ppo", "ant-medium-fo", 1)]
+    assert "0.500 ± 0.100" in capsys.readouterr().out
+    for arguments in ({"tasks": ("ant-medium",)}, {"algorithms": ("matd3_bc",)}):
+        with pytest.raises(SystemExit, match="table 4b has no"):
+            reproduce.main(reproduce.Args(table="4b", folder=tmp_path, **arguments))
 
 
 def test_a_table_goes_on_where_it_stopped(tmp_path, monkeypatch):
