@@ -267,7 +267,7 @@ def ten_step_starts(dataset: OfflineDataset, rows: torch.Tensor) -> torch.Tensor
 def open_loop(ensemble: Ensemble, dataset: OfflineDataset, rows: torch.Tensor, scale, behavior: str, steps: int = 10) -> dict:
     """Rolls the elites out from `rows` beside the true simulator, with the dataset's actions, perturbed or random ones.
 
-    Errors of the state (L2) after one and after all steps, of the return, its bias (positive: the model promises too much),
+    Errors of the state (L2) after one and after all steps (or the last one that any true episode takes), of the return, its bias (positive: the model promises too much),
     and the quantiles of eps_g on the way, all until the true episode ends.
     """
     task, device = dataset.task, dataset.device
@@ -288,6 +288,8 @@ def open_loop(ensemble: Ensemble, dataset: OfflineDataset, rows: torch.Tensor, s
         model_return += torch.where(alive, prediction.rewards.mean(0).cpu(), 0)
         true_return += torch.where(alive, torch.as_tensor(true_rewards), 0)
         alive &= ~torch.as_tensor(terminals)
+        if not alive.any():
+            break
     quantiles = torch.cat(epsilons).quantile(torch.tensor(QUANTILES, device=device)).tolist()
     return {
         "one_step_error": errors[0],
