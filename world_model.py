@@ -267,8 +267,8 @@ def ten_step_starts(dataset: OfflineDataset, rows: torch.Tensor) -> torch.Tensor
 def open_loop(ensemble: Ensemble, dataset: OfflineDataset, rows: torch.Tensor, scale, behavior: str, steps: int = 10) -> dict:
     """Rolls the elites out from `rows` beside the true simulator, with the dataset's actions, perturbed or random ones.
 
-    Errors of the state (L2) after one and after all steps (or the last one that any true episode takes), of the return, its bias (positive: the model promises too much),
-    and the quantiles of eps_g on the way, all until the true episode ends.
+    Errors of the state (L2) after one and after all steps (or the last one that any true episode takes), of the return, its bias
+    (positive: the model promises too much), and the quantiles of eps_g on the way, all until the true episode ends.
     """
     task, device = dataset.task, dataset.device
     members, generator = ensemble.networks[0][0].weight.shape[0], torch.Generator().manual_seed(0)
