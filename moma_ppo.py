@@ -12,17 +12,20 @@ multi-agent PPO (Section 3.2, Appendix A). The team is scored in the true enviro
     python moma_ppo.py --resume runs/RUN                                # goes on where RUN stopped, to the bit
 
 Deviations from the paper:
-1. Far fewer learning steps, and what that needs: learning rates that decay to zero (on Reacher from 1e-3, on the ant from 1e-4), lambda
-   0.95, on Reacher gamma 0.97. The paper's values, for those who have the time: --total-steps 100000 --learning-rate 5e-5
-   --memory-learning-rate 1e-4 --gamma 0.99 --gae-lambda 0.98 --cloning-steps 0 (these rates would decay, too).
+1. Far fewer learning steps, and what that needs: learning rates that decay to zero, from 1e-3, on the ant from 1e-4; lambda 0.95; gamma 0.97
+   on Reacher, and 0.5 in the coordination game, where a step has no consequences. The paper's values, for those who have the time:
+   --total-steps 100000 --learning-rate 5e-5 --memory-learning-rate 1e-4 --gamma 0.99 --gae-lambda 0.98 --cloning-steps 0 (these rates
+   would decay, too).
 2. Observations are standardised by the dataset's statistics.
 3. Rollouts take 50 steps (--rollout-length 10: the release's). On Reacher these are whole episodes, from first states of the dataset. Those
    from later states (--start-states any: the paper's, and ours on the ant) start where experts, who saw everything, have brought
    the arm; what agents must tell each other on the way is then learned from a tenth of the data alone.
 4. Policies start with a standard deviation of 0.22 instead of 1, close to the actions that the world model has seen.
+   Cloning, where there is any, comes after that and after 5.
 5. The memory, 128 dimensions of noise at first, starts at a tenth of its scale, and policies and values without weights on it.
-6. On the ant a team starts from behavioural cloning, as in MOReL (Kidambi et al., 2020), and its value from the data's returns. From nothing, PPO
-   would need millions of transitions before a team walks as well as the data; the paper's 100,000 learning steps are 200 million.
+6. On the ant a team starts from behavioural cloning, as in MOReL (Kidambi et al., 2020), and its value from the data's returns, at a rate of
+   1e-3 that decays to zero. From nothing, PPO would need millions of transitions before a team walks as well as the data; the
+   paper's 100,000 learning steps are 200 million.
 7. On the ant rewards are scaled so that values are about 1: a value moves by at most 0.2 in a learning step, too slow for hundreds.
 8. lambda_g and l_eps are calibrated on held-out data by one rule (`calibrate`), and eps_g is measured in units of the
    dataset's standard deviations. The release has 0.1 and 2 for every task, on raw states.
@@ -90,7 +93,7 @@ class Args:
     resume: Path | None = None
     """folder of a run to go on with; all other arguments are then the run's own"""
     compile: bool = False
-    """compile the update and the rollout with torch.compile"""
+    """compile cloning, the update and the rollout with torch.compile"""
     cudagraphs: bool = False
     """capture the update and the rollout step as CUDA graphs"""
     torch_deterministic: bool = True
@@ -604,12 +607,15 @@ def clone(team: Team, dataset: OfflineDataset, args: Args) -> None:
         nn.utils.clip_grad_norm_(team.parameters(), args.max_grad_norm)
         optimizer.step()
         schedule.step()
+    if not all(parameter.isfinite().all() for parameter in team.parameters()):
+        raise InputError("behavioural cloning ended with weights that are not finite; is the dataset in the environment's units?")
 
 
 def calibrate(args: Args, checkpoint: dict) -> None:
     """lambda_g and l_eps by one rule for every dataset, from q, the 0.99 quantile of eps_g that the model has on held-out data.
 
-    l_eps is 100 q: a rollout is cut where the members disagree as they never do on data. lambda_g makes the penalty one standard
+    l_eps is 100 q: a rollout is cut where the members disagree as they never do on data (on the ant only one in a hundred random
+    actions goes that far, and the penalty does the work). lambda_g makes the penalty one standard
     deviation of the dataset's reward at 10 q. So a team cannot earn by actions whose cost the model never saw, for which it
     pays up to ten standard deviations a step. (The paper gives no numbers; its release has lambda_g = 0.1 and l_eps = 2 for every
     task, which fit the scale of its own model's eps_g only.)
@@ -770,6 +776,8 @@ def train(args: Args) -> dict:
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "transitions", "rollout_length", "epochs", "minibatch_size")
     if args.cloning_steps < 0:
         raise InputError(f"--cloning-steps must be 0 or above; it is {args.cloning_steps}")
+    if not 0 <= args.gamma < 1:
+        raise InputError(f"--gamma must be from 0 to below 1; it is {args.gamma}")
     check_positive(args, "learning_rate", "memory_learning_rate", "max_grad_norm", *["reward_scale"] * (args.reward_scale is not None))
     if args.transitions // args.rollout_length * args.rollout_length < args.minibatch_size:
         raise InputError("--transitions must fill a --minibatch-size with rollouts of --rollout-length")
@@ -835,10 +843,6 @@ def train(args: Args) -> dict:
             group["lr"] = group["lr"].to(device)
         set_random_states(checkpoint["random_states"])
         first_step, seconds, evaluations = checkpoint["step"], checkpoint["seconds"], checkpoint["evaluations"]
-    elif args.cloning_steps:
-        started = time.perf_counter()
-        clone(team, dataset, args)
-        seconds = time.perf_counter() - started
     make_folder(run_dir)
     writer = SummaryWriter(str(run_dir), purge_step=first_step + 1)
     writer.add_text("arguments", "\n".join(f"- {name}: {value}" for name, value in vars(args).items()))
@@ -863,7 +867,11 @@ def train(args: Args) -> dict:
         save_whole(state | {"team": team.state_dict(), "optimizer": optimizer.state_dict()}, run_dir / "checkpoint.pt")
 
     if args.cloning_steps and checkpoint is None:
+        started = time.perf_counter()
+        clone(team, dataset, args)
+        seconds = time.perf_counter() - started
         evaluations.append(evaluate_team(0, args.eval_episodes)[1])
+        save_checkpoint(0)
         print(f"after behavioural cloning: score {evaluations[0]['score']:.2f}, {seconds:.0f} s", flush=True)
     stop_signals: list[int] = []
     for signal_number in (signal.SIGINT, signal.SIGTERM):
@@ -900,7 +908,7 @@ def train(args: Args) -> dict:
             for name, value in zip(names, report.tolist()):
                 writer.add_scalar(name, value, step)
             writer.add_scalar("world_model/rollout_length", 1 / max(report[-1].item(), 1e-9), step)
-            writer.add_scalar("charts/SPS", args.transitions * step / seconds, step)
+            writer.add_scalar("charts/SPS", args.transitions / (updated - started), step)
             writer.add_scalar("charts/seconds_rollout", rolled_out - started, step)
             writer.add_scalar("charts/seconds_update", updated - rolled_out, step)
         stopping = bool(stop_signals)  # looked at once: one that comes later waits for the next step
@@ -924,7 +932,7 @@ def train(args: Args) -> dict:
     result = {
         "score": record["score"],
         "score_stderr": float(scores.std(ddof=1) / len(scores) ** 0.5),
-        "best_score": max(entry["score"] for entry in [*evaluations, record]),
+        "best_score": max(entry["score"] for entry in [*evaluations, record] if entry["step"]),
         "paper_score": PAPER_SCORES.get(task.name.removesuffix("-other-legs")),
         "returns": record["returns"],
         "model_returns": record.get("model_returns"),
@@ -951,6 +959,6 @@ def train(args: Args) -> dict:
 
 if __name__ == "__main__":
     try:
-        train(tyro.cli(Args))
+        train(tyro.cli(Args, description="Defaults: " + "; ".join(f"{name} {values}" for name, values in DEFAULTS.items())))
     except InputError as error:
         sys.exit(f"error: {error}")

@@ -8,7 +8,7 @@
 
 Each run is a process of its own with one thread, as many at once as there are cores. A run that has a result is not run again,
 so an interrupted table goes on where it stopped; raw returns are in each run's result.json. The learning curves of all runs are
-drawn in table_TABLE.png beside them.
+drawn in table_TABLE.png beside them, those of single cells in a file that names these.
 """
 
 import json
@@ -108,6 +108,8 @@ def main(args: Args) -> None:
     rows = {algorithm: [task for task in tasks if task in (args.tasks or tasks)] for algorithm, tasks in rows.items()}
     rows = {algorithm: tasks for algorithm, tasks in rows.items() if tasks and algorithm in (args.algorithms or rows)}
     jobs = [(algorithm, task, seed) for algorithm, tasks in rows.items() for task in tasks for seed in range(1, (args.seeds or seeds) + 1)]
+    if not jobs:
+        sys.exit(f"error: table {args.table} has no such cell")
     started, results = time.perf_counter(), {}
     with ThreadPoolExecutor(args.workers) as pool:
         futures = [pool.submit(run, *job, args.folder, options) for job in jobs]
@@ -131,7 +133,7 @@ def main(args: Args) -> None:
             ours = f"{statistics.mean(scores):.3f} ± {error:.3f}"
             print(f"{algorithm:10} {task:28} {ours:>16} {done[0]['paper_score'] or '-':>14}   {seconds:.0f}, {len(scores)} {'seeds' if len(scores) > 1 else 'seed'}")
     print(f"{time.perf_counter() - started:.0f} s in all, {args.workers} runs at once")
-    plot_curves(results, args.folder / f"table_{args.table}.png")
+    plot_curves(results, args.folder / ("_".join(["table", args.table, *args.tasks, *args.algorithms]) + ".png"))
 
 
 if __name__ == "__main__":

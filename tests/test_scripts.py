@@ -449,6 +449,33 @@ def test_every_script_learns_on_the_ant(script, options, ant, tmp_path, monkeypa
             assert "ours, not D4RL's" in result["world_model"]["source"]
 
 
+def test_a_cloned_team_is_not_cloned_again(ant, tmp_path, monkeypatch):
+    """Killed as soon as the checkpoint that follows the cloning is whole; and compiled."""
+    tasks = script_module("mamujoco_envs").TASKS
+    monkeypatch.setitem(tasks, "ant-random-po", dataclasses.replace(tasks["ant-random-po"], episode_length=12))
+    whole, killed, compiled = tmp_path / "whole", tmp_path / "killed", tmp_path / "compiled"
+    arguments = ["--task", "ant-random-po", "--dataset", ant / "ant.hdf5", "--world-model", ant / "ant.pt", "--transitions", 300, "--epochs", 1]
+    arguments += ["--cloning-steps", 3, "--total-steps", 2, "--eval-every", 2]
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    for run_dir, option in ((whole, []), (compiled, ["--compile"])):
+        status, output = run_here("moma_ppo.py", *arguments, "--run-dir", run_dir, *option, monkeypatch=monkeypatch)
+        assert status == 0 and "after behavioural cloning" in output, output
+    with monkeypatch.context() as patched:
+        replace = Path.replace
+        patched.setattr(Path, "replace", lambda path, target: replace(path, target) and sys.exit("killed"))
+        assert run_here("moma_ppo.py", *arguments, "--run-dir", killed, monkeypatch=patched)[0] == "killed"
+    assert torch.load(killed / "checkpoint.pt", weights_only=True)["step"] == 0
+    status, output = run_here("moma_ppo.py", "--resume", killed, monkeypatch=monkeypatch)
+    assert status == 0 and "after behavioural cloning" not in output, output
+    one, other, third = [torch.load(folder / "checkpoint.pt", weights_only=True)["team"] for folder in (whole, killed, compiled)]
+    assert_same_tensors(one, other)
+    for name in one:
+        torch.testing.assert_close(one[name], third[name], rtol=1e-3, atol=1e-3, msg=name)
+    results = [json.loads((folder / "result.json").read_text()) for folder in (whole, killed)]
+    assert [entry["step"] for entry in results[1]["evaluations"]] == [0, 2] and results[0]["returns"] == results[1]["returns"]
+    assert scalars(killed)["eval/return"] == scalars(whole)["eval/return"]
+
+
 def test_a_world_model_of_another_recording_is_noticed(ant, tmp_path, monkeypatch):
     tasks = script_module("mamujoco_envs").TASKS
     monkeypatch.setitem(tasks, "ant-random-fo", dataclasses.replace(tasks["ant-random-fo"], episode_length=12))
@@ -705,6 +732,7 @@ NONSENSE = [
     *[("moma_ppo.py", "transitions", value) for value in (-400, 0, 5, 200)],  # 200 is less than one minibatch
     *[("moma_ppo.py", name, 0) for name in ("rollout_length", "minibatch_size", "epochs", "eval_episodes")],
     ("moma_ppo.py", "cloning_steps", -1),
+    *[("moma_ppo.py", "gamma", value) for value in (-0.1, 1, "nan")],
     *[("moma_ppo.py", "rollout_length", value) for value in (-1, 301)],
     *[("world_model.py", name, 0) for name in ("batch_size", "members", "elites")],
     ("world_model.py", "elites", 1),  # no variance
@@ -781,7 +809,7 @@ def test_cells_of_a_table(tmp_path, monkeypatch, capsys):
     reproduce.main(reproduce.Args(table="4b", tasks=("ant-medium-fo",), algorithms=("ibc", "moma_ppo"), seeds=1, workers=1, folder=tmp_path))
     assert started == [("ibc", "ant-medium-fo", 1), ("moma_ppo", "ant-medium-fo", 1)]
     assert "0.500 ± 0.100" in capsys.readouterr().out
-    for arguments in ({"tasks": ("ant-medium",)}, {"algorithms": ("matd3_bc",)}):
+    for arguments in ({"tasks": ("ant-medium",)}, {"algorithms": ("matd3_bc",)}, {"tasks": ("ant-medium-po",), "algorithms": ("iql",)}):
         with pytest.raises(SystemExit, match="table 4b has no"):
             reproduce.main(reproduce.Args(table="4b", folder=tmp_path, **arguments))
 
