@@ -587,7 +587,7 @@ def discounted_returns(dataset: OfflineDataset, gamma: float) -> torch.Tensor:
     return torch.tensor(returns, device=dataset.device)
 
 
-def cloning_loss(team: Team, dataset: OfflineDataset, returns: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+def cloning_and_value_loss(team: Team, dataset: OfflineDataset, returns: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """Of rows `indices`: -log pi(a | h) of the data's joint actions, and the squared error of the value of their states: []."""
     inputs = team.inputs(team.task.observe(dataset.states[indices]), dataset.histories(indices))
     values = team.team_value(inputs, dataset.states[indices])
@@ -599,7 +599,7 @@ def clone(team: Team, dataset: OfflineDataset, args: Args) -> None:
     returns = args.reward_scale * discounted_returns(dataset, args.gamma)
     optimizer = torch.optim.Adam(team.parameters(), lr=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, args.cloning_steps)
-    loss_function = torch.compile(cloning_loss) if args.compile else cloning_loss
+    loss_function = torch.compile(cloning_and_value_loss) if args.compile else cloning_and_value_loss
     for _ in tqdm(range(args.cloning_steps), unit="step", desc="behavioural cloning", disable=not sys.stderr.isatty()):
         loss = loss_function(team, dataset, returns, torch.randint(dataset.size, (args.minibatch_size,), device=dataset.device))
         optimizer.zero_grad()

@@ -25,7 +25,7 @@ from moma_ppo import (
     WorldModel,
     calibrate,
     clone,
-    cloning_loss,
+    cloning_and_value_loss,
     discounted_returns,
     epistemic_uncertainty,
     generalized_advantages,
@@ -610,13 +610,13 @@ def test_discounted_returns_row_by_row():
 
 
 @each_task
-def test_cloning_loss_equals_agents_computed_one_by_one(task):
+def test_cloning_and_value_loss_equals_agents_computed_one_by_one(task):
     dataset, team, indices = made_up_dataset(task), made_up_team(task), torch.tensor([0, 5, 9, 23, 5])
     returns = torch.randn(dataset.size)
     means, log_stds, values = literal_team(team, dataset.states[indices], task.observe(dataset.states[indices]), dataset.histories(indices))
     densities = torch.distributions.Normal(means, log_stds.exp()).log_prob(dataset.actions[indices])
     expected = sum((values[row] - returns[indices[row]]) ** 2 - densities[row].sum() for row in range(5)) / 5
-    torch.testing.assert_close(cloning_loss(team, dataset, returns, indices), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(cloning_and_value_loss(team, dataset, returns, indices), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_cloning_finds_the_data_of_a_deterministic_team():

@@ -255,8 +255,14 @@ def test_world_model_resumes_to_the_bit(dataset, world_model_run, tmp_path):
 
 
 def test_a_baseline_resumes_to_the_bit(dataset, ibc_run, tmp_path):
+    """Asked to stop and resumed; killed it is in the next test."""
     run_dir = tmp_path / "run"
-    stop_resume_kill_resume("baselines/ibc.py", run_dir, "--dataset", dataset)
+    process = start_until_it_reports("baselines/ibc.py", "--dataset", dataset, "--run-dir", run_dir, *TINY["baselines/ibc.py"])
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate()
+    assert process.returncode == 143 and output.splitlines()[-1].endswith(f"go on with: python baselines/ibc.py --resume {run_dir}")
+    finished = run("baselines/ibc.py", "--resume", run_dir)
+    assert finished.returncode == 0, finished.stderr
     one, other = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (run_dir, ibc_run)]
     assert_same_tensors(one["team"], other["team"])
     one, other = [json.loads((folder / "result.json").read_text()) for folder in (run_dir, ibc_run)]
@@ -269,7 +275,7 @@ def test_every_baseline_resumes_to_the_bit_and_compiles(script, options, dataset
     whole, killed, compiled = tmp_path / "whole", tmp_path / "killed", tmp_path / "compiled"
     arguments = ["--dataset", dataset, "--seed", 5, "--batch-size", 8, "--total-steps", 6, "--eval-episodes", 5]
     arguments += ["--task", "reacher-leader-only", "--eval-every", 8 if options else 2, *options]  # fine-tuning starts after step 6
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     for run_dir, option in ((whole, []), (compiled, ["--compile"])):
         status, output = run_here(script, *arguments, "--run-dir", run_dir, *option, monkeypatch=monkeypatch)
         assert status == 0, output
@@ -450,16 +456,14 @@ def test_every_script_learns_on_the_ant(script, options, ant, tmp_path, monkeypa
 
 
 def test_a_cloned_team_is_not_cloned_again(ant, tmp_path, monkeypatch):
-    """Killed as soon as the checkpoint that follows the cloning is whole; and compiled."""
+    """Killed as soon as the checkpoint that follows the cloning is whole."""
     tasks = script_module("mamujoco_envs").TASKS
     monkeypatch.setitem(tasks, "ant-random-po", dataclasses.replace(tasks["ant-random-po"], episode_length=12))
-    whole, killed, compiled = tmp_path / "whole", tmp_path / "killed", tmp_path / "compiled"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
     arguments = ["--task", "ant-random-po", "--dataset", ant / "ant.hdf5", "--world-model", ant / "ant.pt", "--transitions", 300, "--epochs", 1]
     arguments += ["--cloning-steps", 3, "--total-steps", 2, "--eval-every", 2]
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    for run_dir, option in ((whole, []), (compiled, ["--compile"])):
-        status, output = run_here("moma_ppo.py", *arguments, "--run-dir", run_dir, *option, monkeypatch=monkeypatch)
-        assert status == 0 and "after behavioural cloning" in output, output
+    status, output = run_here("moma_ppo.py", *arguments, "--run-dir", whole, monkeypatch=monkeypatch)
+    assert status == 0 and "after behavioural cloning" in output, output
     with monkeypatch.context() as patched:
         replace = Path.replace
         patched.setattr(Path, "replace", lambda path, target: replace(path, target) and sys.exit("killed"))
@@ -467,10 +471,8 @@ def test_a_cloned_team_is_not_cloned_again(ant, tmp_path, monkeypatch):
     assert torch.load(killed / "checkpoint.pt", weights_only=True)["step"] == 0
     status, output = run_here("moma_ppo.py", "--resume", killed, monkeypatch=monkeypatch)
     assert status == 0 and "after behavioural cloning" not in output, output
-    one, other, third = [torch.load(folder / "checkpoint.pt", weights_only=True)["team"] for folder in (whole, killed, compiled)]
+    one, other = [torch.load(folder / "checkpoint.pt", weights_only=True)["team"] for folder in (whole, killed)]
     assert_same_tensors(one, other)
-    for name in one:
-        torch.testing.assert_close(one[name], third[name], rtol=1e-3, atol=1e-3, msg=name)
     results = [json.loads((folder / "result.json").read_text()) for folder in (whole, killed)]
     assert [entry["step"] for entry in results[1]["evaluations"]] == [0, 2] and results[0]["returns"] == results[1]["returns"]
     assert scalars(killed)["eval/return"] == scalars(whole)["eval/return"]
