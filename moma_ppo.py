@@ -20,10 +20,9 @@ Deviations from the paper:
 3. Rollouts take 50 steps (--rollout-length 10: the release's). On Reacher these are whole episodes, from first states of the dataset. Those
    from later states (--start-states any: the paper's, and ours on the ant) start where experts, who saw everything, have brought
    the arm; what agents must tell each other on the way is then learned from a tenth of the data alone.
-4. Policies start with a standard deviation of 0.22 instead of 1, close to the actions that the world model has seen.
-   Cloning, where there is any, comes after that and after 5.
-5. The memory, 128 dimensions of noise at first, starts at a tenth of its scale, and policies and values without weights on it.
-6. On the ant a team starts from behavioural cloning, as in MOReL (Kidambi et al., 2020), and its value from the data's returns, at a rate of
+4. Policies are initialised with a standard deviation of 0.22 instead of 1, close to the actions that the world model has seen.
+5. The memory, 128 dimensions of noise at first, is initialised at a tenth of its scale, policies and values without weights on it.
+6. On the ant a team then starts from behavioural cloning, as in MOReL (Kidambi et al., 2020), and its value from the data's returns, at a rate of
    1e-3 that decays to zero. From nothing, PPO would need millions of transitions before a team walks as well as the data; the
    paper's 100,000 learning steps are 200 million.
 7. On the ant rewards are scaled so that values are about 1: a value moves by at most 0.2 in a learning step, too slow for hundreds.
@@ -614,9 +613,9 @@ def clone(team: Team, dataset: OfflineDataset, args: Args) -> None:
 def calibrate(args: Args, checkpoint: dict) -> None:
     """lambda_g and l_eps by one rule for every dataset, from q, the 0.99 quantile of eps_g that the model has on held-out data.
 
-    l_eps is 100 q: a rollout is cut where the members disagree as they never do on data (on the ant only one in a hundred random
-    actions goes that far, and the penalty does the work). lambda_g makes the penalty one standard
-    deviation of the dataset's reward at 10 q. So a team cannot earn by actions whose cost the model never saw, for which it
+    l_eps is 100 q: a rollout is cut where the members disagree as they never do on data (on the ant hardly
+    any random action goes that far, and the penalty does the work). lambda_g makes the penalty one standard deviation of the
+    dataset's reward at 10 q. So a team cannot earn by actions whose cost the model never saw, for which it
     pays up to ten standard deviations a step. (The paper gives no numbers; its release has lambda_g = 0.1 and l_eps = 2 for every
     task, which fit the scale of its own model's eps_g only.)
     """
