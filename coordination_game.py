@@ -1,16 +1,17 @@
-"""The Iterated Coordination Game (Section 5.2): agents that choose alike are rewarded, and nothing else says which choice.
+"""The Iterated Coordination Game (Section 5.2): agents who choose alike are rewarded.
 
-Paper: Barde et al., "A Model-Based Solution to the Offline Multi-Agent Reinforcement Learning Coordination Problem",
-AAMAS 2024, Figure 3 (a), Tables 1 and 3. Each step, every agent chooses one of the options; the reward is 1 if all choose the
-same one, else 0. All agents observe the previous joint action, one-hot (zeros at the first step); that is the global state, too. An
-episode has ten steps. The score is the mean reward of a step.
+Paper: Barde et al., "A Model-Based Solution to the Offline Multi-Agent Reinforcement Learning
+Coordination Problem", AAMAS 2024 (arXiv 2305.17198), Figure 3 (a), Tables 1 and 3. Each step every
+agent chooses one of the options; the reward is 1 if all choose the same one, else 0. All agents
+observe the previous joint action, one-hot (zeros at the first step), which is also the global
+state. An episode has ten steps, and the score is the mean reward of a step.
 
-    python coordination_game.py               # the pay-off matrix, and the three datasets beside Table 1
+    python coordination_game.py               # pay-off matrix; the three datasets and Table 1
     python coordination_game.py --agents 4    # generalised to more agents
 
-Importing this file adds its tasks to `mamujoco_envs.TASKS`: coordination-favorable, coordination-neutral and coordination-unfavorable
-with two agents, and coordination-unfavorable-3, -4 and -8 with more. Others: `TASKS[name] = coordination_task(behavior, agents, actions)`.
-The paper does not give observations, the horizon or the size of the datasets; those above are ours.
+Tasks: coordination-{favorable,neutral,unfavorable} with two agents, and
+coordination-unfavorable-{3,4,8} with more. The paper does not give the observations, the horizon or
+the size of the datasets; these are ours.
 """
 
 import sys
@@ -20,10 +21,10 @@ from dataclasses import dataclass
 import numpy as np
 import tyro
 
-from mamujoco_envs import SIMULATORS, TASKS, InputError, Task
+from mamujoco_envs import InputError, Task, require
 
 EPISODES, EPISODE_LENGTH = 5000, 10
-PAPER_SCORES = {"favorable": 0.623, "neutral": 0.502, "unfavorable": 0.375}  # Table 1
+BEHAVIORS = {"favorable": 0.623, "neutral": 0.502, "unfavorable": 0.375}  # mean scores of Table 1
 
 
 @dataclass
@@ -37,117 +38,134 @@ class Args:
 
 
 def coordination_task(behavior: str, agents: int = 2, actions: int = 2) -> Task:
-    """The game with a dataset by `behavior`: "favorable", "neutral" or "unfavorable" (Table 1)."""
-    if behavior not in PAPER_SCORES or agents < 2 or actions < 2:
-        raise InputError(f"no game '{behavior}' of {agents} agents and {actions} actions; needs one of {', '.join(PAPER_SCORES)} and two or more of each")
-    size = "" if agents == actions == 2 else f"-{agents}" if actions == 2 else f"-{agents}x{actions}"
+    """The game with a dataset by `behavior`, a key of BEHAVIORS (Table 1)."""
+    require(behavior in BEHAVIORS, f"no game '{behavior}'; take one of {', '.join(BEHAVIORS)}")
+    require(agents >= 2, f"the game needs two or more agents; it has {agents}")
+    require(actions >= 2, f"the game needs two or more actions; it has {actions}")
+    size = "" if agents == actions == 2 else f"-{agents}"
+    size += "" if actions == 2 else f"x{actions}"
+    state = tuple(range(agents * actions))
     return Task(
         name=f"coordination-{behavior}{size}",
         environment="coordination",
         dataset=f"coordination-{behavior}{size}",
-        observed=(tuple(range(agents * actions)),) * agents,
-        driven=tuple(tuple(range(i * actions, (i + 1) * actions)) for i in range(agents)),
+        observed=(state,) * agents,
+        driven=tuple(state[i * actions : (i + 1) * actions] for i in range(agents)),
         state_dim=agents * actions,
         episode_length=EPISODE_LENGTH,
         random_return=0.0,
         expert_return=float(EPISODE_LENGTH),
         entropy_target=-4.0,
+        simulator=CoordinationGame,
+        columns=make_columns,
         discrete=True,
     )
 
 
-def own_task(task: Task) -> Task:
-    """The game's task of that name: `task` may be a view of it in which one agent sets all actions."""
-    return TASKS.get(task.name, task)
+def tasks() -> list[Task]:
+    """The games that have a name of their own."""
+    more_agents = [coordination_task("unfavorable", agents) for agents in (3, 4, 8)]
+    return [*map(coordination_task, BEHAVIORS), *more_agents]
+
+
+def shape_of_game(task: Task) -> tuple[int, int]:
+    """Agents and actions, also where `task` lets a single agent set all actions."""
+    size = task.dataset.split("-")[2:]
+    agents, _, actions = size[0].partition("x") if size else ("2", "", "")
+    return int(agents), int(actions or 2)
 
 
 def behavior_policies(task: Task) -> np.ndarray:
-    """The probability of each option in the dataset, [agent, action] (Table 1); "right" is the last option.
+    """The probability of each option in the dataset, [agent, action]; "right" is the last option.
 
-    Unfavorable with more than two agents: the first half of the agents lean to the left and the others to the right.
+    Table 1, generalised: on unfavorable data the first half of the agents lean to the left and the
+    others to the right.
     """
-    lean = task.dataset.split("-")[1]
-    right = np.full(task.num_agents, {"favorable": 0.75, "neutral": 1 / task.action_dim, "unfavorable": 0.75}[lean])
-    if lean == "unfavorable":
-        right[: task.num_agents // 2] = 0.25
-    policies = np.repeat((1 - right)[:, None] / (task.action_dim - 1), task.action_dim, axis=1)
+    agents, actions = shape_of_game(task)
+    behavior = task.dataset.split("-")[1]
+    right = np.full(agents, 1 / actions if behavior == "neutral" else 0.75)
+    if behavior == "unfavorable":
+        right[: agents // 2] = 0.25
+    policies = np.repeat((1 - right)[:, None] / (actions - 1), actions, axis=1)
     policies[:, -1] = right
     return policies
 
 
+def rewards_of(choices: np.ndarray) -> np.ndarray:
+    """1 where all agents choose alike, else 0: [..., agent] -> [...]."""
+    return (choices == choices[..., :1]).all(axis=-1).astype(np.float64)
+
+
 class CoordinationGame:
-    """`batch` copies of the game, with the methods of `mamujoco_envs.Simulator`."""
+    """`num_envs` copies of the game, with the methods of `mamujoco_envs.Simulator`."""
 
-    def __init__(self, task: Task, batch: int):
-        self.task, self.states = own_task(task), np.zeros((batch, task.state_dim))
+    def __init__(self, task: Task, num_envs: int):
+        self.agents, self.actions = shape_of_game(task)
+        self.states = np.zeros((num_envs, task.state_dim))
 
-    def reset(self, generators: list[np.random.Generator]) -> np.ndarray:
-        """The states before the first step, all zeros: [batch, state]."""
-        self.states = np.zeros((len(generators), self.task.state_dim))
+    def reset(self, generators: list) -> np.ndarray:
+        """The states before the first step, all zeros: [B, state]."""
+        self.states = np.zeros_like(self.states)
         return self.states
 
-    def set_states(self, states: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
-        """Goes on from the given states [batch, state] in the copies `where` [batch] is true."""
-        self.states = np.array(states, dtype=np.float64) if where is None else np.where(where[:, None], states, self.states)
+    def set_states(self, states: np.ndarray) -> np.ndarray:
+        """Continues from the given states [B, state]."""
+        self.states = np.array(states, dtype=np.float64)
         return self.states
 
-    def step(self, actions: np.ndarray, where: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """One-hot actions, [batch, agent, action] or joined -> states [batch, state], rewards [batch], terminals [batch] (never).
+    def step(self, actions: np.ndarray, where: np.ndarray | None = None):
+        """One-hot actions [B, agent, action] -> states [B, state], rewards [B], terminals [B].
 
-        No episode ends before the others, so all copies take the step, whatever `where` says.
+        No episode ends before the others, so all copies step, whatever `where` says.
         """
-        choices = np.argmax(np.reshape(actions, (-1, self.task.num_agents, self.task.action_dim)), axis=-1)
-        self.states = np.eye(self.task.action_dim)[choices].reshape(len(choices), -1)
-        rewards = (choices == choices[:, :1]).all(axis=1).astype(np.float64)
-        return self.states, rewards, np.zeros(len(choices), dtype=bool)
+        one_hot = np.reshape(actions, (len(self.states), self.agents, self.actions))
+        choices = np.argmax(one_hot, axis=-1)
+        self.states = np.eye(self.actions)[choices].reshape(len(choices), -1)
+        return self.states, rewards_of(choices), np.zeros(len(choices), dtype=bool)
+
+    def step_from(self, states, actions):
+        """`step` on tensors, from `states` [B, state]; the game does not depend on them."""
+        return [states.new_tensor(x) for x in self.step(actions.cpu().numpy())]
 
 
 def make_columns(task: Task, seed: int = 0) -> dict[str, np.ndarray]:
-    """The offline dataset in D4RL's layout: 50,000 steps of the behaviour policies of Table 1, the same for the same seed."""
-    task = own_task(task)
+    """The offline dataset in D4RL's layout: 50,000 steps of the behaviour policies of Table 1."""
+    agents, actions = shape_of_game(task)
     rng = np.random.default_rng([seed, zlib.crc32(task.dataset.encode())])
     cumulative = behavior_policies(task).cumsum(axis=1)
-    draws = rng.random((EPISODES * EPISODE_LENGTH, task.num_agents, 1))
+    draws = rng.random((EPISODES * EPISODE_LENGTH, agents, 1))
     choices = (draws >= cumulative[:, :-1]).sum(axis=-1)  # [step, agent]
-    actions = np.eye(task.action_dim, dtype=np.float32)[choices].reshape(len(choices), -1)
-    first = np.arange(len(choices)) % EPISODE_LENGTH == 0
-    states = np.roll(actions, 1, axis=0) * ~first[:, None]
-    rewards = (choices == choices[:, :1]).all(axis=1).astype(np.float32)
-    never = np.zeros(len(choices), dtype=bool)
-    timeouts = np.arange(1, len(choices) + 1) % EPISODE_LENGTH == 0
+    one_hot = np.eye(actions, dtype=np.float32)[choices].reshape(len(choices), -1)
+    step = np.arange(len(choices)) % EPISODE_LENGTH
     return {
-        "observations": states,
-        "actions": actions,
-        "rewards": rewards,
-        "next_observations": actions,
-        "terminals": never,
-        "timeouts": timeouts,
+        "observations": np.roll(one_hot, 1, axis=0) * (step > 0)[:, None],
+        "actions": one_hot,
+        "rewards": rewards_of(choices).astype(np.float32),
+        "next_observations": one_hot,
+        "terminals": np.zeros(len(choices), dtype=bool),
+        "timeouts": step == EPISODE_LENGTH - 1,
     }
 
 
-SIMULATORS["coordination"] = CoordinationGame
-for behavior in PAPER_SCORES:
-    TASKS[f"coordination-{behavior}"] = coordination_task(behavior)
-for agents in (3, 4, 8):
-    TASKS[f"coordination-unfavorable-{agents}"] = coordination_task("unfavorable", agents)
-
-
 def describe(args: Args) -> None:
-    names = ["left", "right"] if args.actions == 2 else [str(i) for i in range(args.actions)]
-    tasks = [coordination_task(behavior, args.agents, args.actions) for behavior in PAPER_SCORES]
+    """Prints the pay-off matrix and the datasets, with Table 1 where it has them."""
+    games = [coordination_task(behavior, args.agents, args.actions) for behavior in BEHAVIORS]
+    options = [str(i) for i in range(args.actions)]
+    names = ["left", "right"] if args.actions == 2 else options
     if args.agents == 2:
         print("reward " + "".join(f"{name:>8}" for name in names))
         for i, name in enumerate(names):
             print(f"{name:7}" + "".join(f"{int(i == j):8}" for j in range(args.actions)))
         print()
-    share = "P(" + names[-1] + ")"
-    print(f"{'dataset':12} {share} of each agent{'':8} mean score   Table 1")
-    for task, (behavior, paper) in zip(tasks, PAPER_SCORES.items()):
+    share = f"P({names[-1]}) of each agent"
+    print(f"{'dataset':12} {share:27} {'mean score':10} {'expected':8} {'Table 1':7}")
+    for task, (behavior, paper) in zip(games, BEHAVIORS.items()):
         columns = make_columns(task, args.seed)
         chosen = columns["actions"].reshape(-1, args.agents, args.actions)[:, :, -1].mean(axis=0)
-        paper = f"{paper:.3f}" if args.agents == args.actions == 2 else "-"
-        expected = sum(np.prod(option) for option in behavior_policies(task).T)
-        print(f"{behavior:12} {' '.join(f'{p:.3f}' for p in chosen):27} {columns['rewards'].mean():.3f} (expected {expected:.3f})   {paper}")
+        shares = " ".join(f"{p:.3f}" for p in chosen)
+        mean, expected = columns["rewards"].mean(), behavior_policies(task).prod(axis=0).sum()
+        figure = f"{paper:.3f}" if args.agents == args.actions == 2 else "-"
+        print(f"{behavior:12} {shares:27} {mean:<10.3f} {expected:<8.3f} {figure:7}")
 
 
 if __name__ == "__main__":

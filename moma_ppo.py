@@ -53,7 +53,16 @@ from tqdm import tqdm
 
 import coordination_game  # noqa: F401, its tasks
 from data.offline_dataset import OfflineDataset, load_dataset
-from mamujoco_envs import HISTORY_LENGTH, InputError, Task, append_to_histories, evaluate, find_task, make_simulator, plot_team_strategy
+from mamujoco_envs import (
+    HISTORY_LENGTH,
+    InputError,
+    Task,
+    append_to_histories,
+    evaluate,
+    find_task,
+    make_simulator,
+    plot_team_strategy,
+)
 
 PAPER_SCORES = {  # Tables 3 and 4, MOMA-PPO
     "reacher-all-observant": "1.07 ± 0.01",
@@ -172,7 +181,9 @@ class BatchedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(len(in_dims), max(in_dims), out_dim))
         self.bias = nn.Parameter(torch.zeros(len(in_dims), 1, out_dim))
-        for weight, bias, width in zip(self.weight.data, self.bias.data, in_dims):  # padded inputs keep zero weights
+        for weight, bias, width in zip(
+            self.weight.data, self.bias.data, in_dims
+        ):  # padded inputs keep zero weights
             weight[:width].uniform_(-(width**-0.5), width**-0.5)
             bias.uniform_(-(width**-0.5), width**-0.5)
 
@@ -183,7 +194,13 @@ class BatchedLinear(nn.Module):
 class MLP(nn.Sequential):
     """One MLP per agent (or member): [agent, batch, in] -> [agent, batch, out]."""
 
-    def __init__(self, in_dims: Sequence[int], hidden: Sequence[int], out_dim: int, activation: Callable = nn.ReLU):
+    def __init__(
+        self,
+        in_dims: Sequence[int],
+        hidden: Sequence[int],
+        out_dim: int,
+        activation: Callable = nn.ReLU,
+    ):
         widths = [*hidden, out_dim]
         layers = [BatchedLinear(in_dims, widths[0])]
         for width_in, width_out in zip(widths, widths[1:]):
@@ -204,28 +221,46 @@ class HistoryEncoder(nn.Module):
         agents = len(in_dims)
         self.embedding = BatchedLinear(in_dims, dim)
         self.query, self.key, self.value = [BatchedLinear([dim] * agents, dim) for _ in range(3)]
-        self.norm_weight = nn.Parameter(torch.full((agents, 1, dim), 0.1))  # noise at first: not to drown the observation
+        self.norm_weight = nn.Parameter(
+            torch.full((agents, 1, dim), 0.1)
+        )  # noise at first: not to drown the observation
         self.norm_bias = nn.Parameter(torch.zeros(agents, 1, dim))
-        self.soft_key = nn.Parameter(torch.empty(agents, dim, dim).uniform_(-(dim**-0.5), dim**-0.5))
+        self.soft_key = nn.Parameter(
+            torch.empty(agents, dim, dim).uniform_(-(dim**-0.5), dim**-0.5)
+        )
         self.soft_query = nn.Parameter(torch.randn(agents, dim, 1))
         angles = torch.arange(HISTORY_LENGTH)[:, None] * 10000 ** (-torch.arange(0, dim, 2) / dim)
-        self.register_buffer("positions", torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1), persistent=False)
+        self.register_buffer(
+            "positions",
+            torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1),
+            persistent=False,
+        )
 
     def forward(self, histories: torch.Tensor) -> torch.Tensor:
         """[batch, agent, 10, pair] -> [agent, batch, dim]."""
         batch, agents, time, width = histories.shape
         one_hot = torch.eye(time, device=histories.device).expand(agents, batch, time, time)
-        tokens = torch.cat([histories.transpose(0, 1), one_hot], dim=-1)  # (x, p): [agent, batch, 10, pair + 10]
-        embedding = torch.cat([self.embedding.weight, self.embedding.bias + self.positions], dim=1)  # E: [agent, pair + 10, dim]
+        tokens = torch.cat(
+            [histories.transpose(0, 1), one_hot], dim=-1
+        )  # (x, p): [agent, batch, 10, pair + 10]
+        embedding = torch.cat(
+            [self.embedding.weight, self.embedding.bias + self.positions], dim=1
+        )  # E: [agent, pair + 10, dim]
 
-        def fold(layer: BatchedLinear) -> torch.Tensor:  # the bias joins the positions, of which every token has one
-            return embedding @ layer.weight + F.pad(layer.bias.expand(-1, time, -1), (0, 0, width, 0))
+        def fold(
+            layer: BatchedLinear,
+        ) -> torch.Tensor:  # the bias joins the positions, of which every token has one
+            return embedding @ layer.weight + F.pad(
+                layer.bias.expand(-1, time, -1), (0, 0, width, 0)
+            )
 
         form = fold(self.query) @ fold(self.key).transpose(1, 2) / self.soft_key.shape[-1] ** 0.5
         queries = (tokens.flatten(1, 2) @ form).view_as(tokens)
         attention = (queries @ tokens.transpose(2, 3)).softmax(dim=-1)  # [agent, batch, 10, 10]
         pair_and_attended = torch.cat([tokens, attention @ tokens], dim=-1).flatten(1, 2)
-        hidden = pair_and_attended @ torch.cat([embedding, fold(self.value)], dim=1)  # [agent, batch * 10, dim]
+        hidden = pair_and_attended @ torch.cat(
+            [embedding, fold(self.value)], dim=1
+        )  # [agent, batch * 10, dim]
         hidden = F.layer_norm(hidden, hidden.shape[-1:])  # its affine map is multiplied out, too
         soft_key = self.norm_weight.transpose(1, 2) * self.soft_key
         keys = torch.baddbmm(self.norm_bias @ self.soft_key, hidden, soft_key).tanh()
@@ -263,7 +298,9 @@ class Categorical(NamedTuple):
 
     def sample(self) -> torch.Tensor:
         gumbel = -torch.empty_like(self.logits).exponential_().log()
-        return F.one_hot((self.logits + gumbel).argmax(dim=-1), self.logits.shape[-1]).to(self.logits)
+        return F.one_hot((self.logits + gumbel).argmax(dim=-1), self.logits.shape[-1]).to(
+            self.logits
+        )
 
     def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
         """Joint log-probability of the agents' actions, Eq. (6): [batch, agent, action] -> [batch]."""
@@ -285,12 +322,21 @@ class Team(nn.Module):
         self.task = task
         memory_dim = 0 if task.discrete else 128
         if memory_dim:
-            self.memory = HistoryEncoder([width + task.action_dim for width in task.obs_dims], memory_dim)
-        input_dims = [memory_dim + width for width in task.obs_dims]  # an agent's input is [memory, observation]: padding comes last
-        self.policy = MLP(input_dims, [256, 256], task.action_dim if task.discrete else 2 * task.action_dim)
+            self.memory = HistoryEncoder(
+                [width + task.action_dim for width in task.obs_dims], memory_dim
+            )
+        input_dims = [
+            memory_dim + width for width in task.obs_dims
+        ]  # an agent's input is [memory, observation]: padding comes last
+        self.policy = MLP(
+            input_dims, [256, 256], task.action_dim if task.discrete else 2 * task.action_dim
+        )
         self.value = MLP(input_dims, [256, 256], 1)
         self.mixer = MLP([task.state_dim], [256, 256], task.num_agents + 1)
-        for network in (self.policy, self.value):  # networks of the observation alone at first; the memory joins in as it learns
+        for network in (
+            self.policy,
+            self.value,
+        ):  # networks of the observation alone at first; the memory joins in as it learns
             for weight, width in zip(network[0].weight.data, task.obs_dims):
                 weight[:memory_dim] = 0
                 weight[memory_dim : memory_dim + width].uniform_(-(width**-0.5), width**-0.5)
@@ -311,7 +357,10 @@ class Team(nn.Module):
         observations = (observations - mean) / std
         if self.task.discrete:
             return observations.transpose(0, 1)
-        pair_mean, pair_std = F.pad(mean, (self.task.action_dim, 0)), F.pad(std, (self.task.action_dim, 0), value=1.0)
+        pair_mean, pair_std = (
+            F.pad(mean, (self.task.action_dim, 0)),
+            F.pad(std, (self.task.action_dim, 0), value=1.0),
+        )
         histories = (histories - pair_mean[:, None]) / pair_std[:, None]
         return torch.cat([self.memory(histories), observations.transpose(0, 1)], dim=-1)
 
@@ -346,18 +395,35 @@ class Prediction(NamedTuple):
 class Ensemble(nn.Module):
     """The members of the world model as one batched network (Section 3.1)."""
 
-    def __init__(self, state_dim: int, action_dim: int, members: int, target: str, trunk: str, hidden: dict, activation: str):
+    def __init__(
+        self,
+        state_dim: int,
+        action_dim: int,
+        members: int,
+        target: str,
+        trunk: str,
+        hidden: dict,
+        activation: str,
+    ):
         """`hidden` gives the widths of hidden layers for "state", "reward" and "mask"; a shared trunk has the state's."""
         super().__init__()
         self.target, activate = target, {"relu": nn.ReLU, "silu": nn.SiLU}[activation]
         self.sizes = [state_dim, state_dim, 1, 1, 1]  # the fields of a prediction
         in_dims = [state_dim + action_dim] * members
         if trunk == "shared":
-            self.networks = nn.ModuleList([MLP(in_dims, hidden["state"], sum(self.sizes), activate)])
+            self.networks = nn.ModuleList(
+                [MLP(in_dims, hidden["state"], sum(self.sizes), activate)]
+            )
         else:
             self.networks = nn.ModuleList([MLP(in_dims, hidden["state"], 2 * state_dim, activate)])
-            self.networks.extend([MLP(in_dims, hidden["reward"], 2), MLP(in_dims, hidden["mask"], 1)])
-        for name, size in {"input": state_dim + action_dim, "target": state_dim, "reward": 1}.items():
+            self.networks.extend(
+                [MLP(in_dims, hidden["reward"], 2), MLP(in_dims, hidden["mask"], 1)]
+            )
+        for name, size in {
+            "input": state_dim + action_dim,
+            "target": state_dim,
+            "reward": 1,
+        }.items():
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
 
@@ -376,7 +442,9 @@ class Ensemble(nn.Module):
         )
 
 
-def epistemic_uncertainty(prediction: Prediction, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def epistemic_uncertainty(
+    prediction: Prediction, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """eps_r, the variance of the reward over members, and eps_g, the Frobenius norm of the members' covariance: [batch] each.
 
     The covariance is that of (next state, reward) in units of `scale` [state + 1]. With X the centred predictions
@@ -409,18 +477,32 @@ class WorldModel:
         self.box, self.members = self.checkpoint["bounding_box"], len(self.checkpoint["elites"])
 
     @torch.no_grad()
-    def step(self, states: torch.Tensor, actions: torch.Tensor, generator: torch.Generator | None = None) -> Step:
+    def step(
+        self, states: torch.Tensor, actions: torch.Tensor, generator: torch.Generator | None = None
+    ) -> Step:
         """[batch, state] and [batch, agent, action], clamped to +-1: one member, drawn anew, gives each next state."""
         joint = self.task.join_actions(actions.clamp(-1, 1))
-        prediction = self.ensemble(states.expand(self.members, -1, -1), joint.expand(self.members, -1, -1))
+        prediction = self.ensemble(
+            states.expand(self.members, -1, -1), joint.expand(self.members, -1, -1)
+        )
         epsilon_r, epsilon_g = epistemic_uncertainty(prediction, self.checkpoint["scale"])
-        log_stds = torch.cat([prediction.state_log_stds, prediction.reward_log_stds[..., None]], dim=-1)
-        epsilon_a = ((log_stds - self.checkpoint["scale"].log()) * 4).exp().sum(-1).sqrt().amax(0)  # max ||diag(sigma^2)||_F
-        member = torch.randint(self.members, (len(states),), device=states.device, generator=generator)
-        next_states = prediction.next_states[member, torch.arange(len(states), device=states.device)]
+        log_stds = torch.cat(
+            [prediction.state_log_stds, prediction.reward_log_stds[..., None]], dim=-1
+        )
+        epsilon_a = (
+            ((log_stds - self.checkpoint["scale"].log()) * 4).exp().sum(-1).sqrt().amax(0)
+        )  # max ||diag(sigma^2)||_F
+        member = torch.randint(
+            self.members, (len(states),), device=states.device, generator=generator
+        )
+        next_states = prediction.next_states[
+            member, torch.arange(len(states), device=states.device)
+        ]
         return Step(
             next_states=next_states.clamp(self.box["state_min"], self.box["state_max"]),
-            rewards=prediction.rewards.mean(0).clamp(self.box["reward_min"], self.box["reward_max"]),
+            rewards=prediction.rewards.mean(0).clamp(
+                self.box["reward_min"], self.box["reward_max"]
+            ),
             masks=((prediction.mask_logits > 0).float().mean(0) > 0.5).float(),
             epsilon_r=epsilon_r,
             epsilon_g=epsilon_g,
@@ -437,13 +519,26 @@ class GroundTruth:
     def step(self, states: torch.Tensor, actions: torch.Tensor) -> Step:
         """Copies whose state is the one that the last step led to go on; the others are set to their new state."""
         known = torch.as_tensor(self.simulator.states).to(states)
-        self.simulator.set_states(states.cpu().numpy(), where=(known != states).any(dim=1).cpu().numpy())
-        next_states, rewards, terminals = [torch.as_tensor(x) for x in self.simulator.step(actions.cpu().numpy())]
+        self.simulator.set_states(
+            states.cpu().numpy(), where=(known != states).any(dim=1).cpu().numpy()
+        )
+        next_states, rewards, terminals = [
+            torch.as_tensor(x) for x in self.simulator.step(actions.cpu().numpy())
+        ]
         zeros = torch.zeros_like(states[:, 0])
-        return Step(next_states.to(states), rewards.to(states), 1 - terminals.to(states), zeros, zeros, zeros)
+        return Step(
+            next_states.to(states),
+            rewards.to(states),
+            1 - terminals.to(states),
+            zeros,
+            zeros,
+            zeros,
+        )
 
 
-def generalized_advantages(rewards, values, next_values, masks, time_out_masks, discount, gae_lambda):
+def generalized_advantages(
+    rewards, values, next_values, masks, time_out_masks, discount, gae_lambda
+):
     """Returns and advantages [time, rollout], Appendix A: a terminal (mask 0) stops the bootstrap, a time-out does not."""
     returns, advantages = torch.empty_like(rewards), torch.empty_like(rewards)
     running_return, running_advantage = next_values[-1], torch.zeros_like(rewards[0])
@@ -451,7 +546,9 @@ def generalized_advantages(rewards, values, next_values, masks, time_out_masks, 
         bootstrap = torch.where(time_out_masks[t] > 0, running_return, next_values[t])
         running_return = rewards[t] + discount * masks[t] * bootstrap
         delta = rewards[t] + discount * masks[t] * next_values[t] - values[t]
-        running_advantage = delta + discount * gae_lambda * masks[t] * time_out_masks[t] * running_advantage
+        running_advantage = (
+            delta + discount * gae_lambda * masks[t] * time_out_masks[t] * running_advantage
+        )
         returns[t], advantages[t] = running_return, running_advantage
     return returns, advantages
 
@@ -486,7 +583,9 @@ def rollout_step(team: Team, model, dataset: OfflineDataset, args: Args, states,
     actions = distribution.sample()
     step = model.step(states, actions)
     penalty = torch.zeros_like(step.rewards)
-    if args.penalty == "epistemic":  # bounded by l_eps (Section 3.1), whereas the test below is on the raw eps_g
+    if (
+        args.penalty == "epistemic"
+    ):  # bounded by l_eps (Section 3.1), whereas the test below is on the raw eps_g
         penalty = args.lambda_r * step.epsilon_r.clamp(max=args.max_uncertainty)
         penalty = penalty + args.lambda_g * step.epsilon_g.clamp(max=args.max_uncertainty)
     elif args.penalty == "aleatoric":
@@ -500,7 +599,9 @@ def rollout_step(team: Team, model, dataset: OfflineDataset, args: Args, states,
         step.next_states, next_histories, step.rewards - penalty, step.masks, 1 - time_out.float(),
     )  # fmt: skip
     ended = time_out | (step.masks == 0)
-    report = torch.stack([step.rewards, penalty, step.epsilon_g, uncertain.float(), ended.float()]).mean(1)
+    report = torch.stack(
+        [step.rewards, penalty, step.epsilon_g, uncertain.float(), ended.float()]
+    ).mean(1)
     indices = draw_starts(dataset, args, len(states))
     states = torch.where(ended[:, None], dataset.states[indices], step.next_states)
     histories = torch.where(ended[:, None, None, None], dataset.histories(indices), next_histories)
@@ -508,10 +609,16 @@ def rollout_step(team: Team, model, dataset: OfflineDataset, args: Args, states,
 
 
 @torch.no_grad()
-def generate_rollouts(step: Callable, dataset: OfflineDataset, args: Args) -> tuple[Rollouts, torch.Tensor]:
+def generate_rollouts(
+    step: Callable, dataset: OfflineDataset, args: Args
+) -> tuple[Rollouts, torch.Tensor]:
     """Algorithm 1, "generate synthetic data": `transitions` of them in whole rollouts, and the means of what the model reported."""
     indices = draw_starts(dataset, args, args.transitions // args.rollout_length)
-    carry = dataset.states[indices], dataset.histories(indices), torch.zeros(len(indices), device=dataset.device)
+    carry = (
+        dataset.states[indices],
+        dataset.histories(indices),
+        torch.zeros(len(indices), device=dataset.device),
+    )
     transitions, reports = [], []
     for _ in range(args.rollout_length):
         transition, report, carry = step(*carry)
@@ -538,11 +645,21 @@ class Minibatch(NamedTuple):
 @torch.no_grad()
 def make_batch(team: Team, rollouts: Rollouts, args: Args) -> Minibatch:
     """All transitions of a learning step, rollout structure resolved: [time * rollout, ...]."""
-    next_inputs = team.inputs(team.task.observe(rollouts.next_states.flatten(0, 1)), rollouts.next_histories.flatten(0, 1))
-    next_values = team.team_value(next_inputs, rollouts.next_states.flatten(0, 1)).view_as(rollouts.rewards)
+    next_inputs = team.inputs(
+        team.task.observe(rollouts.next_states.flatten(0, 1)), rollouts.next_histories.flatten(0, 1)
+    )
+    next_values = team.team_value(next_inputs, rollouts.next_states.flatten(0, 1)).view_as(
+        rollouts.rewards
+    )
     rewards = args.reward_scale * rollouts.rewards
     returns, advantages = generalized_advantages(
-        rewards, rollouts.values, next_values, rollouts.masks, rollouts.time_out_masks, args.gamma, args.gae_lambda
+        rewards,
+        rollouts.values,
+        next_values,
+        rollouts.masks,
+        rollouts.time_out_masks,
+        args.gamma,
+        args.gae_lambda,
     )
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-3)
     return Minibatch(*[x.flatten(0, 1) for x in (*rollouts[:6], returns, advantages)])
@@ -560,7 +677,9 @@ def ppo_loss(team: Team, batch: Minibatch, args: Args) -> tuple[torch.Tensor, to
 
     values = team.team_value(inputs, batch.states)
     clipped_values = batch.values + (values - batch.values).clamp(-args.clip, args.clip)
-    critic_loss = torch.max((clipped_values - batch.returns).square().mean(), (values - batch.returns).square().mean())
+    critic_loss = torch.max(
+        (clipped_values - batch.returns).square().mean(), (values - batch.returns).square().mean()
+    )
 
     entropy = torch.min((-ratio * log_probs).mean(), (-clipped_ratio * log_probs).mean())
     with torch.no_grad():  # a dual variable: it grows while the entropy is below its target
@@ -569,10 +688,25 @@ def ppo_loss(team: Team, batch: Minibatch, args: Args) -> tuple[torch.Tensor, to
     excess = distribution.excess()
     action_penalty = torch.max((ratio * excess).mean(), (clipped_ratio * excess).mean())
 
-    loss = actor_loss + args.critic_coefficient * critic_loss - team.entropy_alpha * entropy + args.action_penalty * action_penalty
+    loss = (
+        actor_loss
+        + args.critic_coefficient * critic_loss
+        - team.entropy_alpha * entropy
+        + args.action_penalty * action_penalty
+    )
     clip_fraction = ((ratio - 1).abs() > args.clip).float().mean()
     approx_kl = (ratio - 1 - log_ratio).mean()
-    metrics = torch.stack([actor_loss, critic_loss, entropy, action_penalty, approx_kl, clip_fraction, team.entropy_alpha])
+    metrics = torch.stack(
+        [
+            actor_loss,
+            critic_loss,
+            entropy,
+            action_penalty,
+            approx_kl,
+            clip_fraction,
+            team.entropy_alpha,
+        ]
+    )
     return loss, metrics.detach()
 
 
@@ -586,11 +720,15 @@ def discounted_returns(dataset: OfflineDataset, gamma: float) -> torch.Tensor:
     return torch.tensor(returns, device=dataset.device)
 
 
-def cloning_and_value_loss(team: Team, dataset: OfflineDataset, returns: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+def cloning_and_value_loss(
+    team: Team, dataset: OfflineDataset, returns: torch.Tensor, indices: torch.Tensor
+) -> torch.Tensor:
     """Of rows `indices`: -log pi(a | h) of the data's joint actions, and the squared error of the value of their states: []."""
     inputs = team.inputs(team.task.observe(dataset.states[indices]), dataset.histories(indices))
     values = team.team_value(inputs, dataset.states[indices])
-    return (values - returns[indices]).square().mean() - team.distribution(inputs).log_prob(dataset.actions[indices]).mean()
+    return (values - returns[indices]).square().mean() - team.distribution(inputs).log_prob(
+        dataset.actions[indices]
+    ).mean()
 
 
 def clone(team: Team, dataset: OfflineDataset, args: Args) -> None:
@@ -598,16 +736,30 @@ def clone(team: Team, dataset: OfflineDataset, args: Args) -> None:
     returns = args.reward_scale * discounted_returns(dataset, args.gamma)
     optimizer = torch.optim.Adam(team.parameters(), lr=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, args.cloning_steps)
-    loss_function = torch.compile(cloning_and_value_loss) if args.compile else cloning_and_value_loss
-    for _ in tqdm(range(args.cloning_steps), unit="step", desc="behavioural cloning", disable=not sys.stderr.isatty()):
-        loss = loss_function(team, dataset, returns, torch.randint(dataset.size, (args.minibatch_size,), device=dataset.device))
+    loss_function = (
+        torch.compile(cloning_and_value_loss) if args.compile else cloning_and_value_loss
+    )
+    for _ in tqdm(
+        range(args.cloning_steps),
+        unit="step",
+        desc="behavioural cloning",
+        disable=not sys.stderr.isatty(),
+    ):
+        loss = loss_function(
+            team,
+            dataset,
+            returns,
+            torch.randint(dataset.size, (args.minibatch_size,), device=dataset.device),
+        )
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(team.parameters(), args.max_grad_norm)
         optimizer.step()
         schedule.step()
     if not all(parameter.isfinite().all() for parameter in team.parameters()):
-        raise InputError("behavioural cloning ended with weights that are not finite; is the dataset in the environment's units?")
+        raise InputError(
+            "behavioural cloning ended with weights that are not finite; is the dataset in the environment's units?"
+        )
 
 
 def calibrate(args: Args, checkpoint: dict) -> None:
@@ -636,20 +788,30 @@ def read_world_model(task: Task, path: Path, device: torch.device) -> tuple[Ense
         dataset = checkpoint["dataset"]["name"]
         ensemble = Ensemble(**checkpoint["architecture"]).to(device)
         ensemble.load_state_dict(checkpoint["weights"])
-        tensors = checkpoint["weights"] | checkpoint["bounding_box"] | {"scale": checkpoint["scale"]}
+        tensors = (
+            checkpoint["weights"] | checkpoint["bounding_box"] | {"scale": checkpoint["scale"]}
+        )
         checkpoint["elites"], checkpoint["epsilon_g"]["held-out"]["0.99"], checkpoint["description"]
     except Exception as error:
-        raise InputError(f"{path} is not a whole world model ({type(error).__name__}); move it away and make it again with: {command}") from None
+        raise InputError(
+            f"{path} is not a whole world model ({type(error).__name__}); move it away and make it again with: {command}"
+        ) from None
     if dataset != task.dataset:
-        raise InputError(f"{path} is a world model of {dataset}; {task.name} needs one of {task.dataset}: {command}")
+        raise InputError(
+            f"{path} is a world model of {dataset}; {task.name} needs one of {task.dataset}: {command}"
+        )
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise InputError(f"'{name}' in {path} is not finite; move it away and make it again with: {command}")
+            raise InputError(
+                f"'{name}' in {path} is not finite; move it away and make it again with: {command}"
+            )
     return ensemble, checkpoint
 
 
 @torch.no_grad()
-def model_returns(team: Team, model: WorldModel, first_states: np.ndarray, device: torch.device) -> np.ndarray:
+def model_returns(
+    team: Team, model: WorldModel, first_states: np.ndarray, device: torch.device
+) -> np.ndarray:
     """Returns of the greedy team in the world model, from the true start states of an evaluation: [episode].
 
     More than in the environment means that the team exploits the model.
@@ -664,7 +826,11 @@ def model_returns(team: Team, model: WorldModel, first_states: np.ndarray, devic
         actions = team.act_greedily(observations, histories)
         histories = append_to_histories(histories, observations, actions)
         step = model.step(states, actions, generator)
-        states, returns, alive = step.next_states, returns + alive * step.rewards, alive * step.masks
+        states, returns, alive = (
+            step.next_states,
+            returns + alive * step.rewards,
+            alive * step.masks,
+        )
     return returns.cpu().numpy()
 
 
@@ -696,13 +862,17 @@ class CUDAGraph:
 def check_positive(args, *names: str) -> None:
     for name in names:
         if not getattr(args, name) > 0:
-            raise InputError(f"--{name.replace('_', '-')} must be above 0; it is {getattr(args, name)}")
+            raise InputError(
+                f"--{name.replace('_', '-')} must be above 0; it is {getattr(args, name)}"
+            )
 
 
 def choose_device(args) -> torch.device:
     cuda = torch.cuda.is_available()
     if args.device == "cuda" and not cuda:
-        raise InputError("--device cuda: this machine has no CUDA GPU that PyTorch can use; take --device auto or cpu")
+        raise InputError(
+            "--device cuda: this machine has no CUDA GPU that PyTorch can use; take --device auto or cpu"
+        )
     device = torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
     if args.cudagraphs and device.type == "cpu":
         raise InputError("--cudagraphs needs a CUDA GPU; leave it out on this machine")
@@ -720,7 +890,10 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 
 
 def random_states() -> dict:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
 
 
 def set_random_states(states: dict) -> None:
@@ -732,7 +905,9 @@ def set_random_states(states: dict) -> None:
 def save_whole(data, path: Path) -> None:
     """Writes a checkpoint or a result so that `path` holds the old one or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=1)) if path.name == "result.json" else torch.save(data, temporary)
+    temporary.write_text(json.dumps(data, indent=1)) if path.name == "result.json" else torch.save(
+        data, temporary
+    )
     temporary.replace(path)
 
 
@@ -740,26 +915,40 @@ def make_folder(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot make the folder {run_dir} ({error.strerror}); give another --run-dir") from None
+        raise InputError(
+            f"cannot make the folder {run_dir} ({error.strerror}); give another --run-dir"
+        ) from None
 
 
 def open_run(args, script: str) -> tuple[Path, dict | None]:
     """The run's folder and, if it is resumed, its checkpoint, from which `args` are taken."""
     if args.resume is None:
-        run_dir = args.run_dir or Path("runs") / f"{args.task}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        run_dir = (
+            args.run_dir
+            or Path("runs")
+            / f"{args.task}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        )
         if run_dir.is_file() or run_dir.exists() and any(run_dir.iterdir()):
-            raise InputError(f"{run_dir} is in use; go on with that run by --resume {run_dir}, or give another --run-dir")
+            raise InputError(
+                f"{run_dir} is in use; go on with that run by --resume {run_dir}, or give another --run-dir"
+            )
         return run_dir, None
     path = args.resume / "checkpoint.pt"
     if not path.is_file():
-        raise InputError(f"no checkpoint at {path}; --resume takes the folder of a run that was started before")
+        raise InputError(
+            f"no checkpoint at {path}; --resume takes the folder of a run that was started before"
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         saved, started_by = checkpoint["args"], checkpoint["script"]
     except Exception as error:
-        raise InputError(f"{path} is not a whole checkpoint ({type(error).__name__}); start the run again") from None
+        raise InputError(
+            f"{path} is not a whole checkpoint ({type(error).__name__}); start the run again"
+        ) from None
     if started_by != script or saved.keys() | {"resume"} != vars(args).keys():
-        raise InputError(f"{args.resume} is not a run of this {script}.py; resume it with the script and version that started it")
+        raise InputError(
+            f"{args.resume} is not a run of this {script}.py; resume it with the script and version that started it"
+        )
     for name, value in saved.items():
         paths = ("dataset", "world_model", "output", "run_dir")
         setattr(args, name, Path(value) if name in paths and value is not None else value)
@@ -772,45 +961,114 @@ def train(args: Args) -> dict:
     for name, value in DEFAULTS[task.environment].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    check_positive(args, "total_steps", "eval_every", "eval_episodes", "transitions", "rollout_length", "epochs", "minibatch_size")
+    check_positive(
+        args,
+        "total_steps",
+        "eval_every",
+        "eval_episodes",
+        "transitions",
+        "rollout_length",
+        "epochs",
+        "minibatch_size",
+    )
     if args.cloning_steps < 0:
         raise InputError(f"--cloning-steps must be 0 or above; it is {args.cloning_steps}")
     if not 0 <= args.gamma < 1:
         raise InputError(f"--gamma must be from 0 to below 1; it is {args.gamma}")
-    check_positive(args, "learning_rate", "memory_learning_rate", "max_grad_norm", *["reward_scale"] * (args.reward_scale is not None))
+    check_positive(
+        args,
+        "learning_rate",
+        "memory_learning_rate",
+        "max_grad_norm",
+        *["reward_scale"] * (args.reward_scale is not None),
+    )
     if args.transitions // args.rollout_length * args.rollout_length < args.minibatch_size:
-        raise InputError("--transitions must fill a --minibatch-size with rollouts of --rollout-length")
+        raise InputError(
+            "--transitions must fill a --minibatch-size with rollouts of --rollout-length"
+        )
     if task.discrete:  # single steps from any state, and no uncertainty (Section 5.2)
-        args.rollout_length, args.start_states, args.penalty, args.max_uncertainty = 1, "any", "none", math.inf
-    dataset = load_dataset(task, args.dataset, device)  # before seeding: recording it draws random numbers
+        args.rollout_length, args.start_states, args.penalty, args.max_uncertainty = (
+            1,
+            "any",
+            "none",
+            math.inf,
+        )
+    dataset = load_dataset(
+        task, args.dataset, device
+    )  # before seeding: recording it draws random numbers
     seed_everything(args.seed, args.torch_deterministic)
     if args.ground_truth:
-        model, args.lambda_g, args.max_uncertainty = GroundTruth(task, args.transitions // args.rollout_length), 0.0, math.inf
+        model, args.lambda_g, args.max_uncertainty = (
+            GroundTruth(task, args.transitions // args.rollout_length),
+            0.0,
+            math.inf,
+        )
     else:
-        if task.environment == "coordination" and args.world_model is None:  # trained in seconds, so none ships
+        if (
+            task.environment == "coordination" and args.world_model is None
+        ):  # trained in seconds, so none ships
             args.world_model = run_dir / "world_model" / "world_model.pt"
             if not args.world_model.is_file():
-                command = [sys.executable, Path(__file__).parent / "world_model.py", "--task", task.name, "--seed", str(args.seed)]
+                command = [
+                    sys.executable,
+                    Path(__file__).parent / "world_model.py",
+                    "--task",
+                    task.name,
+                    "--seed",
+                    str(args.seed),
+                ]
                 # Agents that agree are rare, and no single choice foretells it: the more agents, the longer it takes to learn.
-                command += ["--total-steps", str(500 * (task.num_agents - 1)), "--learning-rate", "3e-3", "--reward-weight-decay", "0"]
-                command += ["--hidden", "64", "64", "--reward-hidden", "128", "128", "--mask-hidden", "64"]
-                subprocess.run([*command, "--run-dir", args.world_model.parent, "--device", device.type], check=True)
+                command += [
+                    "--total-steps",
+                    str(500 * (task.num_agents - 1)),
+                    "--learning-rate",
+                    "3e-3",
+                    "--reward-weight-decay",
+                    "0",
+                ]
+                command += [
+                    "--hidden",
+                    "64",
+                    "64",
+                    "--reward-hidden",
+                    "128",
+                    "128",
+                    "--mask-hidden",
+                    "64",
+                ]
+                subprocess.run(
+                    [*command, "--run-dir", args.world_model.parent, "--device", device.type],
+                    check=True,
+                )
         args.world_model = args.world_model or Path(__file__).parent / "data" / f"{task.dataset}.pt"
         model = WorldModel(task, args.world_model, device)
         calibrate(args, model.checkpoint)
         learned_from = model.checkpoint["dataset"].get("source", dataset.description["source"])
         if learned_from != dataset.description["source"]:
-            print(f"note: the world model learned from '{learned_from}', the dataset is '{dataset.description['source']}'")
+            print(
+                f"note: the world model learned from '{learned_from}', the dataset is '{dataset.description['source']}'"
+            )
 
     if args.reward_scale is None:
-        args.reward_scale = (1 - args.gamma) / max(float(dataset.rewards.abs().mean()), 1e-3) if task.environment == "Ant-v4" else 1.0
+        args.reward_scale = (
+            (1 - args.gamma) / max(float(dataset.rewards.abs().mean()), 1e-3)
+            if task.environment == "Ant-v4"
+            else 1.0
+        )
 
     # Initialize MAPPO policies and value function.
     team = Team(task, dataset.states).to(device)
-    memory = [parameter for name, parameter in team.named_parameters() if name.startswith("memory.")]
-    others = [parameter for name, parameter in team.named_parameters() if not name.startswith("memory.")]
+    memory = [
+        parameter for name, parameter in team.named_parameters() if name.startswith("memory.")
+    ]
+    others = [
+        parameter for name, parameter in team.named_parameters() if not name.startswith("memory.")
+    ]
     # Learning rates are tensors, so that a CUDA graph sees them change.
-    groups = [{"params": others, "lr": torch.zeros((), device=device)}, {"params": memory, "lr": torch.zeros((), device=device)}]
+    groups = [
+        {"params": others, "lr": torch.zeros((), device=device)},
+        {"params": memory, "lr": torch.zeros((), device=device)},
+    ]
     optimizer = torch.optim.Adam(groups, fused=True, capturable=args.cudagraphs)
     loss_function, step_function = ppo_loss, rollout_step
     if args.compile:
@@ -819,7 +1077,9 @@ def train(args: Args) -> dict:
         step_function = rollout_step if args.ground_truth else torch.compile(rollout_step)
 
     def rollouts_and_batch() -> tuple[torch.Tensor, ...]:
-        rollouts, report = generate_rollouts(lambda *carry: step_function(team, model, dataset, args, *carry), dataset, args)
+        rollouts, report = generate_rollouts(
+            lambda *carry: step_function(team, model, dataset, args, *carry), dataset, args
+        )
         return report, *make_batch(team, rollouts, args)
 
     def update(*batch: torch.Tensor) -> torch.Tensor:
@@ -832,7 +1092,9 @@ def train(args: Args) -> dict:
 
     if args.cudagraphs:
         update = CUDAGraph(update)
-        rollouts_and_batch = rollouts_and_batch if args.ground_truth else CUDAGraph(rollouts_and_batch)
+        rollouts_and_batch = (
+            rollouts_and_batch if args.ground_truth else CUDAGraph(rollouts_and_batch)
+        )
 
     first_step, seconds, evaluations, timings = 0, 0.0, [], []
     if checkpoint is not None:
@@ -841,18 +1103,28 @@ def train(args: Args) -> dict:
         for group in optimizer.param_groups:
             group["lr"] = group["lr"].to(device)
         set_random_states(checkpoint["random_states"])
-        first_step, seconds, evaluations = checkpoint["step"], checkpoint["seconds"], checkpoint["evaluations"]
+        first_step, seconds, evaluations = (
+            checkpoint["step"],
+            checkpoint["seconds"],
+            checkpoint["evaluations"],
+        )
     make_folder(run_dir)
     writer = SummaryWriter(str(run_dir), purge_step=first_step + 1)
-    writer.add_text("arguments", "\n".join(f"- {name}: {value}" for name, value in vars(args).items()))
-    print(f"{run_dir}: {task.name}, seed {args.seed}, on {device}; lambda_g {args.lambda_g:.3g}, l_eps {args.max_uncertainty:.3g}")
+    writer.add_text(
+        "arguments", "\n".join(f"- {name}: {value}" for name, value in vars(args).items())
+    )
+    print(
+        f"{run_dir}: {task.name}, seed {args.seed}, on {device}; lambda_g {args.lambda_g:.3g}, l_eps {args.max_uncertainty:.3g}"
+    )
 
     def evaluate_team(step: int, episodes: int):
         evaluation = evaluate(task, team.act_greedily, episodes, device=device)
         record = {"step": step, "returns": evaluation.returns.tolist(), "seconds": seconds}
         record["score"] = float(task.normalized_score(evaluation.returns.mean()))
         if not args.ground_truth:
-            record["model_returns"] = model_returns(team, model, evaluation.first_states, device).tolist()
+            record["model_returns"] = model_returns(
+                team, model, evaluation.first_states, device
+            ).tolist()
             writer.add_scalar("eval/model_return", np.mean(record["model_returns"]), step)
         writer.add_scalar("eval/return", evaluation.returns.mean(), step)
         writer.add_scalar("eval/normalized_score", record["score"], step)
@@ -860,10 +1132,17 @@ def train(args: Args) -> dict:
 
     def save_checkpoint(step: int) -> None:
         writer.flush()  # what is logged up to here is never logged again
-        arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "resume"}
+        arguments = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(args).items()
+            if name != "resume"
+        }
         state = {"script": "moma_ppo", "args": arguments, "step": step, "seconds": seconds}
         state |= {"evaluations": evaluations, "random_states": random_states()}
-        save_whole(state | {"team": team.state_dict(), "optimizer": optimizer.state_dict()}, run_dir / "checkpoint.pt")
+        save_whole(
+            state | {"team": team.state_dict(), "optimizer": optimizer.state_dict()},
+            run_dir / "checkpoint.pt",
+        )
 
     if args.cloning_steps and checkpoint is None:
         started = time.perf_counter()
@@ -871,14 +1150,21 @@ def train(args: Args) -> dict:
         seconds = time.perf_counter() - started
         evaluations.append(evaluate_team(0, args.eval_episodes)[1])
         save_checkpoint(0)
-        print(f"after behavioural cloning: score {evaluations[0]['score']:.2f}, {seconds:.0f} s", flush=True)
+        print(
+            f"after behavioural cloning: score {evaluations[0]['score']:.2f}, {seconds:.0f} s",
+            flush=True,
+        )
     stop_signals: list[int] = []
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, lambda number, _: stop_signals.append(number))
-    progress = tqdm(total=args.total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
+    progress = tqdm(
+        total=args.total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty()
+    )
     for step in range(first_step + 1, args.total_steps + 1):
         started = time.perf_counter()
-        for group, learning_rate in zip(optimizer.param_groups, (args.learning_rate, args.memory_learning_rate)):
+        for group, learning_rate in zip(
+            optimizer.param_groups, (args.learning_rate, args.memory_learning_rate)
+        ):
             group["lr"].fill_(learning_rate * (1 - (step - 1) / args.total_steps))
         # Generate synthetic data.
         report, *batch = rollouts_and_batch()
@@ -893,30 +1179,54 @@ def train(args: Args) -> dict:
                 sums += update(*[field[indices] for field in batch])
         metrics = (sums / (args.epochs * (len(order) // args.minibatch_size))).tolist()
         if not math.isfinite(metrics[0] + metrics[1]):  # loss and norm of the gradient
-            last_good = f"; {run_dir}/checkpoint.pt is the last good one" if (run_dir / "checkpoint.pt").exists() else ""
+            last_good = (
+                f"; {run_dir}/checkpoint.pt is the last good one"
+                if (run_dir / "checkpoint.pt").exists()
+                else ""
+            )
             raise InputError(f"the loss of step {step} is not finite{last_good}")
         updated = time.perf_counter()
         seconds += updated - started
         timings.append([rolled_out - started, updated - rolled_out])
 
         if step % 10 == 0 or step == args.total_steps:
-            names = ["loss", "grad_norm", "actor", "critic", "entropy", "action_penalty", "approx_kl", "clip_fraction", "entropy_alpha"]
+            names = [
+                "loss",
+                "grad_norm",
+                "actor",
+                "critic",
+                "entropy",
+                "action_penalty",
+                "approx_kl",
+                "clip_fraction",
+                "entropy_alpha",
+            ]
             for name, value in zip(names, metrics):
                 writer.add_scalar(f"losses/{name}", value, step)
-            names = ["world_model/reward", "world_model/penalty", "world_model/epsilon_g", "world_model/uncertain"]
+            names = [
+                "world_model/reward",
+                "world_model/penalty",
+                "world_model/epsilon_g",
+                "world_model/uncertain",
+            ]
             for name, value in zip(names, report.tolist()):
                 writer.add_scalar(name, value, step)
             writer.add_scalar("world_model/rollout_length", 1 / max(report[-1].item(), 1e-9), step)
             writer.add_scalar("charts/SPS", args.transitions / (updated - started), step)
             writer.add_scalar("charts/seconds_rollout", rolled_out - started, step)
             writer.add_scalar("charts/seconds_update", updated - rolled_out, step)
-        stopping = bool(stop_signals)  # looked at once: one that comes later waits for the next step
+        stopping = bool(
+            stop_signals
+        )  # looked at once: one that comes later waits for the next step
         if step % args.eval_every == 0:
             evaluations.append(evaluate_team(step, args.eval_episodes)[1])
             score = evaluations[-1]["score"]
             progress.set_postfix_str(f"score {score:.2f}")
             if progress.disable:
-                print(f"step {step} of {args.total_steps}: score {score:.2f}, {seconds:.0f} s", flush=True)
+                print(
+                    f"step {step} of {args.total_steps}: score {score:.2f}, {seconds:.0f} s",
+                    flush=True,
+                )
         progress.update()
         if step % args.eval_every == 0 or stopping:
             save_checkpoint(step)
@@ -936,28 +1246,47 @@ def train(args: Args) -> dict:
         "returns": record["returns"],
         "model_returns": record.get("model_returns"),
         "evaluations": evaluations,
-        "args": {name: str(value) if isinstance(value, Path) or value == math.inf else value for name, value in vars(args).items()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "args": {
+            name: str(value) if isinstance(value, Path) or value == math.inf else value
+            for name, value in vars(args).items()
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
         "dataset": dataset.description,
         "world_model": None if args.ground_truth else model.checkpoint["description"],
         "seconds": seconds,
         "steps_per_second": args.total_steps / seconds,
-        "median_seconds": dict(zip(["rollout", "update"], np.median(timings, axis=0).tolist())) if timings else None,
+        "median_seconds": dict(zip(["rollout", "update"], np.median(timings, axis=0).tolist()))
+        if timings
+        else None,
     }
     save_checkpoint(args.total_steps)
     save_whole(result, run_dir / "result.json")
     if task.environment == "Reacher-v4":
         plot_team_strategy(task, evaluation, run_dir / "strategy.png")
     writer.close()
-    print(f"{task.name}: score {result['score']:.3f} ± {result['score_stderr']:.3f} over 100 greedy episodes (paper: {result['paper_score'] or '-'})")
+    print(
+        f"{task.name}: score {result['score']:.3f} ± {result['score_stderr']:.3f} over 100 greedy episodes (paper: {result['paper_score'] or '-'})"
+    )
     if record.get("model_returns"):
-        print(f"return {evaluation.returns.mean():.2f} in the environment, {np.mean(record['model_returns']):.2f} in the world model")
+        print(
+            f"return {evaluation.returns.mean():.2f} in the environment, {np.mean(record['model_returns']):.2f} in the world model"
+        )
     print(f"{seconds:.0f} s of training; everything is in {run_dir}")
     return result
 
 
 if __name__ == "__main__":
     try:
-        train(tyro.cli(Args, description="Defaults: " + "; ".join(f"{name} {values}" for name, values in DEFAULTS.items())))
+        train(
+            tyro.cli(
+                Args,
+                description="Defaults: "
+                + "; ".join(f"{name} {values}" for name, values in DEFAULTS.items()),
+            )
+        )
     except InputError as error:
         sys.exit(f"error: {error}")

@@ -116,7 +116,9 @@ class BatchedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(len(in_dims), max(in_dims), out_dim))
         self.bias = nn.Parameter(torch.zeros(len(in_dims), 1, out_dim))
-        for weight, bias, width in zip(self.weight.data, self.bias.data, in_dims):  # padded inputs keep zero weights
+        for weight, bias, width in zip(
+            self.weight.data, self.bias.data, in_dims
+        ):  # padded inputs keep zero weights
             weight[:width].uniform_(-(width**-0.5), width**-0.5)
             bias.uniform_(-(width**-0.5), width**-0.5)
 
@@ -127,7 +129,13 @@ class BatchedLinear(nn.Module):
 class MLP(nn.Sequential):
     """One MLP per agent (or member): [agent, batch, in] -> [agent, batch, out]."""
 
-    def __init__(self, in_dims: Sequence[int], hidden: Sequence[int], out_dim: int, activation: Callable = nn.ReLU):
+    def __init__(
+        self,
+        in_dims: Sequence[int],
+        hidden: Sequence[int],
+        out_dim: int,
+        activation: Callable = nn.ReLU,
+    ):
         widths = [*hidden, out_dim]
         layers = [BatchedLinear(in_dims, widths[0])]
         for width_in, width_out in zip(widths, widths[1:]):
@@ -148,18 +156,35 @@ class Prediction(NamedTuple):
 class Ensemble(nn.Module):
     """The members of the world model as one batched network (Section 3.1)."""
 
-    def __init__(self, state_dim: int, action_dim: int, members: int, target: str, trunk: str, hidden: dict, activation: str):
+    def __init__(
+        self,
+        state_dim: int,
+        action_dim: int,
+        members: int,
+        target: str,
+        trunk: str,
+        hidden: dict,
+        activation: str,
+    ):
         """`hidden` gives the widths of hidden layers for "state", "reward" and "mask"; a shared trunk has the state's."""
         super().__init__()
         self.target, activate = target, {"relu": nn.ReLU, "silu": nn.SiLU}[activation]
         self.sizes = [state_dim, state_dim, 1, 1, 1]  # the fields of a prediction
         in_dims = [state_dim + action_dim] * members
         if trunk == "shared":
-            self.networks = nn.ModuleList([MLP(in_dims, hidden["state"], sum(self.sizes), activate)])
+            self.networks = nn.ModuleList(
+                [MLP(in_dims, hidden["state"], sum(self.sizes), activate)]
+            )
         else:
             self.networks = nn.ModuleList([MLP(in_dims, hidden["state"], 2 * state_dim, activate)])
-            self.networks.extend([MLP(in_dims, hidden["reward"], 2), MLP(in_dims, hidden["mask"], 1)])
-        for name, size in {"input": state_dim + action_dim, "target": state_dim, "reward": 1}.items():
+            self.networks.extend(
+                [MLP(in_dims, hidden["reward"], 2), MLP(in_dims, hidden["mask"], 1)]
+            )
+        for name, size in {
+            "input": state_dim + action_dim,
+            "target": state_dim,
+            "reward": 1,
+        }.items():
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
 
@@ -178,7 +203,9 @@ class Ensemble(nn.Module):
         )
 
 
-def epistemic_uncertainty(prediction: Prediction, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def epistemic_uncertainty(
+    prediction: Prediction, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """eps_r, the variance of the reward over members, and eps_g, the Frobenius norm of the members' covariance: [batch] each.
 
     The covariance is that of (next state, reward) in units of `scale` [state + 1]. With X the centred predictions
@@ -190,7 +217,9 @@ def epistemic_uncertainty(prediction: Prediction, scale: torch.Tensor) -> tuple[
     return prediction.rewards.var(0), epsilon_g
 
 
-def member_losses(ensemble: Ensemble, batch: Sequence[torch.Tensor], changes: torch.Tensor, beta: float) -> torch.Tensor:
+def member_losses(
+    ensemble: Ensemble, batch: Sequence[torch.Tensor], changes: torch.Tensor, beta: float
+) -> torch.Tensor:
     """Gaussian negative log-likelihoods of next state and reward and cross-entropy of the mask (Section 3.1): [member, 3].
 
     `batch` is states, joint actions, next states, rewards and masks, [member, batch, ...]; `changes` [state] tells the
@@ -201,11 +230,15 @@ def member_losses(ensemble: Ensemble, batch: Sequence[torch.Tensor], changes: to
     prediction = ensemble(states, actions)
     state_log_stds = prediction.state_log_stds[..., changes]
     state_error = (next_states - prediction.next_states)[..., changes] * (-state_log_stds).exp()
-    weight = (2 * beta * (state_log_stds - ensemble.target_std[changes].log())).exp().detach()  # in standardised units
+    weight = (
+        (2 * beta * (state_log_stds - ensemble.target_std[changes].log())).exp().detach()
+    )  # in standardised units
     state_loss = (weight * (state_log_stds + 0.5 * state_error.square())).mean((1, 2))
     reward_error = (rewards - prediction.rewards) * (-prediction.reward_log_stds).exp()
     reward_loss = (prediction.reward_log_stds + 0.5 * reward_error.square()).mean(1)
-    mask_loss = F.binary_cross_entropy_with_logits(prediction.mask_logits, masks, reduction="none").mean(1)
+    mask_loss = F.binary_cross_entropy_with_logits(
+        prediction.mask_logits, masks, reduction="none"
+    ).mean(1)
     return torch.stack([state_loss, reward_loss, mask_loss], dim=1)
 
 
@@ -223,11 +256,17 @@ def standardize(ensemble: Ensemble, dataset: OfflineDataset, rows: torch.Tensor)
     states, next_states = dataset.states[rows], dataset.next_states[rows]
     inputs = torch.cat([states, dataset.task.join_actions(dataset.actions[rows])], dim=1)
     targets = next_states - states if ensemble.target == "delta" else next_states
-    for name, values in {"input": inputs, "target": targets, "reward": dataset.rewards[rows, None]}.items():
+    for name, values in {
+        "input": inputs,
+        "target": targets,
+        "reward": dataset.rewards[rows, None],
+    }.items():
         mean, std = values.double().mean(0), values.double().std(0)
         constant = std < 1e-6
         getattr(ensemble, f"{name}_mean").copy_(mean)
-        getattr(ensemble, f"{name}_std").copy_(torch.where(constant, 0 if name == "target" else 1, std))
+        getattr(ensemble, f"{name}_std").copy_(
+            torch.where(constant, 0 if name == "target" else 1, std)
+        )
 
 
 @torch.no_grad()
@@ -236,22 +275,34 @@ def validate(ensemble: Ensemble, dataset: OfflineDataset, rows: torch.Tensor) ->
     members, sums = ensemble.networks[0][0].weight.shape[0], 0
     for part in rows.split(4096):
         joint = dataset.task.join_actions(dataset.actions[part])
-        prediction = ensemble(dataset.states[part].expand(members, -1, -1), joint.expand(members, -1, -1))
+        prediction = ensemble(
+            dataset.states[part].expand(members, -1, -1), joint.expand(members, -1, -1)
+        )
         state_error = (prediction.next_states - dataset.next_states[part]).norm(dim=-1)
         wrong_masks = (prediction.mask_logits > 0) != (dataset.masks[part] > 0)
-        errors = [state_error, (prediction.rewards - dataset.rewards[part]).abs(), wrong_masks.float()]
+        errors = [
+            state_error,
+            (prediction.rewards - dataset.rewards[part]).abs(),
+            wrong_masks.float(),
+        ]
         sums = sums + torch.stack(errors, dim=-1).sum(1)
     return sums / len(rows)
 
 
-def disturb(task: Task, actions: torch.Tensor, behavior: str, generator: torch.Generator) -> torch.Tensor:
+def disturb(
+    task: Task, actions: torch.Tensor, behavior: str, generator: torch.Generator
+) -> torch.Tensor:
     """Actions [batch, agent, action] of the data as they are, perturbed, or replaced by uniformly random ones."""
     if behavior == "held-out":
         return actions
     if task.discrete:  # perturbed: three in ten are random
         choices = torch.randint(task.action_dim, actions.shape[:-1], generator=generator)
-        replaced = torch.rand(choices.shape, generator=generator) < (0.3 if behavior == "perturbed" else 1)
-        return torch.where(replaced[..., None], F.one_hot(choices, task.action_dim).to(actions), actions)
+        replaced = torch.rand(choices.shape, generator=generator) < (
+            0.3 if behavior == "perturbed" else 1
+        )
+        return torch.where(
+            replaced[..., None], F.one_hot(choices, task.action_dim).to(actions), actions
+        )
     if behavior == "perturbed":
         return (actions + 0.3 * torch.randn(actions.shape, generator=generator)).clamp(-1, 1)
     return 2 * torch.rand(actions.shape, generator=generator) - 1
@@ -264,7 +315,14 @@ def ten_step_starts(dataset: OfflineDataset, rows: torch.Tensor) -> torch.Tensor
 
 
 @torch.no_grad()
-def open_loop(ensemble: Ensemble, dataset: OfflineDataset, rows: torch.Tensor, scale, behavior: str, steps: int = 10) -> dict:
+def open_loop(
+    ensemble: Ensemble,
+    dataset: OfflineDataset,
+    rows: torch.Tensor,
+    scale,
+    behavior: str,
+    steps: int = 10,
+) -> dict:
     """Rolls the elites out from `rows` beside the true simulator, with the dataset's actions, perturbed or random ones.
 
     Errors of the state (L2) after one and after all steps (or the last one that any true episode takes), of the return, its bias
@@ -274,7 +332,12 @@ def open_loop(ensemble: Ensemble, dataset: OfflineDataset, rows: torch.Tensor, s
     members, generator = ensemble.networks[0][0].weight.shape[0], torch.Generator().manual_seed(0)
     simulator, states = make_simulator(task, len(rows)), dataset.states[rows]
     simulator.set_states(states.cpu().numpy())
-    model_return, true_return, epsilons, errors = torch.zeros(len(rows)), torch.zeros(len(rows)), [], []
+    model_return, true_return, epsilons, errors = (
+        torch.zeros(len(rows)),
+        torch.zeros(len(rows)),
+        [],
+        [],
+    )
     alive = torch.ones(len(rows), dtype=torch.bool)  # what comes after a terminal is in no episode
     for t in range(steps):
         actions = disturb(task, dataset.actions[rows + t].cpu(), behavior, generator)
@@ -284,7 +347,9 @@ def open_loop(ensemble: Ensemble, dataset: OfflineDataset, rows: torch.Tensor, s
         member = torch.randint(members, (len(rows),), generator=generator).to(device)
         states = prediction.next_states[member, torch.arange(len(rows), device=device)]
         true_states, true_rewards, terminals = simulator.step(actions.numpy())
-        errors.append((states.cpu() - torch.as_tensor(true_states)).norm(dim=1)[alive].mean().item())
+        errors.append(
+            (states.cpu() - torch.as_tensor(true_states)).norm(dim=1)[alive].mean().item()
+        )
         model_return += torch.where(alive, prediction.rewards.mean(0).cpu(), 0)
         true_return += torch.where(alive, torch.as_tensor(true_rewards), 0)
         alive &= ~torch.as_tensor(terminals)
@@ -310,27 +375,39 @@ def retargeting_error(ensemble: Ensemble, dataset: OfflineDataset, rows: torch.T
     states[:, 8:10] += states[:, 4:6] - other[:, 4:6]
     states[:, 4:6] = other[:, 4:6]
     members = ensemble.networks[0][0].weight.shape[0]
-    rewards = ensemble(states.expand(members, -1, -1), torch.zeros(members, len(rows), 2, device=states.device)).rewards
+    rewards = ensemble(
+        states.expand(members, -1, -1), torch.zeros(members, len(rows), 2, device=states.device)
+    ).rewards
     return (rewards.mean(0) + states[:, 8:10].norm(dim=1)).abs().mean().item()
 
 
 def select_members(ensemble: Ensemble, architecture: dict, members: list[int]) -> Ensemble:
     """A copy with these members alone."""
     selected = Ensemble(**architecture | {"members": len(members)}).to(ensemble.input_mean.device)
-    weights = {name: value[members] if value.dim() == 3 else value for name, value in ensemble.state_dict().items()}
+    weights = {
+        name: value[members] if value.dim() == 3 else value
+        for name, value in ensemble.state_dict().items()
+    }
     selected.load_state_dict(weights)
     return selected
 
 
-def evaluate_ensemble(ensemble: Ensemble, architecture: dict, args: Args, dataset: OfflineDataset, rows, scale) -> dict:
+def evaluate_ensemble(
+    ensemble: Ensemble, architecture: dict, args: Args, dataset: OfflineDataset, rows, scale
+) -> dict:
     """Held-out errors, the elites by them, and how far the elites can be trusted off the data."""
     errors = validate(ensemble, dataset, rows)
     elites = (errors[:, 0] + errors[:, 1]).argsort()[: args.elites].tolist()
     best = select_members(ensemble, architecture, elites)
     starts = ten_step_starts(dataset, rows)[:1000]
     result = {"elites": elites, "member_errors": errors.tolist()}
-    result |= dict(zip(["state_error", "reward_error", "mask_error"], errors[elites].mean(0).tolist()))
-    result |= {behavior: open_loop(best, dataset, starts, scale, behavior) for behavior in ("held-out", "perturbed", "random")}
+    result |= dict(
+        zip(["state_error", "reward_error", "mask_error"], errors[elites].mean(0).tolist())
+    )
+    result |= {
+        behavior: open_loop(best, dataset, starts, scale, behavior)
+        for behavior in ("held-out", "perturbed", "random")
+    }
     if dataset.task.environment == "Reacher-v4":
         result["retargeting_error"] = retargeting_error(best, dataset, rows[:5000])
     return result
@@ -364,13 +441,17 @@ class CUDAGraph:
 def check_positive(args, *names: str) -> None:
     for name in names:
         if not getattr(args, name) > 0:
-            raise InputError(f"--{name.replace('_', '-')} must be above 0; it is {getattr(args, name)}")
+            raise InputError(
+                f"--{name.replace('_', '-')} must be above 0; it is {getattr(args, name)}"
+            )
 
 
 def choose_device(args) -> torch.device:
     cuda = torch.cuda.is_available()
     if args.device == "cuda" and not cuda:
-        raise InputError("--device cuda: this machine has no CUDA GPU that PyTorch can use; take --device auto or cpu")
+        raise InputError(
+            "--device cuda: this machine has no CUDA GPU that PyTorch can use; take --device auto or cpu"
+        )
     device = torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
     if args.cudagraphs and device.type == "cpu":
         raise InputError("--cudagraphs needs a CUDA GPU; leave it out on this machine")
@@ -388,7 +469,10 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 
 
 def random_states() -> dict:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
 
 
 def set_random_states(states: dict) -> None:
@@ -400,7 +484,9 @@ def set_random_states(states: dict) -> None:
 def save_whole(data, path: Path) -> None:
     """Writes a checkpoint or a result so that `path` holds the old one or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=1)) if path.name == "result.json" else torch.save(data, temporary)
+    temporary.write_text(json.dumps(data, indent=1)) if path.name == "result.json" else torch.save(
+        data, temporary
+    )
     temporary.replace(path)
 
 
@@ -408,26 +494,40 @@ def make_folder(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot make the folder {run_dir} ({error.strerror}); give another --run-dir") from None
+        raise InputError(
+            f"cannot make the folder {run_dir} ({error.strerror}); give another --run-dir"
+        ) from None
 
 
 def open_run(args, script: str) -> tuple[Path, dict | None]:
     """The run's folder and, if it is resumed, its checkpoint, from which `args` are taken."""
     if args.resume is None:
-        run_dir = args.run_dir or Path("runs") / f"{args.task}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        run_dir = (
+            args.run_dir
+            or Path("runs")
+            / f"{args.task}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        )
         if run_dir.is_file() or run_dir.exists() and any(run_dir.iterdir()):
-            raise InputError(f"{run_dir} is in use; go on with that run by --resume {run_dir}, or give another --run-dir")
+            raise InputError(
+                f"{run_dir} is in use; go on with that run by --resume {run_dir}, or give another --run-dir"
+            )
         return run_dir, None
     path = args.resume / "checkpoint.pt"
     if not path.is_file():
-        raise InputError(f"no checkpoint at {path}; --resume takes the folder of a run that was started before")
+        raise InputError(
+            f"no checkpoint at {path}; --resume takes the folder of a run that was started before"
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         saved, started_by = checkpoint["args"], checkpoint["script"]
     except Exception as error:
-        raise InputError(f"{path} is not a whole checkpoint ({type(error).__name__}); start the run again") from None
+        raise InputError(
+            f"{path} is not a whole checkpoint ({type(error).__name__}); start the run again"
+        ) from None
     if started_by != script or saved.keys() | {"resume"} != vars(args).keys():
-        raise InputError(f"{args.resume} is not a run of this {script}.py; resume it with the script and version that started it")
+        raise InputError(
+            f"{args.resume} is not a run of this {script}.py; resume it with the script and version that started it"
+        )
     for name, value in saved.items():
         paths = ("dataset", "world_model", "output", "run_dir")
         setattr(args, name, Path(value) if name in paths and value is not None else value)
@@ -436,18 +536,29 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
 
 def train(args: Args) -> dict:
     if args.total_steps is None:
-        args.total_steps = 3_000_000 if args.paper else 27_000 if args.task.startswith("ant") else 9000
-    check_positive(args, "total_steps", "eval_every", "members", "batch_size", "learning_rate", "max_grad_norm")
+        args.total_steps = (
+            3_000_000 if args.paper else 27_000 if args.task.startswith("ant") else 9000
+        )
+    check_positive(
+        args, "total_steps", "eval_every", "members", "batch_size", "learning_rate", "max_grad_norm"
+    )
     if not 0 <= args.beta <= 1:
         raise InputError(f"--beta must be from 0 to 1; it is {args.beta}")
     if not 2 <= args.elites <= args.members:
-        raise InputError(f"--elites must be from 2 to --members {args.members}; it is {args.elites}")
+        raise InputError(
+            f"--elites must be from 2 to --members {args.members}; it is {args.elites}"
+        )
     if min(*args.hidden, *args.reward_hidden, *args.mask_hidden, 1) < 1:
         raise InputError("--hidden, --reward-hidden and --mask-hidden must be above 0")
     run_dir, checkpoint = open_run(args, "world_model")
     task, device = find_task(args.task), choose_device(args)
     if args.paper:
-        args.target, args.normalize, args.trunk, args.activation = "absolute", False, "separate", "relu"
+        args.target, args.normalize, args.trunk, args.activation = (
+            "absolute",
+            False,
+            "separate",
+            "relu",
+        )
         args.hidden, args.reward_hidden, args.mask_hidden = (1024,) * 4, (1024,) * 4, (1024,) * 2
         args.learning_rate, args.beta, args.reward_weight_decay, args.decay = 3e-5, 0.0, 0.0, False
     output = args.output or run_dir / "world_model.pt"
@@ -455,14 +566,26 @@ def train(args: Args) -> dict:
         raise InputError(f"{output} exists; give another --output, or move it away")
     if args.output and not output.parent.is_dir():
         raise InputError(f"no folder {output.parent} to write {output.name} to")
-    dataset = load_dataset(task, args.dataset, device)  # before seeding: recording it draws random numbers
+    dataset = load_dataset(
+        task, args.dataset, device
+    )  # before seeding: recording it draws random numbers
     seed_everything(args.seed, args.torch_deterministic)
     training_rows, validation_rows = dataset.split()
     if not len(ten_step_starts(dataset, validation_rows)):
-        raise InputError("the dataset's held-out tenth has no ten steps of one episode to test the model on; take a larger one")
-    architecture = {"state_dim": task.state_dim, "action_dim": task.num_agents * task.action_dim, "members": args.members}
+        raise InputError(
+            "the dataset's held-out tenth has no ten steps of one episode to test the model on; take a larger one"
+        )
+    architecture = {
+        "state_dim": task.state_dim,
+        "action_dim": task.num_agents * task.action_dim,
+        "members": args.members,
+    }
     architecture |= {"target": args.target, "trunk": args.trunk, "activation": args.activation}
-    architecture["hidden"] = {"state": list(args.hidden), "reward": list(args.reward_hidden), "mask": list(args.mask_hidden)}
+    architecture["hidden"] = {
+        "state": list(args.hidden),
+        "reward": list(args.reward_hidden),
+        "mask": list(args.mask_hidden),
+    }
     ensemble = Ensemble(**architecture).to(device)
     if args.normalize:
         standardize(ensemble, dataset, training_rows)
@@ -470,12 +593,26 @@ def train(args: Args) -> dict:
     # What eps_g is measured in: the standard deviation of each state dimension and of the reward in the dataset.
     scale = torch.cat([dataset.states, dataset.rewards[:, None]], dim=1).std(0)
     scale = torch.where(scale < 1e-6, 1, scale)
-    learning_rate = torch.tensor(args.learning_rate, device=device)  # a tensor, so that a CUDA graph sees it change
-    decays = [args.reward_weight_decay if len(ensemble.networks) == 3 and i == 1 else 0.0 for i in range(len(ensemble.networks))]
-    groups = [{"params": network.parameters(), "weight_decay": decay} for network, decay in zip(ensemble.networks, decays)]
+    learning_rate = torch.tensor(
+        args.learning_rate, device=device
+    )  # a tensor, so that a CUDA graph sees it change
+    decays = [
+        args.reward_weight_decay if len(ensemble.networks) == 3 and i == 1 else 0.0
+        for i in range(len(ensemble.networks))
+    ]
+    groups = [
+        {"params": network.parameters(), "weight_decay": decay}
+        for network, decay in zip(ensemble.networks, decays)
+    ]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True, capturable=args.cudagraphs)
     losses = torch.compile(member_losses) if args.compile else member_losses
-    columns = [dataset.states, task.join_actions(dataset.actions), dataset.next_states, dataset.rewards, dataset.masks]
+    columns = [
+        dataset.states,
+        task.join_actions(dataset.actions),
+        dataset.next_states,
+        dataset.rewards,
+        dataset.masks,
+    ]
 
     def update(*batch: torch.Tensor) -> torch.Tensor:
         loss = losses(ensemble, batch, changes, args.beta)
@@ -498,14 +635,29 @@ def train(args: Args) -> dict:
         first_step, seconds = checkpoint["step"], checkpoint["seconds"]
     make_folder(run_dir)
     writer = SummaryWriter(str(run_dir), purge_step=first_step + 1)
-    writer.add_text("arguments", "\n".join(f"- {name}: {value}" for name, value in vars(args).items()))
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "resume"}
+    writer.add_text(
+        "arguments", "\n".join(f"- {name}: {value}" for name, value in vars(args).items())
+    )
+    arguments = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(args).items()
+        if name != "resume"
+    }
     print(f"{run_dir}: world model of {task.dataset}, seed {args.seed}, on {device}")
 
     def save_checkpoint(step: int) -> None:
         writer.flush()  # what is logged up to here is never logged again
-        state = {"script": "world_model", "args": arguments, "step": step, "seconds": seconds, "random_states": random_states()}
-        save_whole(state | {"ensemble": ensemble.state_dict(), "optimizer": optimizer.state_dict()}, run_dir / "checkpoint.pt")
+        state = {
+            "script": "world_model",
+            "args": arguments,
+            "step": step,
+            "seconds": seconds,
+            "random_states": random_states(),
+        }
+        save_whole(
+            state | {"ensemble": ensemble.state_dict(), "optimizer": optimizer.state_dict()},
+            run_dir / "checkpoint.pt",
+        )
 
     def evaluation() -> dict:
         return evaluate_ensemble(ensemble, architecture, args, dataset, validation_rows, scale)
@@ -513,23 +665,43 @@ def train(args: Args) -> dict:
     stop_signals: list[int] = []
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, lambda number, _: stop_signals.append(number))
-    progress = tqdm(total=args.total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
+    progress = tqdm(
+        total=args.total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty()
+    )
     started, logged_step, loss_sum = time.perf_counter(), first_step, torch.zeros(3, device=device)
     for step in range(first_step + 1, args.total_steps + 1):
         if args.decay:
             for group in optimizer.param_groups:
-                group["lr"].fill_(args.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - 1) / args.total_steps)))
-        indices = training_rows[torch.randint(len(training_rows), (args.members, args.batch_size), device=device)]
+                group["lr"].fill_(
+                    args.learning_rate
+                    * 0.5
+                    * (1 + math.cos(math.pi * (step - 1) / args.total_steps))
+                )
+        indices = training_rows[
+            torch.randint(len(training_rows), (args.members, args.batch_size), device=device)
+        ]
         loss_sum += update(*[column[indices] for column in columns])
         progress.update()
         evaluate = step % args.eval_every == 0 or step == args.total_steps
-        stopping = bool(stop_signals)  # looked at once: one that comes later waits for the next step
+        stopping = bool(
+            stop_signals
+        )  # looked at once: one that comes later waits for the next step
         if step % 100 == 0 or evaluate or stopping:
             state_loss, reward_loss, mask_loss = (loss_sum / (step - logged_step)).tolist()
             if not math.isfinite(state_loss + reward_loss + mask_loss):
-                last_good = f"; {run_dir}/checkpoint.pt is the last good one" if (run_dir / "checkpoint.pt").exists() else ""
-                raise InputError(f"a loss of steps {logged_step + 1} to {step} is not finite{last_good}")
-            for name, value in {"state": state_loss, "reward": reward_loss, "mask": mask_loss}.items():
+                last_good = (
+                    f"; {run_dir}/checkpoint.pt is the last good one"
+                    if (run_dir / "checkpoint.pt").exists()
+                    else ""
+                )
+                raise InputError(
+                    f"a loss of steps {logged_step + 1} to {step} is not finite{last_good}"
+                )
+            for name, value in {
+                "state": state_loss,
+                "reward": reward_loss,
+                "mask": mask_loss,
+            }.items():
                 writer.add_scalar(f"losses/{name}", value, step)
             logged_step = step
             loss_sum.zero_()
@@ -548,7 +720,11 @@ def train(args: Args) -> dict:
                 f"step {step}: held-out state {result['state_error']:.4f}, reward {result['reward_error']:.5f}; ten steps on data "
                 f"{result['held-out']['ten_step_error']:.3f}, perturbed {result['perturbed']['ten_step_error']:.3f}, "
                 f"random {result['random']['ten_step_error']:.3f}; "
-                + (f"re-targeting {result['retargeting_error']:.4f}; " if "retargeting_error" in result else "")
+                + (
+                    f"re-targeting {result['retargeting_error']:.4f}; "
+                    if "retargeting_error" in result
+                    else ""
+                )
                 + f"{step / seconds:.0f} steps/s",
                 flush=True,
             )
@@ -559,27 +735,40 @@ def train(args: Args) -> dict:
             save_checkpoint(step)
         if stopping:
             progress.close()
-            print(f"stopped after step {step}; go on with: python world_model.py --resume {run_dir}")
+            print(
+                f"stopped after step {step}; go on with: python world_model.py --resume {run_dir}"
+            )
             sys.exit(128 + stop_signals[0])
     progress.close()
 
     if first_step == args.total_steps:  # stopped after the last checkpoint
         result = evaluation()
-    description = {"dataset": task.dataset, "source": dataset.description["source"], "seed": args.seed}
+    description = {
+        "dataset": task.dataset,
+        "source": dataset.description["source"],
+        "seed": args.seed,
+    }
     description |= {"total_steps": args.total_steps, "seconds": seconds, **architecture}
     world_model = {
         "architecture": architecture,
         "weights": ensemble.state_dict(),
         "elites": result["elites"],
         "validation": result,
-        "epsilon_g": {behavior: result[behavior]["epsilon_g"] for behavior in ("held-out", "perturbed", "random")},
+        "epsilon_g": {
+            behavior: result[behavior]["epsilon_g"]
+            for behavior in ("held-out", "perturbed", "random")
+        },
         "scale": scale,
         "bounding_box": dataset.bounding_box(),
         "dataset": dataset.description,
         "description": description,
     }
     save_whole(world_model, output)
-    save_whole(result | {"args": arguments, "seconds": seconds, "steps_per_second": args.total_steps / seconds}, run_dir / "result.json")
+    save_whole(
+        result
+        | {"args": arguments, "seconds": seconds, "steps_per_second": args.total_steps / seconds},
+        run_dir / "result.json",
+    )
     writer.close()
     print(f"{output}: elites {result['elites']}, {seconds:.0f} s of training")
     return result

@@ -40,7 +40,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import coordination_game  # noqa: F401, its tasks
 from data.offline_dataset import OfflineDataset, load_dataset
-from mamujoco_envs import HISTORY_LENGTH, InputError, Task, append_to_histories, evaluate, find_task, plot_team_strategy
+from mamujoco_envs import (
+    HISTORY_LENGTH,
+    InputError,
+    Task,
+    append_to_histories,
+    evaluate,
+    find_task,
+    plot_team_strategy,
+)
 
 PAPER_SCORES = {  # Table 4, ITD3+BC
     "reacher-all-observant": "0.78 ± 0.00",
@@ -113,7 +121,9 @@ class BatchedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(len(in_dims), max(in_dims), out_dim))
         self.bias = nn.Parameter(torch.zeros(len(in_dims), 1, out_dim))
-        for weight, bias, width in zip(self.weight.data, self.bias.data, in_dims):  # padded inputs keep zero weights
+        for weight, bias, width in zip(
+            self.weight.data, self.bias.data, in_dims
+        ):  # padded inputs keep zero weights
             weight[:width].uniform_(-(width**-0.5), width**-0.5)
             bias.uniform_(-(width**-0.5), width**-0.5)
 
@@ -124,7 +134,13 @@ class BatchedLinear(nn.Module):
 class MLP(nn.Sequential):
     """One MLP per agent (or member): [agent, batch, in] -> [agent, batch, out]."""
 
-    def __init__(self, in_dims: Sequence[int], hidden: Sequence[int], out_dim: int, activation: Callable = nn.ReLU):
+    def __init__(
+        self,
+        in_dims: Sequence[int],
+        hidden: Sequence[int],
+        out_dim: int,
+        activation: Callable = nn.ReLU,
+    ):
         widths = [*hidden, out_dim]
         layers = [BatchedLinear(in_dims, widths[0])]
         for width_in, width_out in zip(widths, widths[1:]):
@@ -145,28 +161,46 @@ class HistoryEncoder(nn.Module):
         agents = len(in_dims)
         self.embedding = BatchedLinear(in_dims, dim)
         self.query, self.key, self.value = [BatchedLinear([dim] * agents, dim) for _ in range(3)]
-        self.norm_weight = nn.Parameter(torch.full((agents, 1, dim), 0.1))  # noise at first: not to drown the observation
+        self.norm_weight = nn.Parameter(
+            torch.full((agents, 1, dim), 0.1)
+        )  # noise at first: not to drown the observation
         self.norm_bias = nn.Parameter(torch.zeros(agents, 1, dim))
-        self.soft_key = nn.Parameter(torch.empty(agents, dim, dim).uniform_(-(dim**-0.5), dim**-0.5))
+        self.soft_key = nn.Parameter(
+            torch.empty(agents, dim, dim).uniform_(-(dim**-0.5), dim**-0.5)
+        )
         self.soft_query = nn.Parameter(torch.randn(agents, dim, 1))
         angles = torch.arange(HISTORY_LENGTH)[:, None] * 10000 ** (-torch.arange(0, dim, 2) / dim)
-        self.register_buffer("positions", torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1), persistent=False)
+        self.register_buffer(
+            "positions",
+            torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1),
+            persistent=False,
+        )
 
     def forward(self, histories: torch.Tensor) -> torch.Tensor:
         """[batch, agent, 10, pair] -> [agent, batch, dim]."""
         batch, agents, time, width = histories.shape
         one_hot = torch.eye(time, device=histories.device).expand(agents, batch, time, time)
-        tokens = torch.cat([histories.transpose(0, 1), one_hot], dim=-1)  # (x, p): [agent, batch, 10, pair + 10]
-        embedding = torch.cat([self.embedding.weight, self.embedding.bias + self.positions], dim=1)  # E: [agent, pair + 10, dim]
+        tokens = torch.cat(
+            [histories.transpose(0, 1), one_hot], dim=-1
+        )  # (x, p): [agent, batch, 10, pair + 10]
+        embedding = torch.cat(
+            [self.embedding.weight, self.embedding.bias + self.positions], dim=1
+        )  # E: [agent, pair + 10, dim]
 
-        def fold(layer: BatchedLinear) -> torch.Tensor:  # the bias joins the positions, of which every token has one
-            return embedding @ layer.weight + F.pad(layer.bias.expand(-1, time, -1), (0, 0, width, 0))
+        def fold(
+            layer: BatchedLinear,
+        ) -> torch.Tensor:  # the bias joins the positions, of which every token has one
+            return embedding @ layer.weight + F.pad(
+                layer.bias.expand(-1, time, -1), (0, 0, width, 0)
+            )
 
         form = fold(self.query) @ fold(self.key).transpose(1, 2) / self.soft_key.shape[-1] ** 0.5
         queries = (tokens.flatten(1, 2) @ form).view_as(tokens)
         attention = (queries @ tokens.transpose(2, 3)).softmax(dim=-1)  # [agent, batch, 10, 10]
         pair_and_attended = torch.cat([tokens, attention @ tokens], dim=-1).flatten(1, 2)
-        hidden = pair_and_attended @ torch.cat([embedding, fold(self.value)], dim=1)  # [agent, batch * 10, dim]
+        hidden = pair_and_attended @ torch.cat(
+            [embedding, fold(self.value)], dim=1
+        )  # [agent, batch * 10, dim]
         hidden = F.layer_norm(hidden, hidden.shape[-1:])  # its affine map is multiplied out, too
         soft_key = self.norm_weight.transpose(1, 2) * self.soft_key
         keys = torch.baddbmm(self.norm_bias @ self.soft_key, hidden, soft_key).tanh()
@@ -183,22 +217,33 @@ class Team(nn.Module):
         super().__init__()
         self.task = task
         self.memory = HistoryEncoder([width + task.action_dim for width in task.obs_dims])
-        input_dims = [128 + width for width in task.obs_dims]  # an agent's input is [memory, observation]: padding comes last
+        input_dims = [
+            128 + width for width in task.obs_dims
+        ]  # an agent's input is [memory, observation]: padding comes last
         self.policy = MLP(input_dims, [256, 256], task.action_dim)
-        self.critics = MLP([task.action_dim + width for width in input_dims] * 2, [256, 256], 1)  # of all agents, then their twins
+        self.critics = MLP(
+            [task.action_dim + width for width in input_dims] * 2, [256, 256], 1
+        )  # of all agents, then their twins
         for name in ("memory", "policy", "critics"):
-            setattr(self, f"target_{name}", copy.deepcopy(getattr(self, name)).requires_grad_(False))
+            setattr(
+                self, f"target_{name}", copy.deepcopy(getattr(self, name)).requires_grad_(False)
+            )
         self.register_buffer("state_mean", states.mean(0))
         std = states.std(0)
         self.register_buffer("state_std", torch.where(std < 1e-6, 1, std))
 
-    def inputs(self, observations: torch.Tensor, histories: torch.Tensor, target: bool = False) -> torch.Tensor:
+    def inputs(
+        self, observations: torch.Tensor, histories: torch.Tensor, target: bool = False
+    ) -> torch.Tensor:
         """h_t^i, what networks see: [batch, agent, obs], [batch, agent, 10, pair] -> [agent, batch, memory + obs]."""
         mean = self.task.observe(self.state_mean)  # [agent, obs]
         std = self.task.observe(self.state_std)
         std = std + (std == 0)
         observations = (observations - mean) / std
-        pair_mean, pair_std = F.pad(mean, (self.task.action_dim, 0)), F.pad(std, (self.task.action_dim, 0), value=1.0)
+        pair_mean, pair_std = (
+            F.pad(mean, (self.task.action_dim, 0)),
+            F.pad(std, (self.task.action_dim, 0), value=1.0),
+        )
         histories = (histories - pair_mean[:, None]) / pair_std[:, None]
         memory = self.target_memory(histories) if target else self.memory(histories)
         return torch.cat([memory, observations.transpose(0, 1)], dim=-1)
@@ -207,22 +252,38 @@ class Team(nn.Module):
         """[agent, batch, memory + obs] -> [batch, agent, action] in [-1, 1]."""
         return (self.target_policy if target else self.policy)(inputs).tanh().transpose(0, 1)
 
-    def q_values(self, inputs: torch.Tensor, actions: torch.Tensor, target: bool = False, for_policy: bool = False) -> torch.Tensor:
+    def q_values(
+        self,
+        inputs: torch.Tensor,
+        actions: torch.Tensor,
+        target: bool = False,
+        for_policy: bool = False,
+    ) -> torch.Tensor:
         """Q_ij(h_i, a_i) of sampled actions [sample, batch, agent, action], both twins j of every agent i: [twin, agent, sample, batch].
 
         For a policy's loss only the first twin's, whose parameters then get no gradient. What inputs add to the first layer is the
         same for all samples of actions, so it is computed once.
         """
         agents, (samples, batch) = len(inputs), actions.shape[:2]
-        layers = [layer for layer in (self.target_critics if target else self.critics) if isinstance(layer, BatchedLinear)]
+        layers = [
+            layer
+            for layer in (self.target_critics if target else self.critics)
+            if isinstance(layer, BatchedLinear)
+        ]
         parameters = [(layer.weight, layer.bias) for layer in layers]
         if for_policy:
-            parameters = [(weight[:agents].detach(), bias[:agents].detach()) for weight, bias in parameters]
+            parameters = [
+                (weight[:agents].detach(), bias[:agents].detach()) for weight, bias in parameters
+            ]
         (weight, bias), *others = parameters
         twins = len(weight) // agents
         action_weight, input_weight = weight.split([self.task.action_dim, inputs.shape[-1]], dim=1)
-        from_inputs = torch.baddbmm(bias, inputs.repeat(twins, 1, 1), input_weight)  # [twin * agent, batch, hidden]
-        from_actions = actions.permute(2, 0, 1, 3).flatten(1, 2).repeat(twins, 1, 1) @ action_weight  # [twin * agent, sample * batch, hidden]
+        from_inputs = torch.baddbmm(
+            bias, inputs.repeat(twins, 1, 1), input_weight
+        )  # [twin * agent, batch, hidden]
+        from_actions = (
+            actions.permute(2, 0, 1, 3).flatten(1, 2).repeat(twins, 1, 1) @ action_weight
+        )  # [twin * agent, sample * batch, hidden]
         x = (from_inputs[:, None] + from_actions.unflatten(1, (samples, batch))).flatten(1, 2)
         for weight, bias in others:
             x = torch.baddbmm(bias, x.relu(), weight)
@@ -248,13 +309,33 @@ class Batch(NamedTuple):
 def gather_batch(dataset: OfflineDataset, indices: torch.Tensor) -> Batch:
     """Rows `indices` [batch] of the dataset, with the agents' histories before them and after them."""
     task, states, next_states = dataset.task, dataset.states[indices], dataset.next_states[indices]
-    observations, histories, actions = task.observe(states), dataset.histories(indices), dataset.actions[indices]
+    observations, histories, actions = (
+        task.observe(states),
+        dataset.histories(indices),
+        dataset.actions[indices],
+    )
     next_histories = append_to_histories(histories, observations, actions)
     columns = (dataset.rewards[indices], dataset.masks[indices])
-    return Batch(states, observations, histories, actions, *columns, next_states, task.observe(next_states), next_histories)
+    return Batch(
+        states,
+        observations,
+        histories,
+        actions,
+        *columns,
+        next_states,
+        task.observe(next_states),
+        next_histories,
+    )
 
 
-def td_loss(team: Team, batch: Batch, inputs: torch.Tensor, next_inputs: torch.Tensor, noise: torch.Tensor, args: Args) -> torch.Tensor:
+def td_loss(
+    team: Team,
+    batch: Batch,
+    inputs: torch.Tensor,
+    next_inputs: torch.Tensor,
+    noise: torch.Tensor,
+    args: Args,
+) -> torch.Tensor:
     """Squared errors of every agent's twin critics to r + gamma min_j Q'_j(h', pi'(h') + noise): [] (TD3, Algorithm 1).
 
     `inputs` [agent, batch, memory + obs] with the online memory, `next_inputs` with the target memory; `noise` [batch, agent,
@@ -263,13 +344,17 @@ def td_loss(team: Team, batch: Batch, inputs: torch.Tensor, next_inputs: torch.T
     with torch.no_grad():
         smoothing = (args.policy_noise * noise).clamp(-args.noise_clip, args.noise_clip)
         next_actions = (team.act(next_inputs, target=True) + smoothing).clamp(-1, 1)
-        next_q = team.q_values(next_inputs, next_actions[None], target=True).amin(0)[:, 0]  # [agent, batch]
+        next_q = team.q_values(next_inputs, next_actions[None], target=True).amin(0)[
+            :, 0
+        ]  # [agent, batch]
         targets = batch.rewards + args.gamma * batch.masks * next_q
     q = team.q_values(inputs, batch.actions[None])[:, :, 0]  # [twin, agent, batch]
     return (q - targets).square().mean(-1).sum()
 
 
-def itd3_bc_losses(team: Team, batch: Batch, noise: torch.Tensor, args: Args, learn_policy: bool) -> torch.Tensor:
+def itd3_bc_losses(
+    team: Team, batch: Batch, noise: torch.Tensor, args: Args, learn_policy: bool
+) -> torch.Tensor:
     """Losses of critics and of policies: [2]. `noise` [batch, agent, action] is drawn outside, so that compiling changes nothing."""
     inputs = team.inputs(batch.observations, batch.histories)
     with torch.no_grad():
@@ -288,7 +373,9 @@ def itd3_bc_losses(team: Team, batch: Batch, noise: torch.Tensor, args: Args, le
 def clip_each_agent(parameters: list[torch.Tensor], agents: int, max_norm: float) -> None:
     """Scales the gradient of each agent's parameters, [agent, ...] or [twin * agent, ...], to a norm of at most `max_norm`."""
     gradients = [parameter.grad.unflatten(0, (-1, agents)) for parameter in parameters]
-    norms = sum(gradient.square().transpose(0, 1).flatten(1).sum(1) for gradient in gradients).sqrt()  # [agent]
+    norms = sum(
+        gradient.square().transpose(0, 1).flatten(1).sum(1) for gradient in gradients
+    ).sqrt()  # [agent]
     for gradient in gradients:
         gradient.mul_((max_norm / norms.clamp(min=max_norm)).view(-1, *[1] * (gradient.dim() - 2)))
 
@@ -321,19 +408,25 @@ class CUDAGraph:
 def check_positive(args, *names: str) -> None:
     for name in names:
         if not getattr(args, name) > 0:
-            raise InputError(f"--{name.replace('_', '-')} must be above 0; it is {getattr(args, name)}")
+            raise InputError(
+                f"--{name.replace('_', '-')} must be above 0; it is {getattr(args, name)}"
+            )
 
 
 def check_range(args, low: float, high: float, *names: str) -> None:
     for name in names:
         if not low <= getattr(args, name) <= high:
-            raise InputError(f"--{name.replace('_', '-')} must be from {low} to {high}; it is {getattr(args, name)}")
+            raise InputError(
+                f"--{name.replace('_', '-')} must be from {low} to {high}; it is {getattr(args, name)}"
+            )
 
 
 def choose_device(args) -> torch.device:
     cuda = torch.cuda.is_available()
     if args.device == "cuda" and not cuda:
-        raise InputError("--device cuda: this machine has no CUDA GPU that PyTorch can use; take --device auto or cpu")
+        raise InputError(
+            "--device cuda: this machine has no CUDA GPU that PyTorch can use; take --device auto or cpu"
+        )
     device = torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
     if args.cudagraphs and device.type == "cpu":
         raise InputError("--cudagraphs needs a CUDA GPU; leave it out on this machine")
@@ -351,7 +444,10 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 
 
 def random_states() -> dict:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
 
 
 def set_random_states(states: dict) -> None:
@@ -363,7 +459,9 @@ def set_random_states(states: dict) -> None:
 def save_whole(data, path: Path) -> None:
     """Writes a checkpoint or a result so that `path` holds the old one or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=1)) if path.name == "result.json" else torch.save(data, temporary)
+    temporary.write_text(json.dumps(data, indent=1)) if path.name == "result.json" else torch.save(
+        data, temporary
+    )
     temporary.replace(path)
 
 
@@ -371,26 +469,40 @@ def make_folder(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot make the folder {run_dir} ({error.strerror}); give another --run-dir") from None
+        raise InputError(
+            f"cannot make the folder {run_dir} ({error.strerror}); give another --run-dir"
+        ) from None
 
 
 def open_run(args, script: str) -> tuple[Path, dict | None]:
     """The run's folder and, if it is resumed, its checkpoint, from which `args` are taken."""
     if args.resume is None:
-        run_dir = args.run_dir or Path("runs") / f"{args.task}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        run_dir = (
+            args.run_dir
+            or Path("runs")
+            / f"{args.task}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        )
         if run_dir.is_file() or run_dir.exists() and any(run_dir.iterdir()):
-            raise InputError(f"{run_dir} is in use; go on with that run by --resume {run_dir}, or give another --run-dir")
+            raise InputError(
+                f"{run_dir} is in use; go on with that run by --resume {run_dir}, or give another --run-dir"
+            )
         return run_dir, None
     path = args.resume / "checkpoint.pt"
     if not path.is_file():
-        raise InputError(f"no checkpoint at {path}; --resume takes the folder of a run that was started before")
+        raise InputError(
+            f"no checkpoint at {path}; --resume takes the folder of a run that was started before"
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         saved, started_by = checkpoint["args"], checkpoint["script"]
     except Exception as error:
-        raise InputError(f"{path} is not a whole checkpoint ({type(error).__name__}); start the run again") from None
+        raise InputError(
+            f"{path} is not a whole checkpoint ({type(error).__name__}); start the run again"
+        ) from None
     if started_by != script or saved.keys() | {"resume"} != vars(args).keys():
-        raise InputError(f"{args.resume} is not a run of this {script}.py; resume it with the script and version that started it")
+        raise InputError(
+            f"{args.resume} is not a run of this {script}.py; resume it with the script and version that started it"
+        )
     for name, value in saved.items():
         paths = ("dataset", "world_model", "output", "run_dir")
         setattr(args, name, Path(value) if name in paths and value is not None else value)
@@ -400,15 +512,21 @@ def open_run(args, script: str) -> tuple[Path, dict | None]:
 def train(args: Args) -> dict:
     if args.eval_episodes is None:
         args.eval_episodes = 10 if args.task.startswith("ant") else 100
-    check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size", "max_grad_norm")
+    check_positive(
+        args, "total_steps", "eval_every", "eval_episodes", "batch_size", "max_grad_norm"
+    )
     check_positive(args, "learning_rate", "memory_learning_rate", "policy_delay")
     check_range(args, 0, 1, "gamma", "polyak")
     check_range(args, 0, math.inf, "alpha", "policy_noise", "noise_clip")
     run_dir, checkpoint = open_run(args, "itd3_bc")
     task, device = find_task(args.task), choose_device(args)
     if task.discrete:
-        raise InputError(f"{task.name} has discrete actions; itd3_bc.py learns continuous ones, ibc.py, iql.py and maiql.py both")
-    dataset = load_dataset(task, args.dataset, device)  # before seeding: recording it draws random numbers
+        raise InputError(
+            f"{task.name} has discrete actions; itd3_bc.py learns continuous ones, ibc.py, iql.py and maiql.py both"
+        )
+    dataset = load_dataset(
+        task, args.dataset, device
+    )  # before seeding: recording it draws random numbers
     seed_everything(args.seed, args.torch_deterministic)
     team = Team(task, dataset.states).to(device)
     groups = []
@@ -448,10 +566,16 @@ def train(args: Args) -> dict:
         for group in optimizer.param_groups:
             group["lr"] = group["lr"].to(device)
         set_random_states(checkpoint["random_states"])
-        first_step, seconds, evaluations = checkpoint["step"], checkpoint["seconds"], checkpoint["evaluations"]
+        first_step, seconds, evaluations = (
+            checkpoint["step"],
+            checkpoint["seconds"],
+            checkpoint["evaluations"],
+        )
     make_folder(run_dir)
     writer = SummaryWriter(str(run_dir), purge_step=first_step + 1)
-    writer.add_text("arguments", "\n".join(f"- {name}: {value}" for name, value in vars(args).items()))
+    writer.add_text(
+        "arguments", "\n".join(f"- {name}: {value}" for name, value in vars(args).items())
+    )
     print(f"{run_dir}: {task.name}, seed {args.seed}, on {device}")
 
     def evaluate_team(step: int, episodes: int):
@@ -464,15 +588,24 @@ def train(args: Args) -> dict:
 
     def save_checkpoint(step: int) -> None:
         writer.flush()  # what is logged up to here is never logged again
-        arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "resume"}
+        arguments = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(args).items()
+            if name != "resume"
+        }
         state = {"script": "itd3_bc", "args": arguments, "step": step, "seconds": seconds}
         state |= {"evaluations": evaluations, "random_states": random_states()}
-        save_whole(state | {"team": team.state_dict(), "optimizer": optimizer.state_dict()}, run_dir / "checkpoint.pt")
+        save_whole(
+            state | {"team": team.state_dict(), "optimizer": optimizer.state_dict()},
+            run_dir / "checkpoint.pt",
+        )
 
     stop_signals: list[int] = []
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, lambda number, _: stop_signals.append(number))
-    progress = tqdm(total=args.total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
+    progress = tqdm(
+        total=args.total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty()
+    )
     started, logged_step, loss_sum = time.perf_counter(), first_step, torch.zeros(2, device=device)
     for step in range(first_step + 1, args.total_steps + 1):
         for i, group in enumerate(optimizer.param_groups):
@@ -481,15 +614,25 @@ def train(args: Args) -> dict:
         update = updates[step % args.policy_delay == 0]
         loss_sum += update(torch.randint(dataset.size, (args.batch_size,), device=device))
         progress.update()
-        stopping = bool(stop_signals)  # looked at once: one that comes later waits for the next step
+        stopping = bool(
+            stop_signals
+        )  # looked at once: one that comes later waits for the next step
         if step % 100 == 0 or step % args.eval_every == 0 or step == args.total_steps or stopping:
             mean_losses = (loss_sum / (step - logged_step)).tolist()
             if not math.isfinite(sum(mean_losses)):
-                last_good = f"; {run_dir}/checkpoint.pt is the last good one" if (run_dir / "checkpoint.pt").exists() else ""
-                raise InputError(f"a loss of steps {logged_step + 1} to {step} is not finite{last_good}")
+                last_good = (
+                    f"; {run_dir}/checkpoint.pt is the last good one"
+                    if (run_dir / "checkpoint.pt").exists()
+                    else ""
+                )
+                raise InputError(
+                    f"a loss of steps {logged_step + 1} to {step} is not finite{last_good}"
+                )
             writer.add_scalar("losses/critics", mean_losses[0], step)
             if policy_steps := step // args.policy_delay - logged_step // args.policy_delay:
-                writer.add_scalar("losses/policy", mean_losses[1] * (step - logged_step) / policy_steps, step)
+                writer.add_scalar(
+                    "losses/policy", mean_losses[1] * (step - logged_step) / policy_steps, step
+                )
             logged_step = step
             loss_sum.zero_()
         if step % args.eval_every == 0 or stopping:
@@ -499,12 +642,17 @@ def train(args: Args) -> dict:
                 evaluations.append(evaluate_team(step, args.eval_episodes)[1])
                 progress.set_postfix_str(f"score {evaluations[-1]['score']:.2f}")
                 if progress.disable:
-                    print(f"step {step} of {args.total_steps}: score {evaluations[-1]['score']:.2f}, {step / seconds:.0f} steps/s", flush=True)
+                    print(
+                        f"step {step} of {args.total_steps}: score {evaluations[-1]['score']:.2f}, {step / seconds:.0f} steps/s",
+                        flush=True,
+                    )
             save_checkpoint(step)
             started = time.perf_counter()
         if stopping:
             progress.close()
-            print(f"stopped after step {step}; go on with: python baselines/itd3_bc.py --resume {run_dir}")
+            print(
+                f"stopped after step {step}; go on with: python baselines/itd3_bc.py --resume {run_dir}"
+            )
             sys.exit(128 + stop_signals[0])
     seconds += time.perf_counter() - started
     progress.close()
@@ -518,8 +666,15 @@ def train(args: Args) -> dict:
         "paper_score": PAPER_SCORES.get(task.name.removesuffix("-other-legs")),
         "returns": record["returns"],
         "evaluations": evaluations,
-        "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "args": {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(args).items()
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
         "dataset": dataset.description,
         "seconds": seconds,
         "steps_per_second": args.total_steps / seconds,
@@ -529,7 +684,9 @@ def train(args: Args) -> dict:
     if task.environment == "Reacher-v4":
         plot_team_strategy(task, evaluation, run_dir / "strategy.png")
     writer.close()
-    print(f"{task.name}: score {result['score']:.3f} ± {result['score_stderr']:.3f} over 100 greedy episodes (paper: {result['paper_score'] or '-'})")
+    print(
+        f"{task.name}: score {result['score']:.3f} ± {result['score_stderr']:.3f} over 100 greedy episodes (paper: {result['paper_score'] or '-'})"
+    )
     print(f"{seconds:.0f} s of training; everything is in {run_dir}")
     return result
 

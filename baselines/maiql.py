@@ -141,7 +141,9 @@ class BatchedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(len(in_dims), max(in_dims), out_dim))
         self.bias = nn.Parameter(torch.zeros(len(in_dims), 1, out_dim))
-        for weight, bias, width in zip(self.weight.data, self.bias.data, in_dims):  # padded inputs keep zero weights
+        for weight, bias, width in zip(
+            self.weight.data, self.bias.data, in_dims
+        ):  # padded inputs keep zero weights
             weight[:width].uniform_(-(width**-0.5), width**-0.5)
             bias.uniform_(-(width**-0.5), width**-0.5)
 
@@ -152,7 +154,13 @@ class BatchedLinear(nn.Module):
 class MLP(nn.Sequential):
     """One MLP per agent (or member): [agent, batch, in] -> [agent, batch, out]."""
 
-    def __init__(self, in_dims: Sequence[int], hidden: Sequence[int], out_dim: int, activation: Callable = nn.ReLU):
+    def __init__(
+        self,
+        in_dims: Sequence[int],
+        hidden: Sequence[int],
+        out_dim: int,
+        activation: Callable = nn.ReLU,
+    ):
         widths = [*hidden, out_dim]
         layers = [BatchedLinear(in_dims, widths[0])]
         for width_in, width_out in zip(widths, widths[1:]):
@@ -173,28 +181,46 @@ class HistoryEncoder(nn.Module):
         agents = len(in_dims)
         self.embedding = BatchedLinear(in_dims, dim)
         self.query, self.key, self.value = [BatchedLinear([dim] * agents, dim) for _ in range(3)]
-        self.norm_weight = nn.Parameter(torch.full((agents, 1, dim), 0.1))  # noise at first: not to drown the observation
+        self.norm_weight = nn.Parameter(
+            torch.full((agents, 1, dim), 0.1)
+        )  # noise at first: not to drown the observation
         self.norm_bias = nn.Parameter(torch.zeros(agents, 1, dim))
-        self.soft_key = nn.Parameter(torch.empty(agents, dim, dim).uniform_(-(dim**-0.5), dim**-0.5))
+        self.soft_key = nn.Parameter(
+            torch.empty(agents, dim, dim).uniform_(-(dim**-0.5), dim**-0.5)
+        )
         self.soft_query = nn.Parameter(torch.randn(agents, dim, 1))
         angles = torch.arange(HISTORY_LENGTH)[:, None] * 10000 ** (-torch.arange(0, dim, 2) / dim)
-        self.register_buffer("positions", torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1), persistent=False)
+        self.register_buffer(
+            "positions",
+            torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1),
+            persistent=False,
+        )
 
     def forward(self, histories: torch.Tensor) -> torch.Tensor:
         """[batch, agent, 10, pair] -> [agent, batch, dim]."""
         batch, agents, time, width = histories.shape
         one_hot = torch.eye(time, device=histories.device).expand(agents, batch, time, time)
-        tokens = torch.cat([histories.transpose(0, 1), one_hot], dim=-1)  # (x, p): [agent, batch, 10, pair + 10]
-        embedding = torch.cat([self.embedding.weight, self.embedding.bias + self.positions], dim=1)  # E: [agent, pair + 10, dim]
+        tokens = torch.cat(
+            [histories.transpose(0, 1), one_hot], dim=-1
+        )  # (x, p): [agent, batch, 10, pair + 10]
+        embedding = torch.cat(
+            [self.embedding.weight, self.embedding.bias + self.positions], dim=1
+        )  # E: [agent, pair + 10, dim]
 
-        def fold(layer: BatchedLinear) -> torch.Tensor:  # the bias joins the positions, of which every token has one
-            return embedding @ layer.weight + F.pad(layer.bias.expand(-1, time, -1), (0, 0, width, 0))
+        def fold(
+            layer: BatchedLinear,
+        ) -> torch.Tensor:  # the bias joins the positions, of which every token has one
+            return embedding @ layer.weight + F.pad(
+                layer.bias.expand(-1, time, -1), (0, 0, width, 0)
+            )
 
         form = fold(self.query) @ fold(self.key).transpose(1, 2) / self.soft_key.shape[-1] ** 0.5
         queries = (tokens.flatten(1, 2) @ form).view_as(tokens)
         attention = (queries @ tokens.transpose(2, 3)).softmax(dim=-1)  # [agent, batch, 10, 10]
         pair_and_attended = torch.cat([tokens, attention @ tokens], dim=-1).flatten(1, 2)
-        hidden = pair_and_attended @ torch.cat([embedding, fold(self.value)], dim=1)  # [agent, batch * 10, dim]
+        hidden = pair_and_attended @ torch.cat(
+            [embedding, fold(self.value)], dim=1
+        )  # [agent, batch * 10, dim]
         hidden = F.layer_norm(hidden, hidden.shape[-1:])  # its affine map is multiplied out, too
         soft_key = self.norm_weight.transpose(1, 2) * self.soft_key
         keys = torch.baddbmm(self.norm_bias @ self.soft_key, hidden, soft_key).tanh()
@@ -240,20 +266,36 @@ class Team(nn.Module):
         super().__init__()
         self.task = task
         memory_dim = 0 if task.discrete else 128
-        self.memory = HistoryEncoder([width + task.action_dim for width in task.obs_dims], memory_dim) if memory_dim else nn.Module()
-        input_dims = [memory_dim + width for width in task.obs_dims]  # an agent's input is [memory, observation]: padding comes last
-        self.policy = MLP(input_dims, [256, 256], task.action_dim if task.discrete else 2 * task.action_dim)
+        self.memory = (
+            HistoryEncoder([width + task.action_dim for width in task.obs_dims], memory_dim)
+            if memory_dim
+            else nn.Module()
+        )
+        input_dims = [
+            memory_dim + width for width in task.obs_dims
+        ]  # an agent's input is [memory, observation]: padding comes last
+        self.policy = MLP(
+            input_dims, [256, 256], task.action_dim if task.discrete else 2 * task.action_dim
+        )
         self.value = MLP(input_dims, [256, 256], 1)
         self.value_mixer = MLP([task.state_dim], [256, 256], task.num_agents + 1)
-        self.critics = MLP([task.action_dim + width for width in input_dims] * 2, [256, 256], 1)  # of all agents, then their twins
-        self.critic_mixer = MLP([task.state_dim + task.num_agents * task.action_dim], [256, 256], task.num_agents + 1)
+        self.critics = MLP(
+            [task.action_dim + width for width in input_dims] * 2, [256, 256], 1
+        )  # of all agents, then their twins
+        self.critic_mixer = MLP(
+            [task.state_dim + task.num_agents * task.action_dim], [256, 256], task.num_agents + 1
+        )
         for name in ("memory", "critics", "critic_mixer"):
-            setattr(self, f"target_{name}", copy.deepcopy(getattr(self, name)).requires_grad_(False))
+            setattr(
+                self, f"target_{name}", copy.deepcopy(getattr(self, name)).requires_grad_(False)
+            )
         self.register_buffer("state_mean", states.mean(0))
         std = states.std(0)
         self.register_buffer("state_std", torch.where(std < 1e-6, 1, std))
 
-    def inputs(self, observations: torch.Tensor, histories: torch.Tensor, target: bool = False) -> torch.Tensor:
+    def inputs(
+        self, observations: torch.Tensor, histories: torch.Tensor, target: bool = False
+    ) -> torch.Tensor:
         """h_t^i, what networks see: [batch, agent, obs], [batch, agent, 10, pair] -> [agent, batch, memory + obs]."""
         mean = self.task.observe(self.state_mean)  # [agent, obs]
         std = self.task.observe(self.state_std)
@@ -261,7 +303,10 @@ class Team(nn.Module):
         observations = (observations - mean) / std
         if self.task.discrete:
             return observations.transpose(0, 1)
-        pair_mean, pair_std = F.pad(mean, (self.task.action_dim, 0)), F.pad(std, (self.task.action_dim, 0), value=1.0)
+        pair_mean, pair_std = (
+            F.pad(mean, (self.task.action_dim, 0)),
+            F.pad(std, (self.task.action_dim, 0), value=1.0),
+        )
         histories = (histories - pair_mean[:, None]) / pair_std[:, None]
         memory = self.target_memory(histories) if target else self.memory(histories)
         return torch.cat([memory, observations.transpose(0, 1)], dim=-1)
@@ -279,12 +324,28 @@ class Team(nn.Module):
         weights = self.value_mixer(((states - self.state_mean) / self.state_std)[None])[0]
         return (weights[:, :-1] * self.value(inputs)[..., 0].T).sum(-1) + weights[:, -1]
 
-    def team_critics(self, inputs: torch.Tensor, states: torch.Tensor, actions: torch.Tensor, target: bool = False) -> torch.Tensor:
+    def team_critics(
+        self,
+        inputs: torch.Tensor,
+        states: torch.Tensor,
+        actions: torch.Tensor,
+        target: bool = False,
+    ) -> torch.Tensor:
         """Q_j(s, a) = sum_i w_i(s, a) Q_ij(h_i, a_i) + b(s, a) of both twins j: [twin, batch]."""
-        critics, mixer = (self.target_critics, self.target_critic_mixer) if target else (self.critics, self.critic_mixer)
-        x = torch.cat([actions.transpose(0, 1), inputs], dim=-1)  # the action first: padding comes last
-        values = critics(x.repeat(2, 1, 1))[..., 0].unflatten(0, (2, self.task.num_agents))  # [twin, agent, batch]
-        mixer_inputs = torch.cat([(states - self.state_mean) / self.state_std, actions.flatten(1)], dim=-1)
+        critics, mixer = (
+            (self.target_critics, self.target_critic_mixer)
+            if target
+            else (self.critics, self.critic_mixer)
+        )
+        x = torch.cat(
+            [actions.transpose(0, 1), inputs], dim=-1
+        )  # the action first: padding comes last
+        values = critics(x.repeat(2, 1, 1))[..., 0].unflatten(
+            0, (2, self.task.num_agents)
+        )  # [twin, agent, batch]
+        mixer_inputs = torch.cat(
+            [(states - self.state_mean) / self.state_std, actions.flatten(1)], dim=-1
+        )
         weights = mixer(mixer_inputs[None])[0].T  # [agent + 1, batch]
         return (weights[:-1] * values).sum(1) + weights[-1]
 
@@ -298,7 +359,9 @@ class Team(nn.Module):
         if self.task.discrete:
             gumbel = -torch.empty_like(distribution.logits).exponential_().log()
             return distribution._replace(logits=distribution.logits + gumbel).greedy()
-        actions = distribution.mean + distribution.log_std.exp() * torch.randn_like(distribution.mean)
+        actions = distribution.mean + distribution.log_std.exp() * torch.randn_like(
+            distribution.mean
+        )
         return actions.tanh().clamp(-ACTION_LIMIT, ACTION_LIMIT)
 
 
@@ -317,10 +380,23 @@ class Batch(NamedTuple):
 def gather_batch(dataset: OfflineDataset, indices: torch.Tensor) -> Batch:
     """Rows `indices` [batch] of the dataset, with the agents' histories before them and after them."""
     task, states, next_states = dataset.task, dataset.states[indices], dataset.next_states[indices]
-    observations, histories, actions = task.observe(states), dataset.histories(indices), dataset.actions[indices]
+    observations, histories, actions = (
+        task.observe(states),
+        dataset.histories(indices),
+        dataset.actions[indices],
+    )
     next_histories = append_to_histories(histories, observations, actions)
     columns = (dataset.rewards[indices], dataset.masks[indices])
-    return Batch(states, observations, histories, actions, *columns, next_states, task.observe(next_states), next_histories)
+    return Batch(
+        states,
+        observations,
+        histories,
+        actions,
+        *columns,
+        next_states,
+        task.observe(next_states),
+        next_histories,
+    )
 
 
 class OnlineData:
@@ -331,38 +407,67 @@ class OnlineData:
     """
 
     def __init__(self, task: Task, dataset: OfflineDataset, args: Args, reward_scale: float = 1.0):
-        self.dataset, self.length, self.filled, self.next_row = dataset, args.rollout_length, 0, dataset.size
+        self.dataset, self.length, self.filled, self.next_row = (
+            dataset,
+            args.rollout_length,
+            0,
+            dataset.size,
+        )
         self.reward_scale = reward_scale
         batches = math.ceil(args.total_steps / args.rollout_every)
         self.rollouts = math.ceil(dataset.size / batches / self.length)
         if self.rollouts > 2000:
-            raise InputError(f"--finetune would need {self.rollouts} rollouts at once; take more --total-steps or a longer --rollout-length")
+            raise InputError(
+                f"--finetune would need {self.rollouts} rollouts at once; take more --total-steps or a longer --rollout-length"
+            )
         self.simulator = make_simulator(task, self.rollouts)
         self.columns = ("states", "next_states", "actions", "rewards", "masks", "episode_starts")
         for name in self.columns:
             column = getattr(dataset, name)
-            room = column.new_zeros((batches * self.rollouts * (HISTORY_LENGTH + self.length), *column.shape[1:]))
+            room = column.new_zeros(
+                (batches * self.rollouts * (HISTORY_LENGTH + self.length), *column.shape[1:])
+            )
             setattr(dataset, name, torch.cat([column, room]))
-        self.rows = torch.zeros(batches * self.rollouts * self.length, dtype=torch.int64, device=dataset.device)
+        self.rows = torch.zeros(
+            batches * self.rollouts * self.length, dtype=torch.int64, device=dataset.device
+        )
 
     @torch.no_grad()
     def collect(self, team: Team) -> None:
         """One more batch of rollouts, with sampled actions; each ends early at a terminal."""
         dataset, past = self.dataset, torch.arange(-HISTORY_LENGTH, 0, device=self.dataset.device)
         starts = torch.randint(dataset.size, (self.rollouts,), device=dataset.device)
-        first = self.next_row + HISTORY_LENGTH + (HISTORY_LENGTH + self.length) * torch.arange(self.rollouts, device=dataset.device)
+        first = (
+            self.next_row
+            + HISTORY_LENGTH
+            + (HISTORY_LENGTH + self.length) * torch.arange(self.rollouts, device=dataset.device)
+        )
         copied, copies = (starts[:, None] + past).clamp(min=0), first[:, None] + past
-        dataset.states[copies], dataset.actions[copies] = dataset.states[copied], dataset.actions[copied]
+        dataset.states[copies], dataset.actions[copies] = (
+            dataset.states[copied],
+            dataset.actions[copied],
+        )
         episode_starts = first - (starts - dataset.episode_starts[starts]).clamp(max=HISTORY_LENGTH)
         states = self.simulator.set_states(dataset.states[starts].cpu().numpy())
         alive = torch.ones_like(starts, dtype=torch.bool)
         for rows in first + torch.arange(self.length, device=dataset.device)[:, None]:
-            dataset.states[rows], dataset.episode_starts[rows] = torch.as_tensor(states).to(dataset.states), episode_starts
-            actions = team.sample_actions(dataset.task.observe(dataset.states[rows]), dataset.histories(rows))
+            dataset.states[rows], dataset.episode_starts[rows] = (
+                torch.as_tensor(states).to(dataset.states),
+                episode_starts,
+            )
+            actions = team.sample_actions(
+                dataset.task.observe(dataset.states[rows]), dataset.histories(rows)
+            )
             states, rewards, terminals = self.simulator.step(actions.cpu().numpy())
             terminals = torch.as_tensor(terminals, device=dataset.device)
-            dataset.actions[rows], dataset.rewards[rows] = actions, torch.as_tensor(rewards * self.reward_scale).to(dataset.rewards)
-            dataset.next_states[rows], dataset.masks[rows] = torch.as_tensor(states).to(dataset.states), 1 - terminals.float()
+            dataset.actions[rows], dataset.rewards[rows] = (
+                actions,
+                torch.as_tensor(rewards * self.reward_scale).to(dataset.rewards),
+            )
+            dataset.next_states[rows], dataset.masks[rows] = (
+                torch.as_tensor(states).to(dataset.states),
+                1 - terminals.float(),
+            )
             recorded = rows[alive]
             self.rows[self.filled : self.filled + len(recorded)] = recorded
             self.filled += len(recorded)
@@ -372,11 +477,20 @@ class OnlineData:
     def sample(self, count: int) -> torch.Tensor:
         """Rows [count], each of the dataset's or of the rollouts' with the same chance."""
         draws = torch.randint(self.dataset.size + self.filled, (count,), device=self.dataset.device)
-        return torch.where(draws < self.dataset.size, draws, self.rows[(draws - self.dataset.size).clamp(min=0)])
+        return torch.where(
+            draws < self.dataset.size, draws, self.rows[(draws - self.dataset.size).clamp(min=0)]
+        )
 
     def state_dict(self) -> dict:
-        columns = {name: getattr(self.dataset, name)[self.dataset.size : self.next_row].clone() for name in self.columns}
-        return {"columns": columns, "rows": self.rows[: self.filled].clone(), "next_row": self.next_row}
+        columns = {
+            name: getattr(self.dataset, name)[self.dataset.size : self.next_row].clone()
+            for name in self.columns
+        }
+        return {
+            "columns": columns,
+            "rows": self.rows[: self.filled].clone(),
+            "next_row": self.next_row,
+        }
 
     def load_state_dict(self, saved: dict) -> None:
         self.next_row, self.filled = saved["next_row"], len(saved["rows"])
@@ -398,9 +512,13 @@ def maiql_losses(team: Team, batch: Batch, args: Args) -> torch.Tensor:
     inputs = team.inputs(batch.observations, batch.histories)
     with torch.no_grad():
         target_inputs = team.inputs(batch.observations, batch.histories, target=True)
-        target_q = team.team_critics(target_inputs, batch.states, batch.actions, target=True).amin(0)  # [batch]
+        target_q = team.team_critics(target_inputs, batch.states, batch.actions, target=True).amin(
+            0
+        )  # [batch]
         next_inputs = team.inputs(batch.next_observations, batch.next_histories)
-        td_targets = batch.rewards + args.gamma * batch.masks * team.team_value(next_inputs, batch.next_states)
+        td_targets = batch.rewards + args.gamma * batch.masks * team.team_value(
+            next_inputs, batch.next_states
+        )
 
     # Expectile regression of the value to the target critics (IQL, Eq. 5).
     advantages = target_q - team.team_value(inputs, batch.states)
@@ -443,19 +561,25 @@ class CUDAGraph:
 def check_positive(args, *names: str) -> None:
     for name in names:
         if not getattr(args, name) > 0:
-            raise InputError(f"--{name.replace('_', '-')} must be above 0; it is {getattr(args, name)}")
+            raise InputError(
+                f"--{name.replace('_', '-')} must be above 0; it is {getattr(args, name)}"
+            )
 
 
 def check_range(args, low: float, high: float, *names: str) -> None:
     for name in names:
         if not low <= getattr(args, name) <= high:
-            raise InputError(f"--{name.replace('_', '-')} must be from {low} to {high}; it is {getattr(args, name)}")
+            raise InputError(
+                f"--{name.replace('_', '-')} must be from {low} to {high}; it is {getattr(args, name)}"
+            )
 
 
 def choose_device(args) -> torch.device:
     cuda = torch.cuda.is_available()
     if args.device == "cuda" and not cuda:
-        raise InputError("--device cuda: this machine has no CUDA GPU that PyTorch can use; take --device auto or cpu")
+        raise InputError(
+            "--device cuda: this machine has no CUDA GPU that PyTorch can use; take --device auto or cpu"
+        )
     device = torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
     if args.cudagraphs and device.type == "cpu":
         raise InputError("--cudagraphs needs a CUDA GPU; leave it out on this machine")
@@ -473,7 +597,10 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 
 
 def random_states() -> dict:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
 
 
 def set_random_states(states: dict) -> None:
@@ -485,7 +612,9 @@ def set_random_states(states: dict) -> None:
 def save_whole(data, path: Path) -> None:
     """Writes a checkpoint or a result so that `path` holds the old one or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=1)) if path.name == "result.json" else torch.save(data, temporary)
+    temporary.write_text(json.dumps(data, indent=1)) if path.name == "result.json" else torch.save(
+        data, temporary
+    )
     temporary.replace(path)
 
 
@@ -493,26 +622,40 @@ def make_folder(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot make the folder {run_dir} ({error.strerror}); give another --run-dir") from None
+        raise InputError(
+            f"cannot make the folder {run_dir} ({error.strerror}); give another --run-dir"
+        ) from None
 
 
 def open_run(args, script: str) -> tuple[Path, dict | None]:
     """The run's folder and, if it is resumed, its checkpoint, from which `args` are taken."""
     if args.resume is None:
-        run_dir = args.run_dir or Path("runs") / f"{args.task}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        run_dir = (
+            args.run_dir
+            or Path("runs")
+            / f"{args.task}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        )
         if run_dir.is_file() or run_dir.exists() and any(run_dir.iterdir()):
-            raise InputError(f"{run_dir} is in use; go on with that run by --resume {run_dir}, or give another --run-dir")
+            raise InputError(
+                f"{run_dir} is in use; go on with that run by --resume {run_dir}, or give another --run-dir"
+            )
         return run_dir, None
     path = args.resume / "checkpoint.pt"
     if not path.is_file():
-        raise InputError(f"no checkpoint at {path}; --resume takes the folder of a run that was started before")
+        raise InputError(
+            f"no checkpoint at {path}; --resume takes the folder of a run that was started before"
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         saved, started_by = checkpoint["args"], checkpoint["script"]
     except Exception as error:
-        raise InputError(f"{path} is not a whole checkpoint ({type(error).__name__}); start the run again") from None
+        raise InputError(
+            f"{path} is not a whole checkpoint ({type(error).__name__}); start the run again"
+        ) from None
     if started_by != script or saved.keys() | {"resume"} != vars(args).keys():
-        raise InputError(f"{args.resume} is not a run of this {script}.py; resume it with the script and version that started it")
+        raise InputError(
+            f"{args.resume} is not a run of this {script}.py; resume it with the script and version that started it"
+        )
     for name, value in saved.items():
         paths = ("dataset", "world_model", "output", "run_dir")
         setattr(args, name, Path(value) if name in paths and value is not None else value)
@@ -528,21 +671,39 @@ def train(args: Args) -> dict:
         args.eval_every = 100 if args.task.startswith("coordination") else 1000
     if args.eval_episodes is None:
         args.eval_episodes = 10 if args.task.startswith("ant") else 100
-    check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size", "learning_rate", "memory_learning_rate", "max_grad_norm")
+    check_positive(
+        args,
+        "total_steps",
+        "eval_every",
+        "eval_episodes",
+        "batch_size",
+        "learning_rate",
+        "memory_learning_rate",
+        "max_grad_norm",
+    )
     check_positive(args, "rollout_length", "rollout_every")
     check_range(args, 0, 1, "gamma", "polyak", "expectile")
     check_range(args, 0, math.inf, "beta", "max_weight")
     run_dir, checkpoint = open_run(args, "maiql")
     task, device = find_task(args.task), choose_device(args)
-    dataset = load_dataset(task, args.dataset, device)  # before seeding: recording it draws random numbers
+    dataset = load_dataset(
+        task, args.dataset, device
+    )  # before seeding: recording it draws random numbers
     reward_scale = normalize_rewards(dataset)
     seed_everything(args.seed, args.torch_deterministic)
     team = Team(task, dataset.states).to(device)
     online_data = OnlineData(task, dataset, args, reward_scale) if args.finetune else None
     last_step = 2 * args.total_steps if args.finetune else args.total_steps
     groups = []
-    for networks in ([team.policy], [team.value, team.value_mixer], [team.critics, team.critic_mixer], [team.memory]):
-        if parameters := [parameter for network in networks for parameter in network.parameters()]:  # agents of the coordination game have no memory
+    for networks in (
+        [team.policy],
+        [team.value, team.value_mixer],
+        [team.critics, team.critic_mixer],
+        [team.memory],
+    ):
+        if parameters := [
+            parameter for network in networks for parameter in network.parameters()
+        ]:  # agents of the coordination game have no memory
             # The learning rate is a tensor, so that a CUDA graph sees it change.
             groups.append({"params": parameters, "lr": torch.zeros((), device=device)})
     optimizer = torch.optim.Adam(groups, fused=True, capturable=args.cudagraphs)
@@ -575,10 +736,16 @@ def train(args: Args) -> dict:
         set_random_states(checkpoint["random_states"])
         if online_data:
             online_data.load_state_dict(checkpoint["online_data"])
-        first_step, seconds, evaluations = checkpoint["step"], checkpoint["seconds"], checkpoint["evaluations"]
+        first_step, seconds, evaluations = (
+            checkpoint["step"],
+            checkpoint["seconds"],
+            checkpoint["evaluations"],
+        )
     make_folder(run_dir)
     writer = SummaryWriter(str(run_dir), purge_step=first_step + 1)
-    writer.add_text("arguments", "\n".join(f"- {name}: {value}" for name, value in vars(args).items()))
+    writer.add_text(
+        "arguments", "\n".join(f"- {name}: {value}" for name, value in vars(args).items())
+    )
     print(f"{run_dir}: {task.name}, seed {args.seed}, on {device}")
 
     def evaluate_team(step: int, episodes: int):
@@ -591,16 +758,25 @@ def train(args: Args) -> dict:
 
     def save_checkpoint(step: int) -> None:
         writer.flush()  # what is logged up to here is never logged again
-        arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "resume"}
+        arguments = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(args).items()
+            if name != "resume"
+        }
         state = {"script": "maiql", "args": arguments, "step": step, "seconds": seconds}
         state |= {"evaluations": evaluations, "random_states": random_states()}
         state |= {"online_data": online_data.state_dict()} if online_data else {}
-        save_whole(state | {"team": team.state_dict(), "optimizer": optimizer.state_dict()}, run_dir / "checkpoint.pt")
+        save_whole(
+            state | {"team": team.state_dict(), "optimizer": optimizer.state_dict()},
+            run_dir / "checkpoint.pt",
+        )
 
     stop_signals: list[int] = []
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, lambda number, _: stop_signals.append(number))
-    progress = tqdm(total=last_step, initial=first_step, unit="step", disable=not sys.stderr.isatty())
+    progress = tqdm(
+        total=last_step, initial=first_step, unit="step", disable=not sys.stderr.isatty()
+    )
     started, logged_step, loss_sum = time.perf_counter(), first_step, torch.zeros(3, device=device)
     for step in range(first_step + 1, last_step + 1):
         for i, group in enumerate(optimizer.param_groups):
@@ -609,15 +785,27 @@ def train(args: Args) -> dict:
         finetuning = online_data and step > args.total_steps and online_data.filled < dataset.size
         if finetuning and (step - args.total_steps - 1) % args.rollout_every == 0:
             online_data.collect(team)
-        rows = online_data.sample(args.batch_size) if online_data else torch.randint(dataset.size, (args.batch_size,), device=device)
+        rows = (
+            online_data.sample(args.batch_size)
+            if online_data
+            else torch.randint(dataset.size, (args.batch_size,), device=device)
+        )
         loss_sum += update(rows)
         progress.update()
-        stopping = bool(stop_signals)  # looked at once: one that comes later waits for the next step
+        stopping = bool(
+            stop_signals
+        )  # looked at once: one that comes later waits for the next step
         if step % 100 == 0 or step % args.eval_every == 0 or step == last_step or stopping:
             mean_losses = (loss_sum / (step - logged_step)).tolist()
             if not math.isfinite(sum(mean_losses)):
-                last_good = f"; {run_dir}/checkpoint.pt is the last good one" if (run_dir / "checkpoint.pt").exists() else ""
-                raise InputError(f"a loss of steps {logged_step + 1} to {step} is not finite{last_good}")
+                last_good = (
+                    f"; {run_dir}/checkpoint.pt is the last good one"
+                    if (run_dir / "checkpoint.pt").exists()
+                    else ""
+                )
+                raise InputError(
+                    f"a loss of steps {logged_step + 1} to {step} is not finite{last_good}"
+                )
             for name, value in zip(("value", "policy", "critics"), mean_losses):
                 writer.add_scalar(f"losses/{name}", value, step)
             logged_step = step
@@ -629,19 +817,26 @@ def train(args: Args) -> dict:
                 evaluations.append(evaluate_team(step, args.eval_episodes)[1])
                 progress.set_postfix_str(f"score {evaluations[-1]['score']:.2f}")
                 if progress.disable:
-                    print(f"step {step} of {last_step}: score {evaluations[-1]['score']:.2f}, {step / seconds:.0f} steps/s", flush=True)
+                    print(
+                        f"step {step} of {last_step}: score {evaluations[-1]['score']:.2f}, {step / seconds:.0f} steps/s",
+                        flush=True,
+                    )
             save_checkpoint(step)
             started = time.perf_counter()
         if stopping:
             progress.close()
-            print(f"stopped after step {step}; go on with: python baselines/maiql.py --resume {run_dir}")
+            print(
+                f"stopped after step {step}; go on with: python baselines/maiql.py --resume {run_dir}"
+            )
             sys.exit(128 + stop_signals[0])
     seconds += time.perf_counter() - started
     progress.close()
 
     evaluation, record = evaluate_team(last_step, 100)
     scores = task.normalized_score(evaluation.returns)
-    paper_score = (FINETUNED_PAPER_SCORES if args.finetune else PAPER_SCORES).get(task.name.removesuffix("-other-legs"))
+    paper_score = (FINETUNED_PAPER_SCORES if args.finetune else PAPER_SCORES).get(
+        task.name.removesuffix("-other-legs")
+    )
     result = {
         "score": record["score"],
         "score_stderr": float(scores.std(ddof=1) / len(scores) ** 0.5),
@@ -649,8 +844,15 @@ def train(args: Args) -> dict:
         "paper_score": paper_score,
         "returns": record["returns"],
         "evaluations": evaluations,
-        "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "args": {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(args).items()
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
         "dataset": dataset.description,
         "seconds": seconds,
         "steps_per_second": last_step / seconds,
@@ -660,7 +862,9 @@ def train(args: Args) -> dict:
     if task.environment == "Reacher-v4":
         plot_team_strategy(task, evaluation, run_dir / "strategy.png")
     writer.close()
-    print(f"{task.name}: score {result['score']:.3f} ± {result['score_stderr']:.3f} over 100 greedy episodes (paper: {paper_score or '-'})")
+    print(
+        f"{task.name}: score {result['score']:.3f} ± {result['score_stderr']:.3f} over 100 greedy episodes (paper: {paper_score or '-'})"
+    )
     print(f"{seconds:.0f} s of training; everything is in {run_dir}")
     return result
 

@@ -72,7 +72,9 @@ class BatchedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(len(in_dims), max(in_dims), out_dim))
         self.bias = nn.Parameter(torch.zeros(len(in_dims), 1, out_dim))
-        for weight, bias, width in zip(self.weight.data, self.bias.data, in_dims):  # padded inputs keep zero weights
+        for weight, bias, width in zip(
+            self.weight.data, self.bias.data, in_dims
+        ):  # padded inputs keep zero weights
             weight[:width].uniform_(-(width**-0.5), width**-0.5)
             bias.uniform_(-(width**-0.5), width**-0.5)
 
@@ -83,7 +85,13 @@ class BatchedLinear(nn.Module):
 class MLP(nn.Sequential):
     """One MLP per agent (or member): [agent, batch, in] -> [agent, batch, out]."""
 
-    def __init__(self, in_dims: Sequence[int], hidden: Sequence[int], out_dim: int, activation: Callable = nn.ReLU):
+    def __init__(
+        self,
+        in_dims: Sequence[int],
+        hidden: Sequence[int],
+        out_dim: int,
+        activation: Callable = nn.ReLU,
+    ):
         widths = [*hidden, out_dim]
         layers = [BatchedLinear(in_dims, widths[0])]
         for width_in, width_out in zip(widths, widths[1:]):
@@ -116,7 +124,9 @@ class Team(nn.Module):
         return (weights * self.value(x)[..., 0].T).sum(-1) + bias[:, 0]
 
 
-def generalized_advantages(rewards, values, next_values, masks, time_out_masks, discount, gae_lambda):
+def generalized_advantages(
+    rewards, values, next_values, masks, time_out_masks, discount, gae_lambda
+):
     """Returns and advantages [time, rollout], Appendix A: a terminal (mask 0) stops the bootstrap, a time-out does not."""
     returns, advantages = torch.empty_like(rewards), torch.empty_like(rewards)
     running_return, running_advantage = next_values[-1], torch.zeros_like(rewards[0])
@@ -124,7 +134,9 @@ def generalized_advantages(rewards, values, next_values, masks, time_out_masks, 
         bootstrap = torch.where(time_out_masks[t] > 0, running_return, next_values[t])
         running_return = rewards[t] + discount * masks[t] * bootstrap
         delta = rewards[t] + discount * masks[t] * next_values[t] - values[t]
-        running_advantage = delta + discount * gae_lambda * masks[t] * time_out_masks[t] * running_advantage
+        running_advantage = (
+            delta + discount * gae_lambda * masks[t] * time_out_masks[t] * running_advantage
+        )
         returns[t], advantages[t] = running_return, running_advantage
     return returns, advantages
 
@@ -134,7 +146,10 @@ def train_expert(args: Experts) -> dict:
     torch.manual_seed(args.seed)
     team, episodes, length = Team(), 40, TASK.episode_length
     optimizer = torch.optim.Adam(team.parameters(), lr=args.learning_rate, fused=True)
-    simulator, generators = Simulator(TASK, episodes), [np.random.default_rng([args.seed, i]) for i in range(episodes)]
+    simulator, generators = (
+        Simulator(TASK, episodes),
+        [np.random.default_rng([args.seed, i]) for i in range(episodes)],
+    )
     entropy_alpha = 0.0
     progress = tqdm(range(args.total_steps), desc="experts", mininterval=1, disable=None)
     for step in progress:
@@ -152,13 +167,27 @@ def train_expert(args: Experts) -> dict:
             time_out_masks = torch.ones_like(rewards)
             time_out_masks[-1] = 0
             returns, advantages = generalized_advantages(
-                rewards, values[:-1], values[1:], torch.ones_like(rewards), time_out_masks, 0.97, 0.95
+                rewards,
+                values[:-1],
+                values[1:],
+                torch.ones_like(rewards),
+                time_out_masks,
+                0.97,
+                0.95,
             )
-            old_log_probs = team.distribution(states[:-1].flatten(0, 1)).log_prob(actions.flatten(0, 1)).sum((1, 2))
+            old_log_probs = (
+                team.distribution(states[:-1].flatten(0, 1))
+                .log_prob(actions.flatten(0, 1))
+                .sum((1, 2))
+            )
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-3)
-        batch = [x.flatten(0, 1) for x in (states[:-1], actions, returns, advantages, values[:-1])] + [old_log_probs]
+        batch = [
+            x.flatten(0, 1) for x in (states[:-1], actions, returns, advantages, values[:-1])
+        ] + [old_log_probs]
         for _ in range(5):
-            for indices in torch.randperm(length * episodes).split(256)[:-1]:  # the rest, less than 256, is dropped
+            for indices in torch.randperm(length * episodes).split(256)[
+                :-1
+            ]:  # the rest, less than 256, is dropped
                 s, a, target, advantage, old_value, old_log_prob = [x[indices] for x in batch]
                 distribution, value = team.distribution(s), team.team_value(s)
                 log_prob = distribution.log_prob(a).sum((1, 2))
@@ -166,22 +195,41 @@ def train_expert(args: Experts) -> dict:
                 clipped = ratio.clamp(0.8, 1.2)
                 actor_loss = -torch.min(ratio * advantage, clipped * advantage).mean()
                 clipped_value = old_value + (value - old_value).clamp(-0.2, 0.2)
-                critic_loss = torch.max((clipped_value - target).square().mean(), (value - target).square().mean())
+                critic_loss = torch.max(
+                    (clipped_value - target).square().mean(), (value - target).square().mean()
+                )
                 entropy = torch.min((-ratio * log_prob).mean(), (-clipped * log_prob).mean())
-                entropy_alpha = max(0.0, entropy_alpha + 0.001 * (args.entropy_target - entropy.item()))
+                entropy_alpha = max(
+                    0.0, entropy_alpha + 0.001 * (args.entropy_target - entropy.item())
+                )
                 excess = (distribution.mean.abs() - 1).clamp(min=0).square().sum((1, 2))
                 penalty = torch.max((ratio * excess).mean(), (clipped * excess).mean())
                 optimizer.zero_grad()
                 (actor_loss + 0.5 * critic_loss - entropy_alpha * entropy + penalty).backward()
                 nn.utils.clip_grad_norm_(team.parameters(), 1.0)
                 optimizer.step()
-        progress.set_postfix_str(f"return {rewards.sum(0).mean():.2f}, entropy {entropy.item():.2f}")
-    evaluation = evaluate(TASK, lambda observations, _: team.distribution(observations[:, 0]).mean, 1000)
+        progress.set_postfix_str(
+            f"return {rewards.sum(0).mean():.2f}, entropy {entropy.item():.2f}"
+        )
+    evaluation = evaluate(
+        TASK, lambda observations, _: team.distribution(observations[:, 0]).mean, 1000
+    )
     bends = np.arctan2(evaluation.last_states[:, 3], evaluation.last_states[:, 1])
-    result = {"greedy_return": float(evaluation.returns.mean()), "share_of_positive_bends": float((bends > 0).mean())}
+    result = {
+        "greedy_return": float(evaluation.returns.mean()),
+        "share_of_positive_bends": float((bends > 0).mean()),
+    }
     output = args.output or FOLDER / f"reacher_expert_{args.seed}.pt"
     temporary = output.with_suffix(".tmp")
-    torch.save({"policy": team.policy.state_dict(), "seed": args.seed, "total_steps": args.total_steps, **result}, temporary)
+    torch.save(
+        {
+            "policy": team.policy.state_dict(),
+            "seed": args.seed,
+            "total_steps": args.total_steps,
+            **result,
+        },
+        temporary,
+    )
     temporary.replace(output)
     print(f"stochastic return {rewards.sum(0).mean():.3f}", result)
     return result
@@ -200,9 +248,13 @@ def load_experts(paths: Sequence[Path]) -> list[Team]:
             teams[-1].policy.load_state_dict(saved["policy"])
             shares.append(saved["share_of_positive_bends"])
         except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError):
-            raise InputError(f"{path} is truncated or no expert; make it again with: {command}") from None
+            raise InputError(
+                f"{path} is truncated or no expert; make it again with: {command}"
+            ) from None
     if not min(shares) < 0.05 < 0.95 < max(shares):
-        raise InputError(f"the experts bend the arm to theta2 > 0 in {shares} of episodes; train others with --seed")
+        raise InputError(
+            f"the experts bend the arm to theta2 > 0 in {shares} of episodes; train others with --seed"
+        )
     return teams
 
 
@@ -211,7 +263,9 @@ def record_dataset(args: Dataset) -> None:
     """Records whole episodes of the first team, then as many of the second, into one D4RL file, written whole or not at all."""
     batch, length = 500, TASK.episode_length
     if args.episodes <= 0 or args.episodes % (2 * batch):
-        raise InputError(f"--episodes must be a multiple of {2 * batch}, half from each team; it is {args.episodes}")
+        raise InputError(
+            f"--episodes must be a multiple of {2 * batch}, half from each team; it is {args.episodes}"
+        )
     if not args.output.parent.is_dir():
         raise InputError(f"no folder {args.output.parent} to write {args.output.name} to")
     teams = load_experts(args.experts)
@@ -219,14 +273,30 @@ def record_dataset(args: Dataset) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same file to the bit, whatever the number of threads
     size = args.episodes * length
-    shapes = {"observations": (size, 11), "actions": (size, 2), "rewards": (size,), "next_observations": (size, 11)}
+    shapes = {
+        "observations": (size, 11),
+        "actions": (size, 2),
+        "rewards": (size,),
+        "next_observations": (size, 11),
+    }
     columns = {name: np.empty(shape, dtype=np.float32) for name, shape in shapes.items()}
     returns = []
     print(f"recording {args.episodes} episodes to {args.output}", flush=True)
-    for first in tqdm(range(0, args.episodes, batch), unit_scale=batch, unit="episode", mininterval=1, disable=None):  # a bar in a terminal only
+    for first in tqdm(
+        range(0, args.episodes, batch),
+        unit_scale=batch,
+        unit="episode",
+        mininterval=1,
+        disable=None,
+    ):  # a bar in a terminal only
         team = teams[first >= args.episodes // 2]
-        states = simulator.reset([np.random.default_rng([args.seed, first + i]) for i in range(batch)])
-        rows = {name: np.empty((batch, length, *shape[1:]), dtype=np.float32) for name, shape in shapes.items()}
+        states = simulator.reset(
+            [np.random.default_rng([args.seed, first + i]) for i in range(batch)]
+        )
+        rows = {
+            name: np.empty((batch, length, *shape[1:]), dtype=np.float32)
+            for name, shape in shapes.items()
+        }
         for t in range(length):
             distribution = team.distribution(torch.as_tensor(states, dtype=torch.float32))
             noise = torch.randn(distribution.mean.shape, generator=generator)
@@ -236,11 +306,15 @@ def record_dataset(args: Dataset) -> None:
             rows["next_observations"][:, t] = states
         returns.append(rows["rewards"].sum(1))
         for name, column in columns.items():
-            column[first * length : (first + batch) * length] = rows[name].reshape(batch * length, *shapes[name][1:])
+            column[first * length : (first + batch) * length] = rows[name].reshape(
+                batch * length, *shapes[name][1:]
+            )
     torch.set_num_threads(threads)
     columns["terminals"] = np.zeros(size, dtype=bool)
     columns["timeouts"] = np.arange(1, size + 1) % length == 0
-    temporary = args.output.with_suffix(f".{os.getpid()}.tmp")  # scripts that start together may record at once
+    temporary = args.output.with_suffix(
+        f".{os.getpid()}.tmp"
+    )  # scripts that start together may record at once
     with h5py.File(temporary, "w") as file:
         for name, column in columns.items():
             file.create_dataset(name, data=column)
@@ -252,7 +326,9 @@ def record_dataset(args: Dataset) -> None:
         )
     temporary.replace(args.output)
     returns = np.concatenate(returns)
-    print(f"{args.output}: {size} transitions, return {returns.mean():.3f}, from {returns.min():.2f} to {returns.max():.2f}")
+    print(
+        f"{args.output}: {size} transitions, return {returns.mean():.3f}, from {returns.min():.2f} to {returns.max():.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -48,17 +48,30 @@ def fetch(url: str, part: Path, attempts: int = 5) -> None:
         have = part.stat().st_size if part.exists() and version.exists() else 0
         headers = {"Range": f"bytes={have}-", "If-Range": version.read_text()} if have else {}
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as response:
-                if response.status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            with urllib.request.urlopen(
+                urllib.request.Request(url, headers=headers), timeout=30
+            ) as response:
+                if response.status == 206 and not response.headers.get(
+                    "Content-Range", ""
+                ).startswith(f"bytes {have}-"):
                     raise OSError("the server sent another part than asked for")
-                have = have if response.status == 206 else 0  # another version, or a server without ranges: from the beginning
+                have = (
+                    have if response.status == 206 else 0
+                )  # another version, or a server without ranges: from the beginning
                 if response.headers["Content-Length"] is None:
                     raise OSError("the server does not say how long the file is")
                 total = have + int(response.headers["Content-Length"])
                 name = response.headers["ETag"] or response.headers["Last-Modified"]
                 version.write_text(name) if name else version.unlink(missing_ok=True)
                 with part.open("ab" if have else "wb") as file:
-                    with tqdm(total=total, initial=have, unit="B", unit_scale=True, mininterval=1, disable=None) as progress:
+                    with tqdm(
+                        total=total,
+                        initial=have,
+                        unit="B",
+                        unit_scale=True,
+                        mininterval=1,
+                        disable=None,
+                    ) as progress:
                         while chunk := response.read(1 << 20):
                             file.write(chunk)
                             progress.update(len(chunk))
@@ -67,12 +80,16 @@ def fetch(url: str, part: Path, attempts: int = 5) -> None:
                 return
             raise OSError(f"it broke off after {part.stat().st_size} of {total} bytes")
         except urllib.error.HTTPError as error:
-            if error.code == 416:  # nothing is left to send, although the file was not whole: begin again
+            if (
+                error.code == 416
+            ):  # nothing is left to send, although the file was not whole: begin again
                 version.unlink()
             elif error.code < 500 or attempt == attempts:
                 raise
         except (OSError, http.client.HTTPException):
-            if attempt == attempts or have == (part.stat().st_size if part.exists() else 0):  # nothing came
+            if attempt == attempts or have == (
+                part.stat().st_size if part.exists() else 0
+            ):  # nothing came
                 raise
         time.sleep(attempt)
     raise OSError("the server sent nothing to the end")
@@ -80,7 +97,10 @@ def fetch(url: str, part: Path, attempts: int = 5) -> None:
 
 def download(args: Args) -> Path:
     """The path of the whole, checked file; raises `InputError` with what to do otherwise."""
-    task, output = find_task(f"ant-{args.name}-fo"), args.output or FOLDER / f"ant-{args.name}-d4rl.hdf5"
+    task, output = (
+        find_task(f"ant-{args.name}-fo"),
+        args.output or FOLDER / f"ant-{args.name}-d4rl.hdf5",
+    )
     file_name = f"ant_{args.name.replace('-', '_')}-v2.hdf5"
     if output.exists():
         raise InputError(f"{output} exists; move it away to download it again")
@@ -91,18 +111,28 @@ def download(args: Args) -> Path:
     try:
         fetch(url, part)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        kept = "; what came is kept, so the same command goes on with it" if part.with_name(part.name + ".version").exists() else ""
-        raise InputError(f"cannot download {url} ({error}){kept}; or take {file_name} from {MIRROR} and put it at {output}") from None
+        kept = (
+            "; what came is kept, so the same command goes on with it"
+            if part.with_name(part.name + ".version").exists()
+            else ""
+        )
+        raise InputError(
+            f"cannot download {url} ({error}){kept}; or take {file_name} from {MIRROR} and put it at {output}"
+        ) from None
     try:
         columns, source = read_columns(task, part)
     except InputError as error:
         part.unlink()
         reason = str(error).replace(str(part), url).split(";")[0]
-        raise InputError(f"{reason}; it was removed; take {file_name} from {MIRROR} and put it at {output}") from None
+        raise InputError(
+            f"{reason}; it was removed; take {file_name} from {MIRROR} and put it at {output}"
+        ) from None
     part.replace(output)
     dataset = OfflineDataset(task, columns, source=source)
     scores = 100 * task.normalized_score(dataset.episode_returns())
-    print(f"{output}: {dataset.size} transitions, {len(scores)} episodes, score in %: mean {np.mean(scores):.1f}, median {np.median(scores):.1f}")
+    print(
+        f"{output}: {dataset.size} transitions, {len(scores)} episodes, score in %: mean {np.mean(scores):.1f}, median {np.median(scores):.1f}"
+    )
     return output
 
 

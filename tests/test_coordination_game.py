@@ -41,9 +41,13 @@ def test_datasets_are_those_of_table_1(behavior, paper):
     size = len(columns["rewards"])
     assert size == 50_000 and columns["rewards"].mean() == pytest.approx(paper, abs=0.01)
     actions = columns["actions"].reshape(size, 2, 2)
-    probabilities = {"favorable": (0.75, 0.75), "neutral": (0.5, 0.5), "unfavorable": (0.25, 0.75)}[behavior]
+    probabilities = {"favorable": (0.75, 0.75), "neutral": (0.5, 0.5), "unfavorable": (0.25, 0.75)}[
+        behavior
+    ]
     np.testing.assert_allclose(actions[:, :, 1].mean(0), probabilities, atol=0.01)
-    assert abs(np.corrcoef(actions[:, 0, 1], actions[:, 1, 1])[0, 1]) < 0.02  # agents choose for themselves
+    assert (
+        abs(np.corrcoef(actions[:, 0, 1], actions[:, 1, 1])[0, 1]) < 0.02
+    )  # agents choose for themselves
     for key, column in make_columns(task).items():
         assert np.array_equal(column, columns[key])
     assert not np.array_equal(make_columns(task, seed=1)["actions"], columns["actions"])
@@ -58,13 +62,19 @@ def test_the_dataset_is_a_recording_of_the_game():
         rows = slice(t, None, 10)
         assert np.array_equal(columns["observations"][rows], states)
         states, rewards, _ = game.step(columns["actions"][rows].reshape(5000, 3, 2))
-        assert np.array_equal(columns["next_observations"][rows], states) and np.array_equal(columns["rewards"][rows], rewards)
+        assert np.array_equal(columns["next_observations"][rows], states) and np.array_equal(
+            columns["rewards"][rows], rewards
+        )
         assert (columns["timeouts"][rows] == (t == 9)).all()
 
 
 def test_unfavorable_means_half_of_the_agents_lean_each_way():
-    np.testing.assert_allclose(behavior_policies(coordination_task("unfavorable", 4))[:, 1], [0.25, 0.25, 0.75, 0.75])
-    np.testing.assert_allclose(behavior_policies(coordination_task("neutral", 2, 3)), np.full((2, 3), 1 / 3))
+    np.testing.assert_allclose(
+        behavior_policies(coordination_task("unfavorable", 4))[:, 1], [0.25, 0.25, 0.75, 0.75]
+    )
+    np.testing.assert_allclose(
+        behavior_policies(coordination_task("neutral", 2, 3)), np.full((2, 3), 1 / 3)
+    )
 
 
 def test_bad_games_are_refused():
@@ -89,8 +99,13 @@ def test_categorical_policies():
     samples = torch.stack([distribution.sample() for _ in range(4000)])
     assert ((samples == 0) | (samples == 1)).all() and (samples.sum(-1) == 1).all()
     torch.testing.assert_close(samples.mean(0), literal.probs, rtol=0, atol=0.04)
-    torch.testing.assert_close(distribution.log_prob(samples[0]), literal.log_prob(samples[0].argmax(-1)).sum(1))
-    assert torch.equal(distribution.greedy().argmax(-1), logits.argmax(-1)) and (distribution.excess() == 0).all()
+    torch.testing.assert_close(
+        distribution.log_prob(samples[0]), literal.log_prob(samples[0].argmax(-1)).sum(1)
+    )
+    assert (
+        torch.equal(distribution.greedy().argmax(-1), logits.argmax(-1))
+        and (distribution.excess() == 0).all()
+    )
 
 
 def test_agents_have_no_memory_and_start_undecided():
@@ -102,19 +117,41 @@ def test_agents_have_no_memory_and_start_undecided():
     observations, histories = task.observe(dataset.states[indices]), dataset.histories(indices)
     probabilities = team.distribution(team.inputs(observations, histories)).logits.softmax(-1)
     assert (probabilities - 0.5).abs().max() < 0.1
-    assert torch.equal(team.act_greedily(observations, histories), team.act_greedily(observations, torch.randn_like(histories)))
+    assert torch.equal(
+        team.act_greedily(observations, histories),
+        team.act_greedily(observations, torch.randn_like(histories)),
+    )
 
 
 def test_moma_ppo_agrees_where_the_data_leads_apart(tmp_path):
     """The learning test: on the unfavorable dataset, most joint actions of the data fail."""
-    command = [sys.executable, "moma_ppo.py", "--task", "coordination-unfavorable", "--run-dir", tmp_path / "run"]
+    command = [
+        sys.executable,
+        "moma_ppo.py",
+        "--task",
+        "coordination-unfavorable",
+        "--run-dir",
+        tmp_path / "run",
+    ]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert finished.returncode == 0, finished.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["score"] == 1 and result["args"]["rollout_length"] == 1 and len(result["returns"]) == 100
+    assert (
+        result["score"] == 1
+        and result["args"]["rollout_length"] == 1
+        and len(result["returns"]) == 100
+    )
     assert Args().total_steps is None and result["args"]["total_steps"] == 10
 
 
 def test_the_script_prints_table_1():
-    finished = subprocess.run([sys.executable, "coordination_game.py"], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert finished.returncode == 0 and "0.623" in finished.stdout and "unfavorable" in finished.stdout
+    finished = subprocess.run(
+        [sys.executable, "coordination_game.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (
+        finished.returncode == 0 and "0.623" in finished.stdout and "unfavorable" in finished.stdout
+    )

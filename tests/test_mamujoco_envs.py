@@ -9,7 +9,17 @@ import pytest
 import torch
 
 import mamujoco_envs
-from mamujoco_envs import ACTION_LIMIT, HISTORY_LENGTH, TASKS, InputError, ParallelEnv, Simulator, evaluate, find_task, parallel_env
+from mamujoco_envs import (
+    ACTION_LIMIT,
+    HISTORY_LENGTH,
+    TASKS,
+    InputError,
+    ParallelEnv,
+    Simulator,
+    evaluate,
+    find_task,
+    parallel_env,
+)
 
 LEADER_ONLY = TASKS["reacher-leader-only"]
 # In Reacher agent i drives actuator i, so mixing up agents' and actuators' order would not show. Here it does.
@@ -18,7 +28,10 @@ CROSSED = replace(LEADER_ONLY, name="reacher-crossed", driven=((1,), (0,)))
 REFLECTION = np.array([1, 1, -1, -1, 1, -1, -1, -1, 1, -1, 1])
 
 FULL, PARTIAL, OTHER_LEGS = (TASKS[f"ant-medium-{view}"] for view in ("fo", "po", "po-other-legs"))
-MUJOCO = {name: task for name, task in TASKS.items() if task.environment == "Reacher-v4"} | {"ant-medium-fo": FULL, "ant-medium-po": PARTIAL}
+MUJOCO = {name: task for name, task in TASKS.items() if task.environment == "Reacher-v4"} | {
+    "ant-medium-fo": FULL,
+    "ant-medium-po": PARTIAL,
+}
 each_task = pytest.mark.parametrize("task", MUJOCO.values(), ids=MUJOCO)
 
 
@@ -42,14 +55,21 @@ def random_states(task, number, steps=10, seed=0):
 # --- Simulator ---
 
 
-@pytest.mark.parametrize("task", [LEADER_ONLY, CROSSED, PARTIAL, OTHER_LEGS], ids=lambda task: task.name)
+@pytest.mark.parametrize(
+    "task", [LEADER_ONLY, CROSSED, PARTIAL, OTHER_LEGS], ids=lambda task: task.name
+)
 def test_simulator_equals_gymnasium_to_the_bit(task):
     seeds, rng, fallen = [0, 1, 2, 10102, 12345], np.random.default_rng(0), False
-    environments = [gymnasium.make(task.environment, disable_env_checker=True) for _ in seeds]  # it warns of ants that go on after a fall
+    environments = [
+        gymnasium.make(task.environment, disable_env_checker=True) for _ in seeds
+    ]  # it warns of ants that go on after a fall
     generators = [np.random.default_rng(seed) for seed in seeds]
     simulator = Simulator(task, len(seeds))
     for episode in range(2):  # the second shows that the generators move on as gymnasium's own do
-        expected = [env.reset(seed=seed if episode == 0 else None)[0] for env, seed in zip(environments, seeds)]
+        expected = [
+            env.reset(seed=seed if episode == 0 else None)[0]
+            for env, seed in zip(environments, seeds)
+        ]
         np.testing.assert_array_equal(simulator.reset(generators), expected)
         truncated = False
         for _ in range(250):
@@ -58,7 +78,9 @@ def test_simulator_equals_gymnasium_to_the_bit(task):
             actions = rng.uniform(-1.5, 1.5, (len(seeds), task.num_agents, task.action_dim))
             states, rewards, terminals = simulator.step(actions)
             for i, env in enumerate(environments):
-                state, reward, terminal, truncated, _ = env.step(joint_action(task, np.clip(actions[i], -1, 1)))
+                state, reward, terminal, truncated, _ = env.step(
+                    joint_action(task, np.clip(actions[i], -1, 1))
+                )
                 np.testing.assert_array_equal(states[i], state)
                 np.testing.assert_allclose(rewards[i], reward, rtol=0, atol=1e-12)
                 assert terminals[i] == terminal
@@ -92,7 +114,10 @@ def test_set_states_takes_float32_rows_and_keeps_their_reward():
     states, rewards, _ = simulator.step(action)
     cos1, cos2, sin1, sin2, x, y, omega1, omega2, *offset = row[0].astype(float)
     env.reset(seed=0)
-    env.set_state(np.array([np.arctan2(sin1, cos1), np.arctan2(sin2, cos2), x, y]), np.array([omega1, omega2, 0, 0]))
+    env.set_state(
+        np.array([np.arctan2(sin1, cos1), np.arctan2(sin2, cos2), x, y]),
+        np.array([omega1, omega2, 0, 0]),
+    )
     expected = env.step(action[0, :, 0])[0]
     np.testing.assert_allclose(states[0, :8], expected[:8], rtol=0, atol=1e-10)
     np.testing.assert_allclose(rewards[0], -np.linalg.norm(offset) - 2 * 0.5**2, rtol=0, atol=1e-6)
@@ -105,7 +130,11 @@ def test_set_states_leaves_the_other_copies_alone():
         started.step(actions)
         return started
 
-    actions, rows, chosen = np.full((3, 2, 1), 0.3), random_states(LEADER_ONLY, 3), np.array([False, True, False])
+    actions, rows, chosen = (
+        np.full((3, 2, 1), 0.3),
+        random_states(LEADER_ONLY, 3),
+        np.array([False, True, False]),
+    )
     mixed, untouched, replaced = simulator(), simulator(), simulator()
     before = mixed.states
     replaced.set_states(rows)
@@ -113,7 +142,9 @@ def test_set_states_leaves_the_other_copies_alone():
     np.testing.assert_array_equal(states, np.where(chosen[:, None], rows, untouched.states))
     np.testing.assert_array_equal(before, untouched.states)  # the caller may still hold it
     for _ in range(3):
-        mixed_step, untouched_step, replaced_step = (s.step(actions) for s in (mixed, untouched, replaced))
+        mixed_step, untouched_step, replaced_step = (
+            s.step(actions) for s in (mixed, untouched, replaced)
+        )
         for got, kept, new in zip(mixed_step, untouched_step, replaced_step):
             np.testing.assert_array_equal(got[~chosen], kept[~chosen])
             np.testing.assert_array_equal(got[chosen], new[chosen])
@@ -128,7 +159,11 @@ def test_set_states_forgets_what_the_copy_did_before():
         return simulator
 
     # The solver starts from its last solution, which matters where a joint limit pushes back.
-    used, fresh, rows = at_the_elbow_limit(-1.0), Simulator(LEADER_ONLY, 4), at_the_elbow_limit(0.5).states
+    used, fresh, rows = (
+        at_the_elbow_limit(-1.0),
+        Simulator(LEADER_ONLY, 4),
+        at_the_elbow_limit(0.5).states,
+    )
     used.set_states(rows)
     fresh.set_states(rows)
     for _ in range(3):
@@ -172,13 +207,17 @@ def test_ant_goes_on_from_any_state():
     for step in range(40):
         warm_start = env.data.qacc_warmstart.copy()
         np.testing.assert_array_equal(simulator.set_states(state[None]), state[None])
-        simulator.data[0].qacc_warmstart[:] = warm_start  # what a state does not hold: the solver's last solution
+        simulator.data[0].qacc_warmstart[:] = (
+            warm_start  # what a state does not hold: the solver's last solution
+        )
         action = rng.uniform(-1, 1, (4, 2))
         states, rewards, terminals = simulator.step(action[None])
         state, reward, terminal, *_ = env.step(joint_action(PARTIAL, action))
         np.testing.assert_allclose(states[0], state, rtol=0, atol=1e-6)
         assert terminals[0] == terminal
-        np.testing.assert_allclose(rewards[0], reward, rtol=0, atol=0.05)  # the torso's position before the step is a substep late in gymnasium
+        np.testing.assert_allclose(
+            rewards[0], reward, rtol=0, atol=0.05
+        )  # the torso's position before the step is a substep late in gymnasium
 
 
 def test_copies_that_are_left_out_stand_still():
@@ -188,7 +227,10 @@ def test_copies_that_are_left_out_stand_still():
         simulator.reset([np.random.default_rng(i) for i in range(3)])
     before = some.states
     for _ in range(3):
-        (states, rewards, _), (expected, expected_rewards, _) = some.step(actions, where), all_of_them.step(actions)
+        (states, rewards, _), (expected, expected_rewards, _) = (
+            some.step(actions, where),
+            all_of_them.step(actions),
+        )
         np.testing.assert_array_equal(states[where], expected[where])
         np.testing.assert_array_equal(rewards[where], expected_rewards[where])
         np.testing.assert_array_equal(states[1], before[1])
@@ -238,10 +280,16 @@ def test_normalized_score():
     for name in ("reacher-all-observant", "reacher-independent", "reacher-leader-only"):
         assert TASKS[name].normalized_score(-4.2370844) == pytest.approx(1)
         assert TASKS[name].normalized_score(-11.144625) == pytest.approx(0)
-        np.testing.assert_allclose(TASKS[name].normalized_score(np.array([-4.2370844, -11.144625])), [1, 0], atol=1e-12)
+        np.testing.assert_allclose(
+            TASKS[name].normalized_score(np.array([-4.2370844, -11.144625])), [1, 0], atol=1e-12
+        )
     for behavior in ("random", "medium", "full-replay", "expert"):
         for view in ("fo", "po"):
-            np.testing.assert_allclose(TASKS[f"ant-{behavior}-{view}"].normalized_score(np.array([3879.7, -325.6])), [1, 0], atol=1e-12)
+            np.testing.assert_allclose(
+                TASKS[f"ant-{behavior}-{view}"].normalized_score(np.array([3879.7, -325.6])),
+                [1, 0],
+                atol=1e-12,
+            )
 
 
 @pytest.mark.parametrize("find", [find_task, parallel_env])
@@ -274,12 +322,17 @@ def evaluate_by_hand(task, act, episodes, seed, dies):
         first_state, total, length = env.state(), 0.0, 0
         pasts = [[] for _ in env.possible_agents]
         for _ in range(task.episode_length):
-            padded = [np.pad(observations[agent], (0, width - len(observations[agent]))) for agent in env.possible_agents]
+            padded = [
+                np.pad(observations[agent], (0, width - len(observations[agent])))
+                for agent in env.possible_agents
+            ]
             histories = np.zeros((task.num_agents, HISTORY_LENGTH, task.action_dim + width))
             for agent, past in enumerate(pasts):
                 for age, pair in enumerate(reversed(past[-HISTORY_LENGTH:])):
                     histories[agent, HISTORY_LENGTH - 1 - age] = pair
-            actions = act(torch.tensor(np.array(padded)[None]).float(), torch.tensor(histories[None]).float())[0].numpy()
+            actions = act(
+                torch.tensor(np.array(padded)[None]).float(), torch.tensor(histories[None]).float()
+            )[0].numpy()
             for past, observation, action in zip(pasts, padded, actions):
                 past.append(np.concatenate([np.clip(action, -(1 - 1e-5), 1 - 1e-5), observation]))
             observations, rewards, *_ = env.step(dict(zip(env.possible_agents, actions)))
@@ -311,16 +364,22 @@ def test_evaluate_equals_episodes_by_hand(dies, monkeypatch):
     for got, wanted in zip(evaluation, expected):
         np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5)
     lengths = expected[1]
-    assert (lengths == 50).all() if dies is never else len(set(lengths)) > 1  # else the test would show nothing
+    assert (
+        (lengths == 50).all() if dies is never else len(set(lengths)) > 1
+    )  # else the test would show nothing
     # An episode that has ended stays in the batch, so compare what was seen while it ran.
     by_hand = torch.cat(seen_by_hand).split(lengths.tolist())
     for episode, histories in enumerate(by_hand):
-        torch.testing.assert_close(torch.stack(seen)[: len(histories), episode], histories, rtol=0, atol=2e-6)
+        torch.testing.assert_close(
+            torch.stack(seen)[: len(histories), episode], histories, rtol=0, atol=2e-6
+        )
     assert any((histories[..., 0].abs() == ACTION_LIMIT).any() for histories in by_hand)
 
 
 def test_plot_team_strategy_writes_a_png(tmp_path):
-    evaluation = evaluate(LEADER_ONLY, lambda observations, histories: torch.zeros(4, 2, 1), episodes=4)
+    evaluation = evaluate(
+        LEADER_ONLY, lambda observations, histories: torch.zeros(4, 2, 1), episodes=4
+    )
     mamujoco_envs.plot_team_strategy(LEADER_ONLY, evaluation, tmp_path / "strategy.png")
     assert (tmp_path / "strategy.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
@@ -350,7 +409,9 @@ def test_parallel_env_keeps_pettingzoos_rules(task):
         assert set(observations) == set(infos) == set(everyone)
         for step in range(1, task.episode_length + 1):
             assert env.agents == everyone
-            observations, rewards, terminations, truncations, infos = results = env.step(sampled_actions(env))
+            observations, rewards, terminations, truncations, infos = results = env.step(
+                sampled_actions(env)
+            )
             assert all(set(result) == set(everyone) for result in results)
             assert len(set(rewards.values())) == 1
             if any(terminations.values()):  # of all agents at once
@@ -358,7 +419,9 @@ def test_parallel_env_keeps_pettingzoos_rules(task):
                 break
             assert set(truncations.values()) == {step == task.episode_length}
             assert all(isinstance(reward, float) for reward in rewards.values())
-            assert all(isinstance(flag, bool) for flag in [*terminations.values(), *truncations.values()])
+            assert all(
+                isinstance(flag, bool) for flag in [*terminations.values(), *truncations.values()]
+            )
             assert env.state_space.contains(env.state())
             for agent, observed in zip(everyone, task.observed):
                 assert env.observation_space(agent).contains(observations[agent])
@@ -379,7 +442,9 @@ def test_parallel_env_same_seed_same_episode():
 
     env = parallel_env("reacher-all-observant")
     np.testing.assert_array_equal(episode(env, 5), episode(env, 5))
-    np.testing.assert_array_equal(episode(env, 5), episode(parallel_env("reacher-all-observant"), 5))
+    np.testing.assert_array_equal(
+        episode(env, 5), episode(parallel_env("reacher-all-observant"), 5)
+    )
     assert not np.array_equal(episode(env, 5), episode(env, 6))
 
 
@@ -396,7 +461,9 @@ def test_parallel_env_gives_each_actuator_its_agents_action():
     env, gym_env = ParallelEnv(CROSSED), gymnasium.make("Reacher-v4")
     env.reset(seed=0)
     gym_env.reset(seed=0)
-    _, rewards, *_ = env.step({"agent_0": np.array([0.4]), "agent_1": np.array([-3.0])})  # clipped to -1
+    _, rewards, *_ = env.step(
+        {"agent_0": np.array([0.4]), "agent_1": np.array([-3.0])}
+    )  # clipped to -1
     state, reward, *_ = gym_env.step(np.array([-1.0, 0.4]))
     np.testing.assert_array_equal(env.state(), state)
     assert rewards == {"agent_0": reward, "agent_1": reward}

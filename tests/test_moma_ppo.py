@@ -37,15 +37,20 @@ from moma_ppo import (
 )
 
 
-
 def Args(**arguments):
     """The script's, with what it sets on Reacher where nothing is given."""
-    return moma_ppo.Args(**dict(rollout_length=50, start_states="first", reward_scale=1.0) | arguments)
+    return moma_ppo.Args(
+        **dict(rollout_length=50, start_states="first", reward_scale=1.0) | arguments
+    )
 
 
-TASK = TASKS["reacher-leader-only"]  # agents see 8 and 6 dimensions, so the second one's observation is padded
+TASK = TASKS[
+    "reacher-leader-only"
+]  # agents see 8 and 6 dimensions, so the second one's observation is padded
 WIDTHS = [9, 7]  # of their (action, observation) pairs
-ANT = TASKS["ant-medium-po"]  # four agents of two actions, the first of which sees more than the others
+ANT = TASKS[
+    "ant-medium-po"
+]  # four agents of two actions, the first of which sees more than the others
 
 each_task = pytest.mark.parametrize("task", [TASK, ANT], ids=lambda task: task.name)
 
@@ -65,7 +70,11 @@ def float64():
 def scramble(module, scale=0.3):
     """Moves all parameters off their initial values, among which are ones and zeros, but not the weights of padding."""
     for name, parameter in module.named_parameters():
-        keep = (parameter == 0) if name.endswith("0.weight") or name.endswith("embedding.weight") else torch.tensor(False)
+        keep = (
+            (parameter == 0)
+            if name.endswith("0.weight") or name.endswith("embedding.weight")
+            else torch.tensor(False)
+        )
         if name in ("policy.0.weight", "value.0.weight"):
             keep[:, :128] = False  # the memory's, which are zero at first
         parameter.data.add_(torch.where(keep, 0, scale * torch.randn_like(parameter)))
@@ -91,7 +100,9 @@ def test_padding_has_no_effect_and_learns_nothing():
     layer, x = BatchedLinear([5, 3], 4), torch.randn(2, 6, 5)
     outputs = layer(x)
     torch.testing.assert_close(outputs[0], x[0] @ layer.weight[0] + layer.bias[0])
-    torch.testing.assert_close(outputs[1], x[1, :, :3] @ layer.weight[1, :3] + layer.bias[1])  # whatever stands in the padding
+    torch.testing.assert_close(
+        outputs[1], x[1, :, :3] @ layer.weight[1, :3] + layer.bias[1]
+    )  # whatever stands in the padding
     x[1, :, 3:] = 0
     layer(x).square().sum().backward()
     assert (layer.weight.grad[1, 3:] == 0).all() and (layer.weight.grad[1, :3] != 0).all()
@@ -110,10 +121,16 @@ def literal_memory(encoder, agent, x):
             angle = position / 10000 ** (i / dim)
             embedded[:, position, i] += math.sin(angle)
             embedded[:, position, i + 1] += math.cos(angle)
-    query, key, value = [linear(layer, embedded) for layer in (encoder.query, encoder.key, encoder.value)]
+    query, key, value = [
+        linear(layer, embedded) for layer in (encoder.query, encoder.key, encoder.value)
+    ]
     attended = F.scaled_dot_product_attention(query, key, value)
-    hidden = F.layer_norm(embedded + attended, (dim,), encoder.norm_weight[agent, 0], encoder.norm_bias[agent, 0])
-    scores = (hidden @ encoder.soft_key[agent]).tanh() @ encoder.soft_query[agent, :, 0]  # [batch, 10]
+    hidden = F.layer_norm(
+        embedded + attended, (dim,), encoder.norm_weight[agent, 0], encoder.norm_bias[agent, 0]
+    )
+    scores = (hidden @ encoder.soft_key[agent]).tanh() @ encoder.soft_query[
+        agent, :, 0
+    ]  # [batch, 10]
     return (scores.softmax(dim=1)[..., None] * hidden).sum(1)
 
 
@@ -124,17 +141,26 @@ def test_history_encoder_equals_the_appendix_step_by_step(widths, dim, float64):
     histories = torch.randn(6, len(widths), HISTORY_LENGTH, max(widths))
     histories[1, :, :4] = 0  # a short history: zero rows at the old end
     memory = encoder(histories)
-    expected = [literal_memory(encoder, agent, histories[:, agent, :, :width]) for agent, width in enumerate(widths)]
+    expected = [
+        literal_memory(encoder, agent, histories[:, agent, :, :width])
+        for agent, width in enumerate(widths)
+    ]
     torch.testing.assert_close(memory, torch.stack(expected), rtol=0, atol=1e-10)
     # The same gradients, too, except of the padding's weights.
     weights = torch.randn_like(memory)
     gradients = torch.autograd.grad((memory * weights).sum(), list(encoder.parameters()))
-    expected_gradients = torch.autograd.grad((torch.stack(expected) * weights).sum(), list(encoder.parameters()))
-    for (name, _), gradient, expected_gradient in zip(encoder.named_parameters(), gradients, expected_gradients):
+    expected_gradients = torch.autograd.grad(
+        (torch.stack(expected) * weights).sum(), list(encoder.parameters())
+    )
+    for (name, _), gradient, expected_gradient in zip(
+        encoder.named_parameters(), gradients, expected_gradients
+    ):
         if name == "embedding.weight":
             for agent, width in enumerate(widths):
                 gradient[agent, width:] = 0
-        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-8, atol=1e-9, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(
+            gradient, expected_gradient, rtol=1e-8, atol=1e-9, msg=lambda text: f"{name}: {text}"
+        )
 
 
 def test_zero_padding_of_histories_learns_nothing():
@@ -146,7 +172,11 @@ def test_zero_padding_of_histories_learns_nothing():
 
 def literal_mlp(mlp, agent, x):
     for layer in mlp:
-        x = x @ layer.weight[agent, : x.shape[1]] + layer.bias[agent] if isinstance(layer, BatchedLinear) else layer(x)
+        x = (
+            x @ layer.weight[agent, : x.shape[1]] + layer.bias[agent]
+            if isinstance(layer, BatchedLinear)
+            else layer(x)
+        )
     return x
 
 
@@ -154,9 +184,16 @@ def literal_team(team, states, observations, histories):
     """Means and log standard deviations [batch, agent, action] and team values [batch], each agent at its true widths."""
     means, log_stds, values, action_dim = [], [], [], team.task.action_dim
     for agent, observed in enumerate(team.task.observed):
-        mean, std, width = team.state_mean[list(observed)], team.state_std[list(observed)], len(observed)
+        mean, std, width = (
+            team.state_mean[list(observed)],
+            team.state_std[list(observed)],
+            len(observed),
+        )
         observation = (observations[:, agent, :width] - mean) / std
-        actions, past = histories[:, agent, :, :action_dim], (histories[:, agent, :, action_dim : action_dim + width] - mean) / std
+        actions, past = (
+            histories[:, agent, :, :action_dim],
+            (histories[:, agent, :, action_dim : action_dim + width] - mean) / std,
+        )
         memory = literal_memory(team.memory, agent, torch.cat([actions, past], dim=-1))
         inputs = torch.cat([memory, observation], dim=1)
         outputs = literal_mlp(team.policy, agent, inputs)
@@ -170,12 +207,16 @@ def literal_team(team, states, observations, histories):
 
 def made_up_states(number, task=TASK):
     """With a mean and a scale that standardisation has to take away."""
-    return torch.randn(number, task.state_dim) * torch.linspace(0.1, 10, task.state_dim) + torch.linspace(-5, 5, task.state_dim)
+    return torch.randn(number, task.state_dim) * torch.linspace(
+        0.1, 10, task.state_dim
+    ) + torch.linspace(-5, 5, task.state_dim)
 
 
 def made_up_histories(number, task=TASK):
     """Padded as the dataset's are."""
-    histories = torch.randn(number, task.num_agents, HISTORY_LENGTH, task.action_dim + max(task.obs_dims))
+    histories = torch.randn(
+        number, task.num_agents, HISTORY_LENGTH, task.action_dim + max(task.obs_dims)
+    )
     for agent, width in enumerate(task.obs_dims):
         histories[:, agent, :, task.action_dim + width :] = 0
     return histories
@@ -187,16 +228,25 @@ def made_up_team(task=TASK):
     states = made_up_states(300, task)
     team = Team(task, states)
     scramble(team, 0.03)
-    outputs, last = team.policy(team.inputs(task.observe(states), made_up_histories(300, task))), team.policy[-1]
+    outputs, last = (
+        team.policy(team.inputs(task.observe(states), made_up_histories(300, task))),
+        team.policy[-1],
+    )
     scale = 1 / outputs.std(dim=1, keepdim=True)
     last.weight.mul_(scale)
-    last.bias.add_(-outputs.mean(dim=1, keepdim=True)).mul_(scale).add_(torch.tensor([0.0, -0.5]).repeat_interleave(task.action_dim))
+    last.bias.add_(-outputs.mean(dim=1, keepdim=True)).mul_(scale).add_(
+        torch.tensor([0.0, -0.5]).repeat_interleave(task.action_dim)
+    )
     return team
 
 
 @each_task
 def test_the_team_equals_agents_computed_one_by_one(task, float64):
-    team, states, histories = made_up_team(task), made_up_states(7, task), made_up_histories(7, task)
+    team, states, histories = (
+        made_up_team(task),
+        made_up_states(7, task),
+        made_up_histories(7, task),
+    )
     observations = task.observe(states)
     inputs = team.inputs(observations, histories)
     got = *team.distribution(inputs), team.team_value(inputs, states)
@@ -214,25 +264,49 @@ def test_dimensions_that_never_change_are_left_as_they_are():
 
 def test_the_team_starts_near_zero_off_the_clamp_and_with_different_agents():
     team = Team(TASK, made_up_states(100))
-    mean, log_std = team.distribution(team.inputs(TASK.observe(made_up_states(500)), made_up_histories(500)))
+    mean, log_std = team.distribution(
+        team.inputs(TASK.observe(made_up_states(500)), made_up_histories(500))
+    )
     assert mean.abs().max() < 0.3
     assert log_std.max() < -1 and log_std.min() > -2
     assert team.entropy_alpha == 0
     for name, parameter in team.named_parameters():
-        if name in ("policy.0.weight", "value.0.weight"):  # as of a layer of the observation's width: nothing from the memory yet
+        if name in (
+            "policy.0.weight",
+            "value.0.weight",
+        ):  # as of a layer of the observation's width: nothing from the memory yet
             assert (parameter[:, :128] == 0).all() and (parameter[1, 134:] == 0).all()
-            assert 0.3 < parameter[0, 128:].abs().max() <= 8**-0.5 and 0.3 < parameter[1, 128:134].abs().max() <= 6**-0.5
-        if len(parameter) == TASK.num_agents and "norm" not in name and not name.startswith("policy.4.bias"):
+            assert (
+                0.3 < parameter[0, 128:].abs().max() <= 8**-0.5
+                and 0.3 < parameter[1, 128:134].abs().max() <= 6**-0.5
+            )
+        if (
+            len(parameter) == TASK.num_agents
+            and "norm" not in name
+            and not name.startswith("policy.4.bias")
+        ):
             assert not torch.equal(parameter[0], parameter[1]), name
 
 
-@pytest.mark.parametrize("name", ["reacher-all-observant", "reacher-independent", "reacher-leader-only", "ant-medium-fo", "ant-medium-po"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "reacher-all-observant",
+        "reacher-independent",
+        "reacher-leader-only",
+        "ant-medium-fo",
+        "ant-medium-po",
+    ],
+)
 def test_an_agent_acts_on_its_own_observation_and_history_alone(name):
     task = TASKS[name]
     states = made_up_states(5, task)
     team = Team(task, states)
     scramble(team, 0.03)
-    observations, histories = task.observe(states), torch.zeros(5, task.num_agents, HISTORY_LENGTH, max(task.obs_dims) + task.action_dim)
+    observations, histories = (
+        task.observe(states),
+        torch.zeros(5, task.num_agents, HISTORY_LENGTH, max(task.obs_dims) + task.action_dim),
+    )
     actions = team.act_greedily(observations, histories)
     assert (actions.abs() < 1).all()  # else the bound would hide a change
     for agent in range(task.num_agents):
@@ -240,7 +314,9 @@ def test_an_agent_acts_on_its_own_observation_and_history_alone(name):
             for what in (observations, histories):
                 before = what.clone()
                 what[:, changed] += torch.randn_like(what[:, changed])
-                assert torch.equal(actions[:, agent], team.act_greedily(observations, histories)[:, agent]) == (agent != changed)
+                assert torch.equal(
+                    actions[:, agent], team.act_greedily(observations, histories)[:, agent]
+                ) == (agent != changed)
                 what.copy_(before)
 
 
@@ -257,7 +333,9 @@ def test_log_prob_is_the_joint_density(agents, action_dim):
     actions, mean = torch.randn(2, 9, agents, action_dim, dtype=torch.float64)
     log_std = torch.linspace(-6, 0, actions.numel(), dtype=torch.float64).view_as(actions)
     expected = torch.distributions.Normal(mean, log_std.exp()).log_prob(actions).sum(dim=(1, 2))
-    torch.testing.assert_close(Gaussian(mean, log_std).log_prob(actions), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        Gaussian(mean, log_std).log_prob(actions), expected, rtol=1e-12, atol=0
+    )
 
 
 # --- The world model ---
@@ -265,11 +343,18 @@ def test_log_prob_is_the_joint_density(agents, action_dim):
 
 @pytest.mark.parametrize("members", [2, 5])
 def test_epistemic_uncertainty_is_the_norm_of_the_covariance(members):
-    next_states, rewards = torch.randn(members, 6, 11, dtype=torch.float64), torch.randn(members, 6, dtype=torch.float64)
+    next_states, rewards = (
+        torch.randn(members, 6, 11, dtype=torch.float64),
+        torch.randn(members, 6, dtype=torch.float64),
+    )
     scale = torch.rand(12, dtype=torch.float64) + 0.1
-    epsilon_r, epsilon_g = epistemic_uncertainty(Prediction(next_states, None, rewards, None, None), scale)
+    epsilon_r, epsilon_g = epistemic_uncertainty(
+        Prediction(next_states, None, rewards, None, None), scale
+    )
     for i in range(6):
-        variables = torch.cat([next_states[:, i], rewards[:, i, None]], dim=1).T / scale[:, None]  # [state + 1, member]
+        variables = (
+            torch.cat([next_states[:, i], rewards[:, i, None]], dim=1).T / scale[:, None]
+        )  # [state + 1, member]
         torch.testing.assert_close(epsilon_g[i], torch.linalg.matrix_norm(torch.cov(variables)))
         torch.testing.assert_close(epsilon_r[i], torch.var(rewards[:, i]))
 
@@ -293,9 +378,24 @@ def model(tmp_path):
     scramble(ensemble, 0.5)
     for buffer in ensemble.buffers():
         buffer.copy_(torch.rand_like(buffer) + 0.5)
-    box = {"state_min": -torch.rand(11), "state_max": torch.rand(11), "reward_min": torch.tensor(-0.3), "reward_max": torch.tensor(0.3)}
-    checkpoint = {"architecture": ARCHITECTURE, "weights": ensemble.state_dict(), "elites": ELITES, "scale": torch.rand(12) + 0.1}
-    checkpoint |= {"bounding_box": box, "dataset": {"name": TASK.dataset}, "epsilon_g": {"held-out": {"0.99": 0.02}}, "description": {}}
+    box = {
+        "state_min": -torch.rand(11),
+        "state_max": torch.rand(11),
+        "reward_min": torch.tensor(-0.3),
+        "reward_max": torch.tensor(0.3),
+    }
+    checkpoint = {
+        "architecture": ARCHITECTURE,
+        "weights": ensemble.state_dict(),
+        "elites": ELITES,
+        "scale": torch.rand(12) + 0.1,
+    }
+    checkpoint |= {
+        "bounding_box": box,
+        "dataset": {"name": TASK.dataset},
+        "epsilon_g": {"held-out": {"0.99": 0.02}},
+        "description": {},
+    }
     torch.save(checkpoint, tmp_path / "world_model.pt")
     return WorldModel(TASK, tmp_path / "world_model.pt", torch.device("cpu"))
 
@@ -305,7 +405,9 @@ def test_the_world_model_is_the_ensembles_elites(model):
     whole.load_state_dict(model.checkpoint["weights"])
     states, joint = torch.randn(3, 11), torch.rand(3, 2)
     expected = whole(states.expand(7, -1, -1), joint.expand(7, -1, -1))
-    for got, field in zip(model.ensemble(states.expand(5, -1, -1), joint.expand(5, -1, -1)), expected):
+    for got, field in zip(
+        model.ensemble(states.expand(5, -1, -1), joint.expand(5, -1, -1)), expected
+    ):
         torch.testing.assert_close(got, field[ELITES])
 
 
@@ -313,10 +415,15 @@ def test_a_step_takes_bounded_actions_in_the_environments_order(model):
     seen = []
     ensemble = model.ensemble
     model.ensemble = lambda states, joint: seen.append((states, joint)) or ensemble(states, joint)
-    states, actions = torch.randn(3, 11), torch.tensor([[[1.5], [-0.5]], [[-7.0], [0.25]], [[1.0], [1e-3]]])
+    states, actions = (
+        torch.randn(3, 11),
+        torch.tensor([[[1.5], [-0.5]], [[-7.0], [0.25]], [[1.0], [1e-3]]]),
+    )
     model.step(states, actions)
     assert torch.equal(seen[0][0], states.expand(5, -1, -1))
-    assert torch.equal(seen[0][1], torch.tensor([[1.0, -0.5], [-1.0, 0.25], [1.0, 1e-3]]).expand(5, -1, -1))
+    assert torch.equal(
+        seen[0][1], torch.tensor([[1.0, -0.5], [-1.0, 0.25], [1.0, 1e-3]]).expand(5, -1, -1)
+    )
 
 
 def test_a_next_state_is_one_members_in_the_box_and_the_reward_all_members_mean(model):
@@ -328,21 +435,33 @@ def test_a_next_state_is_one_members_in_the_box_and_the_reward_all_members_mean(
     chosen = (step.next_states == clipped).all(dim=-1)  # [member, batch]
     assert (chosen.sum(0) == 1).all()
     assert (chosen.sum(1) > 40).all()  # of 400 transitions a fifth each: uniform
-    assert not torch.equal(model.step(states, actions).next_states, step.next_states)  # drawn anew in each step
+    assert not torch.equal(
+        model.step(states, actions).next_states, step.next_states
+    )  # drawn anew in each step
     rewards = prediction.rewards.mean(0)
     assert (rewards < -0.3).any() and (rewards.abs() < 0.3).any()
     torch.testing.assert_close(step.rewards, rewards.clamp(-0.3, 0.3))
-    for got, expected in zip([step.epsilon_r, step.epsilon_g], epistemic_uncertainty(prediction, model.checkpoint["scale"])):
+    for got, expected in zip(
+        [step.epsilon_r, step.epsilon_g],
+        epistemic_uncertainty(prediction, model.checkpoint["scale"]),
+    ):
         assert torch.equal(got, expected)  # of the predictions before they are clipped
 
 
-@pytest.mark.parametrize("votes, mask", [([1, 1, 1, 0, 0], 1), ([1, 1, 0, 0, 0], 0), ([1, 1, 0, 0], 0), ([1, 1, 1, 0], 1)])
+@pytest.mark.parametrize(
+    "votes, mask",
+    [([1, 1, 1, 0, 0], 1), ([1, 1, 0, 0, 0], 0), ([1, 1, 0, 0], 0), ([1, 1, 1, 0], 1)],
+)
 def test_the_mask_is_a_majority_vote(votes, mask, model):
     """However sure the minority is; a tie is absorbing."""
-    logits = torch.tensor([0.1 if vote == mask else 50.0 for vote in votes]) * (2 * torch.tensor(votes) - 1)
+    logits = torch.tensor([0.1 if vote == mask else 50.0 for vote in votes]) * (
+        2 * torch.tensor(votes) - 1
+    )
     size, model.members = len(votes), len(votes)
     zeros = torch.zeros(size, 1, 11)
-    model.ensemble = lambda states, joint: Prediction(zeros, zeros, zeros[..., 0], zeros[..., 0], logits[:, None])
+    model.ensemble = lambda states, joint: Prediction(
+        zeros, zeros, zeros[..., 0], zeros[..., 0], logits[:, None]
+    )
     assert model.step(torch.zeros(1, 11), torch.zeros(1, 2, 1)).masks.tolist() == [mask]
 
 
@@ -353,7 +472,15 @@ def test_the_aleatoric_uncertainty_is_the_largest_norm_of_a_members_variances(mo
     for i in range(4):
         norms = []
         for member in range(5):
-            stds = torch.cat([prediction.state_log_stds[member, i].exp(), prediction.reward_log_stds[member, i, None].exp()]) / scale
+            stds = (
+                torch.cat(
+                    [
+                        prediction.state_log_stds[member, i].exp(),
+                        prediction.reward_log_stds[member, i, None].exp(),
+                    ]
+                )
+                / scale
+            )
             norms.append(torch.diag(stds.square()).norm())
         torch.testing.assert_close(got[i], max(norms))
 
@@ -370,8 +497,13 @@ def recorded_dataset(episodes=4):
         rows.append((states, actions[..., 0], rewards, next_states))
         states = next_states
     names = ["observations", "actions", "rewards", "next_observations"]
-    columns = {name: np.concatenate(np.stack(column, axis=1)) for name, column in zip(names, zip(*rows))}
-    columns |= {"terminals": np.zeros(episodes * length), "timeouts": np.arange(1, episodes * length + 1) % length == 0}
+    columns = {
+        name: np.concatenate(np.stack(column, axis=1)) for name, column in zip(names, zip(*rows))
+    }
+    columns |= {
+        "terminals": np.zeros(episodes * length),
+        "timeouts": np.arange(1, episodes * length + 1) % length == 0,
+    }
     return OfflineDataset(TASK, columns)
 
 
@@ -379,22 +511,33 @@ def test_ground_truth_goes_from_a_row_of_the_dataset_to_the_next():
     dataset = recorded_dataset()
     step = GroundTruth(TASK, dataset.size).step(dataset.states, dataset.actions)
     torch.testing.assert_close(step.rewards, dataset.rewards, rtol=0, atol=5e-5)
-    torch.testing.assert_close(step.next_states[:, :8], dataset.next_states[:, :8], rtol=0, atol=1e-3)
-    torch.testing.assert_close(step.next_states[:, 8:], dataset.next_states[:, 8:], rtol=0, atol=5e-3)  # the tip lags one substep
+    torch.testing.assert_close(
+        step.next_states[:, :8], dataset.next_states[:, :8], rtol=0, atol=1e-3
+    )
+    torch.testing.assert_close(
+        step.next_states[:, 8:], dataset.next_states[:, 8:], rtol=0, atol=5e-3
+    )  # the tip lags one substep
     assert (step.masks == 1).all()
     for epsilon in step[3:]:
         assert torch.equal(epsilon, torch.zeros(dataset.size))
 
 
 def test_ground_truth_equals_the_simulator():
-    states, actions = recorded_dataset(1).states[:20], 3 * torch.randn(20, 2, 1)  # it bounds the torques itself
+    states, actions = (
+        recorded_dataset(1).states[:20],
+        3 * torch.randn(20, 2, 1),
+    )  # it bounds the torques itself
     model, simulator = GroundTruth(TASK, 20), Simulator(TASK, 20)
     simulator.set_states(states.numpy())
     for _ in range(2):
         next_states, rewards, _ = simulator.step(actions.numpy())
         step = model.step(states, actions)
-        torch.testing.assert_close(step.next_states, torch.as_tensor(next_states, dtype=torch.float32), rtol=0, atol=0)
-        torch.testing.assert_close(step.rewards, torch.as_tensor(rewards, dtype=torch.float32), rtol=0, atol=0)
+        torch.testing.assert_close(
+            step.next_states, torch.as_tensor(next_states, dtype=torch.float32), rtol=0, atol=0
+        )
+        torch.testing.assert_close(
+            step.rewards, torch.as_tensor(rewards, dtype=torch.float32), rtol=0, atol=0
+        )
         states = step.next_states
 
 
@@ -402,16 +545,25 @@ def test_ground_truth_does_not_disturb_a_rollout_that_goes_on():
     """Restored at each step, an ant would lose the solver's warm start, and its rewards the position of its torso."""
     task, actions = TASKS["ant-medium-po"], 2 * torch.rand(30, 5, 4, 2) - 1
     model, simulator = GroundTruth(task, 5), Simulator(task, 5)
-    states = torch.as_tensor(Simulator(task, 5).reset([np.random.default_rng(i) for i in range(5)]), dtype=torch.float32)
+    states = torch.as_tensor(
+        Simulator(task, 5).reset([np.random.default_rng(i) for i in range(5)]), dtype=torch.float32
+    )
     simulator.set_states(states.numpy())
     for t in range(30):
         if t == 15:  # the third one starts anew
             states[2] = torch.as_tensor(Simulator(task, 1).reset([np.random.default_rng(9)])[0])
             simulator.set_states(states.numpy(), where=np.arange(5) == 2)
-        step, (next_states, rewards, terminals) = model.step(states, actions[t]), simulator.step(actions[t].numpy())
-        torch.testing.assert_close(step.next_states, torch.as_tensor(next_states).float(), rtol=0, atol=0)
+        step, (next_states, rewards, terminals) = (
+            model.step(states, actions[t]),
+            simulator.step(actions[t].numpy()),
+        )
+        torch.testing.assert_close(
+            step.next_states, torch.as_tensor(next_states).float(), rtol=0, atol=0
+        )
         torch.testing.assert_close(step.rewards, torch.as_tensor(rewards).float(), rtol=0, atol=0)
-        torch.testing.assert_close(step.masks, 1 - torch.as_tensor(terminals).float(), rtol=0, atol=0)
+        torch.testing.assert_close(
+            step.masks, 1 - torch.as_tensor(terminals).float(), rtol=0, atol=0
+        )
         states = step.next_states
 
 
@@ -439,9 +591,18 @@ def test_calibration_keeps_what_is_given():
 def made_up_dataset(task=TASK):
     """Uneven episodes of numbers that stand nowhere twice, so that a row is known by its state."""
     rng, size = np.random.default_rng(1), 24
-    columns = {"observations": rng.normal(size=(size, task.state_dim)), "next_observations": rng.normal(size=(size, task.state_dim))}
-    columns |= {"actions": rng.uniform(-1, 1, (size, task.num_agents * task.action_dim)), "rewards": rng.normal(size=size)}
-    columns |= {"terminals": np.isin(np.arange(size), [3, 9]), "timeouts": np.isin(np.arange(size), [10, 23])}
+    columns = {
+        "observations": rng.normal(size=(size, task.state_dim)),
+        "next_observations": rng.normal(size=(size, task.state_dim)),
+    }
+    columns |= {
+        "actions": rng.uniform(-1, 1, (size, task.num_agents * task.action_dim)),
+        "rewards": rng.normal(size=size),
+    }
+    columns |= {
+        "terminals": np.isin(np.arange(size), [3, 9]),
+        "timeouts": np.isin(np.arange(size), [10, 23]),
+    }
     return OfflineDataset(task, columns)
 
 
@@ -463,13 +624,16 @@ class MadeUpModel:
 
 def made_up_rollouts(args, model, task=TASK):
     team, dataset = Team(task, made_up_states(100, task)), made_up_dataset(task)
-    rollouts, report = generate_rollouts(lambda *carry: rollout_step(team, model, dataset, args, *carry), dataset, args)
+    rollouts, report = generate_rollouts(
+        lambda *carry: rollout_step(team, model, dataset, args, *carry), dataset, args
+    )
     return team, dataset, rollouts, report
 
 
 PENALTIES = {
     "epistemic": lambda step, args: (
-        args.lambda_r * step.epsilon_r.clamp(max=args.max_uncertainty) + args.lambda_g * step.epsilon_g.clamp(max=args.max_uncertainty)
+        args.lambda_r * step.epsilon_r.clamp(max=args.max_uncertainty)
+        + args.lambda_g * step.epsilon_g.clamp(max=args.max_uncertainty)
     ),
     "aleatoric": lambda step, args: args.lambda_a * step.epsilon_a,
     "none": lambda step, args: torch.zeros_like(step.rewards),
@@ -478,20 +642,38 @@ PENALTIES = {
 
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_the_penalty_is_subtracted_from_the_reward(penalty):
-    args, model = Args(penalty=penalty, lambda_r=0.3, lambda_g=0.7, lambda_a=0.9, max_uncertainty=1.0, transitions=500), MadeUpModel()
+    args, model = (
+        Args(
+            penalty=penalty,
+            lambda_r=0.3,
+            lambda_g=0.7,
+            lambda_a=0.9,
+            max_uncertainty=1.0,
+            transitions=500,
+        ),
+        MadeUpModel(),
+    )
     _, _, rollouts, report = made_up_rollouts(args, model)
     penalties = torch.stack([PENALTIES[penalty](step, args) for _, _, step in model.calls])
     rewards = torch.stack([step.rewards for _, _, step in model.calls])
     torch.testing.assert_close(rollouts.rewards, rewards - penalties)
     torch.testing.assert_close(report[:2], torch.stack([rewards.mean(), penalties.mean()]))
-    assert max(step.epsilon_g.max() for _, _, step in model.calls) > 1.9  # far beyond the penalty's bound
+    assert (
+        max(step.epsilon_g.max() for _, _, step in model.calls) > 1.9
+    )  # far beyond the penalty's bound
 
 
 @pytest.mark.parametrize("start_states", ["first", "any"])
 @pytest.mark.parametrize("max_uncertainty", [1.0, math.inf])
 @pytest.mark.parametrize("rollout_length", [1, 10])
 def test_rollouts_transition_by_transition(rollout_length, max_uncertainty, start_states):
-    args = Args(penalty="none", lambda_g=0.0, max_uncertainty=max_uncertainty, transitions=1000, rollout_length=rollout_length)
+    args = Args(
+        penalty="none",
+        lambda_g=0.0,
+        max_uncertainty=max_uncertainty,
+        transitions=1000,
+        rollout_length=rollout_length,
+    )
     args.start_states = start_states
     model = MadeUpModel()
     team, dataset, rollouts, report = made_up_rollouts(args, model)
@@ -510,9 +692,13 @@ def test_rollouts_transition_by_transition(rollout_length, max_uncertainty, star
                 assert torch.equal(now.histories, dataset.histories(torch.tensor([row]))[0])
                 rows_started.append(row)
             else:
-                assert torch.equal(now.states, before.next_states) and torch.equal(now.histories, before.next_histories)
+                assert torch.equal(now.states, before.next_states) and torch.equal(
+                    now.histories, before.next_histories
+                )
             assert torch.equal(now.next_histories[:, :-1], now.histories[:, 1:])
-            pair = torch.cat([now.actions.clamp(-ACTION_LIMIT, ACTION_LIMIT), now.observations], dim=-1)
+            pair = torch.cat(
+                [now.actions.clamp(-ACTION_LIMIT, ACTION_LIMIT), now.observations], dim=-1
+            )
             assert torch.equal(now.next_histories[:, -1], pair)
             uncertain = step.epsilon_g[i] >= max_uncertainty
             assert now.time_out_masks == (0 if uncertain or t == rollout_length - 1 else 1)
@@ -520,7 +706,9 @@ def test_rollouts_transition_by_transition(rollout_length, max_uncertainty, star
             starts = bool(uncertain or step.masks[i] == 0 or age == rollout_length)
             age, ends = 0 if starts else age, ends + (starts or t == rollout_length - 1)
     any_row = set(range(dataset.size))  # the last of an episode too
-    assert set(rows_started) == (set(dataset.episode_starts.tolist()) if start_states == "first" else any_row)
+    assert set(rows_started) == (
+        set(dataset.episode_starts.tolist()) if start_states == "first" else any_row
+    )
     epsilon_g = torch.stack([step.epsilon_g for _, _, step in model.calls])
     expected = [epsilon_g.mean(), (epsilon_g >= max_uncertainty).float().mean(), ends / 1000]
     torch.testing.assert_close(report[2:], torch.tensor(expected))
@@ -536,36 +724,55 @@ class Rollout:
 
 @each_task
 def test_actions_are_samples_whose_density_and_value_the_rollouts_keep(task):
-    args, model = Args(penalty="none", lambda_g=0.0, max_uncertainty=1.0, transitions=2000), MadeUpModel()
+    args, model = (
+        Args(penalty="none", lambda_g=0.0, max_uncertainty=1.0, transitions=2000),
+        MadeUpModel(),
+    )
     team, _, rollouts, _ = made_up_rollouts(args, model, task)
     flat = [field.flatten(0, 1) for field in rollouts]
     states, observations, histories, actions, log_probs, values = flat[:6]
     mean, log_std, expected_values = literal_team(team, states, observations, histories)
     distribution = torch.distributions.Normal(mean, log_std.exp())
-    torch.testing.assert_close(log_probs, distribution.log_prob(actions).sum((1, 2)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        log_probs, distribution.log_prob(actions).sum((1, 2)), rtol=1e-4, atol=1e-4
+    )
     torch.testing.assert_close(values, expected_values, rtol=1e-4, atol=1e-4)
     normalized = (actions - mean) / log_std.exp()
     drawn = normalized.flatten(1)
     torch.testing.assert_close(drawn.mean(0), torch.zeros(drawn.shape[1]), rtol=0, atol=0.1)
-    torch.testing.assert_close(drawn.T.cov(), torch.eye(drawn.shape[1]), rtol=0, atol=0.1)  # each agent draws for itself
+    torch.testing.assert_close(
+        drawn.T.cov(), torch.eye(drawn.shape[1]), rtol=0, atol=0.1
+    )  # each agent draws for itself
     assert (actions.abs() > 1).any()  # unclipped
 
 
 def test_a_rollout_ends_at_age_k_wherever_it_started():
-    args, dataset, model = Args(penalty="none", lambda_g=0.0, max_uncertainty=math.inf, rollout_length=10), made_up_dataset(), MadeUpModel(terminals=0)
+    args, dataset, model = (
+        Args(penalty="none", lambda_g=0.0, max_uncertainty=math.inf, rollout_length=10),
+        made_up_dataset(),
+        MadeUpModel(terminals=0),
+    )
     team, age = Team(TASK, dataset.states), torch.tensor([0.0, 8.0, 9.0])
     carry = torch.randn(3, 11), made_up_histories(3), age
     transition, _, (states, histories, age) = rollout_step(team, model, dataset, args, *carry)
     assert transition.time_out_masks.tolist() == [1, 1, 0]
     assert age.tolist() == [1, 9, 0]
-    assert torch.equal(states[:2], transition.next_states[:2]) and torch.equal(histories[:2], transition.next_histories[:2])
+    assert torch.equal(states[:2], transition.next_states[:2]) and torch.equal(
+        histories[:2], transition.next_histories[:2]
+    )
     assert (states[2] == dataset.states).all(dim=1).any()
 
 
 def test_a_terminal_is_no_time_out_but_ends_the_rollout():
-    args, dataset, model = Args(penalty="none", lambda_g=0.0, max_uncertainty=math.inf), made_up_dataset(), MadeUpModel(terminals=1)
+    args, dataset, model = (
+        Args(penalty="none", lambda_g=0.0, max_uncertainty=math.inf),
+        made_up_dataset(),
+        MadeUpModel(terminals=1),
+    )
     carry = torch.randn(4, 11), made_up_histories(4), torch.zeros(4)
-    transition, _, (states, _, age) = rollout_step(Team(TASK, dataset.states), model, dataset, args, *carry)
+    transition, _, (states, _, age) = rollout_step(
+        Team(TASK, dataset.states), model, dataset, args, *carry
+    )
     assert transition.time_out_masks.tolist() == [1] * 4 and transition.masks.tolist() == [0] * 4
     assert age.tolist() == [0] * 4
     assert (states[:, None] == dataset.states).all(dim=-1).any(dim=1).all()
@@ -588,7 +795,9 @@ def test_model_returns_stop_at_an_absorbing_state():
 
         def step(self, states, actions, generator):
             self.steps += 1
-            masks = torch.tensor([1.0, float(self.steps != 3), float(self.steps != 1)])  # two episodes end and start again
+            masks = torch.tensor(
+                [1.0, float(self.steps != 3), float(self.steps != 1)]
+            )  # two episodes end and start again
             return Step(states, torch.ones(3), masks, None, None, None)
 
     team, first_states = Team(TASK, made_up_states(100)), np.zeros((3, 11))
@@ -606,27 +815,49 @@ def test_discounted_returns_row_by_row():
         rewards = dataset.rewards[row : last + 1].tolist()
         if last in (10, 23):
             rewards += [rewards[-1]] * 400
-        assert discounted.item() == pytest.approx(sum(gamma**t * reward for t, reward in enumerate(rewards)), rel=1e-4, abs=1e-5)
+        assert discounted.item() == pytest.approx(
+            sum(gamma**t * reward for t, reward in enumerate(rewards)), rel=1e-4, abs=1e-5
+        )
 
 
 @each_task
 def test_cloning_and_value_loss_equals_agents_computed_one_by_one(task):
-    dataset, team, indices = made_up_dataset(task), made_up_team(task), torch.tensor([0, 5, 9, 23, 5])
+    dataset, team, indices = (
+        made_up_dataset(task),
+        made_up_team(task),
+        torch.tensor([0, 5, 9, 23, 5]),
+    )
     returns = torch.randn(dataset.size)
-    means, log_stds, values = literal_team(team, dataset.states[indices], task.observe(dataset.states[indices]), dataset.histories(indices))
+    means, log_stds, values = literal_team(
+        team,
+        dataset.states[indices],
+        task.observe(dataset.states[indices]),
+        dataset.histories(indices),
+    )
     densities = torch.distributions.Normal(means, log_stds.exp()).log_prob(dataset.actions[indices])
-    expected = sum((values[row] - returns[indices[row]]) ** 2 - densities[row].sum() for row in range(5)) / 5
-    torch.testing.assert_close(cloning_and_value_loss(team, dataset, returns, indices), expected, rtol=1e-3, atol=1e-4)
+    expected = (
+        sum((values[row] - returns[indices[row]]) ** 2 - densities[row].sum() for row in range(5))
+        / 5
+    )
+    torch.testing.assert_close(
+        cloning_and_value_loss(team, dataset, returns, indices), expected, rtol=1e-3, atol=1e-4
+    )
 
 
 def test_cloning_finds_the_data_of_a_deterministic_team():
     """Actions that are a function of what agents see, and a value that is constant: both are found."""
     dataset = made_up_dataset()
     dataset.actions = 0.5 * TASK.observe(dataset.states)[..., :1].tanh()
-    dataset.rewards, dataset.masks = torch.full_like(dataset.rewards, 2.0), torch.ones_like(dataset.masks)
+    dataset.rewards, dataset.masks = (
+        torch.full_like(dataset.rewards, 2.0),
+        torch.ones_like(dataset.masks),
+    )
     team = Team(TASK, dataset.states)
     clone(team, dataset, Args(cloning_steps=300, minibatch_size=24, gamma=0.9, reward_scale=0.1))
-    observations, histories = TASK.observe(dataset.states), dataset.histories(torch.arange(dataset.size))
+    observations, histories = (
+        TASK.observe(dataset.states),
+        dataset.histories(torch.arange(dataset.size)),
+    )
     inputs = team.inputs(observations, histories)
     assert (team.distribution(inputs).greedy() - dataset.actions).abs().mean() < 0.05
     assert (team.team_value(inputs, dataset.states) - 0.1 * 2 / (1 - 0.9)).abs().mean() < 0.1
@@ -639,11 +870,14 @@ def appendix_a(rewards, values, next_values, masks, time_out_masks, discount, la
     running_advants = 0
     for t in reversed(range(0, len(rewards))):
         running_returns = rewards[t] + discount * masks[t] * (
-            running_returns * time_out_masks[t] + (1.0 - time_out_masks[t]) * next_values[t] * masks[t]
+            running_returns * time_out_masks[t]
+            + (1.0 - time_out_masks[t]) * next_values[t] * masks[t]
         )
         returns[t] = running_returns
         running_delta = rewards[t] + (discount * next_values[t] * masks[t]) - values[t]
-        running_advants = running_delta + (discount * lamda * running_advants * masks[t]) * time_out_masks[t]
+        running_advants = (
+            running_delta + (discount * lamda * running_advants * masks[t]) * time_out_masks[t]
+        )
         advants[t] = running_advants
     return returns, advants
 
@@ -655,9 +889,14 @@ def test_generalized_advantages_equal_the_papers_listing(last_is_cut):
     masks, time_out_masks = (torch.rand(2, time, rollouts) > 0.15).double()
     if last_is_cut:
         time_out_masks[-1] = 0
-    returns, advantages = generalized_advantages(rewards, values, next_values, masks, time_out_masks, 0.99, 0.98)
+    returns, advantages = generalized_advantages(
+        rewards, values, next_values, masks, time_out_masks, 0.99, 0.98
+    )
     for i in range(rollouts):
-        trajectory = [column[:, i].tolist() for column in (rewards, values, next_values, masks, time_out_masks)]
+        trajectory = [
+            column[:, i].tolist()
+            for column in (rewards, values, next_values, masks, time_out_masks)
+        ]
         expected_returns, expected_advantages = appendix_a(*trajectory, 0.99, 0.98)
         np.testing.assert_allclose(returns[:, i], expected_returns, rtol=0, atol=1e-12)
         np.testing.assert_allclose(advantages[:, i], expected_advantages, rtol=0, atol=1e-12)
@@ -666,17 +905,36 @@ def test_generalized_advantages_equal_the_papers_listing(last_is_cut):
 @each_task
 def test_the_batch_bootstraps_from_each_transitions_own_next_state(task):
     """Not from the state after it in its column, where another rollout may have started."""
-    args = Args(penalty="none", lambda_g=0.0, max_uncertainty=1.0, transitions=400, rollout_length=10, gamma=0.9, gae_lambda=0.8)
+    args = Args(
+        penalty="none",
+        lambda_g=0.0,
+        max_uncertainty=1.0,
+        transitions=400,
+        rollout_length=10,
+        gamma=0.9,
+        gae_lambda=0.8,
+    )
     team, _, rollouts, _ = made_up_rollouts(args, MadeUpModel(), task)
     scramble(team, 0.02)  # values that differ from state to state
     batch = make_batch(team, rollouts, args)
     for name in ("states", "observations", "histories", "actions", "log_probs", "values"):
         assert torch.equal(getattr(batch, name), getattr(rollouts, name).flatten(0, 1))
-    next_states, next_histories = rollouts.next_states.flatten(0, 1), rollouts.next_histories.flatten(0, 1)
-    next_values = literal_team(team, next_states, task.observe(next_states), next_histories)[2].view(10, 40)
+    next_states, next_histories = (
+        rollouts.next_states.flatten(0, 1),
+        rollouts.next_histories.flatten(0, 1),
+    )
+    next_values = literal_team(team, next_states, task.observe(next_states), next_histories)[
+        2
+    ].view(10, 40)
     returns, advantages = torch.zeros(10, 40), torch.zeros(10, 40)
     for i in range(40):
-        columns = (rollouts.rewards, rollouts.values, next_values, rollouts.masks, rollouts.time_out_masks)
+        columns = (
+            rollouts.rewards,
+            rollouts.values,
+            next_values,
+            rollouts.masks,
+            rollouts.time_out_masks,
+        )
         one = appendix_a(*[column[:, i].tolist() for column in columns], 0.9, 0.8)
         returns[:, i], advantages[:, i] = torch.tensor(one[0]), torch.tensor(one[1])
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-3)
@@ -687,17 +945,29 @@ def test_the_batch_bootstraps_from_each_transitions_own_next_state(task):
 @each_task
 def test_the_batch_scales_rewards_and_nothing_else(task):
     """Values are learned in the scaled unit, so they are not scaled once more."""
-    args = Args(penalty="none", lambda_g=0.0, max_uncertainty=1.0, transitions=400, rollout_length=10, gamma=0.9, gae_lambda=0.8)
+    args = Args(
+        penalty="none",
+        lambda_g=0.0,
+        max_uncertainty=1.0,
+        transitions=400,
+        rollout_length=10,
+        gamma=0.9,
+        gae_lambda=0.8,
+    )
     team, _, rollouts, _ = made_up_rollouts(args, MadeUpModel(), task)
     scramble(team, 0.02)
     rewards, unscaled = rollouts.rewards.clone(), make_batch(team, rollouts, args)
     args.reward_scale = 0.1
     scaled = make_batch(team, rollouts, args)
     args.reward_scale = 1.0
-    for got, expected in zip(scaled, make_batch(team, rollouts._replace(rewards=0.1 * rewards), args)):
+    for got, expected in zip(
+        scaled, make_batch(team, rollouts._replace(rewards=0.1 * rewards), args)
+    ):
         torch.testing.assert_close(got, expected)
     assert torch.equal(rollouts.rewards, rewards)  # what is logged
-    assert not torch.allclose(scaled.returns, unscaled.returns) and not torch.allclose(scaled.advantages, unscaled.advantages)
+    assert not torch.allclose(scaled.returns, unscaled.returns) and not torch.allclose(
+        scaled.advantages, unscaled.advantages
+    )
 
 
 def made_up_minibatch(team, size=24):
@@ -710,7 +980,9 @@ def made_up_minibatch(team, size=24):
         log_probs = Gaussian(mean, log_std).log_prob(actions) + 0.3 * torch.randn(size)
     old_values = values + 0.3 * torch.randn(size)
     returns, advantages = values + torch.randn(size), torch.randn(size)
-    return Minibatch(states, observations, histories, actions, log_probs, old_values, returns, advantages)
+    return Minibatch(
+        states, observations, histories, actions, log_probs, old_values, returns, advantages
+    )
 
 
 def literal_loss(team, batch, args, alpha):
@@ -718,7 +990,9 @@ def literal_loss(team, batch, args, alpha):
     mean, log_std, values = literal_team(team, batch.states, batch.observations, batch.histories)
     clip, terms = args.clip, []
     for i in range(len(batch.states)):
-        new_log_prob = torch.distributions.Normal(mean[i], log_std[i].exp()).log_prob(batch.actions[i]).sum()
+        new_log_prob = (
+            torch.distributions.Normal(mean[i], log_std[i].exp()).log_prob(batch.actions[i]).sum()
+        )
         ratio = torch.exp(torch.clamp(new_log_prob - batch.log_probs[i], max=10))
         clipped_ratio = torch.clamp(ratio, 1 - clip, 1 + clip)
         actor = torch.min(ratio * batch.advantages[i], clipped_ratio * batch.advantages[i])
@@ -726,8 +1000,14 @@ def literal_loss(team, batch, args, alpha):
         critics = [(clipped_value - batch.returns[i]) ** 2, (values[i] - batch.returns[i]) ** 2]
         entropies = [-clipped_ratio * new_log_prob, -ratio * new_log_prob]
         bound_error = sum(torch.relu(x.abs() - 1) ** 2 for x in mean[i].flatten())
-        terms.append(torch.stack([actor, *critics, *entropies, clipped_ratio * bound_error, ratio * bound_error]))
-    actor, clipped_critic, critic, clipped_entropy, entropy, clipped_penalty, penalty = torch.stack(terms).mean(0)
+        terms.append(
+            torch.stack(
+                [actor, *critics, *entropies, clipped_ratio * bound_error, ratio * bound_error]
+            )
+        )
+    actor, clipped_critic, critic, clipped_entropy, entropy, clipped_penalty, penalty = torch.stack(
+        terms
+    ).mean(0)
     entropy = torch.min(clipped_entropy, entropy)
     alpha = max(0.0, alpha + args.entropy_coefficient * (team.task.entropy_target - entropy.item()))
     loss = -actor + args.critic_coefficient * torch.max(clipped_critic, critic)
@@ -735,7 +1015,17 @@ def literal_loss(team, batch, args, alpha):
     return loss, alpha
 
 
-@pytest.mark.parametrize("case", ["plain", "close values", "far values", "a huge ratio", "entropy below target", "other coefficients"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "plain",
+        "close values",
+        "far values",
+        "a huge ratio",
+        "entropy below target",
+        "other coefficients",
+    ],
+)
 @pytest.mark.parametrize("alpha", [0.0, 0.7])
 @each_task
 def test_ppo_loss_equals_the_appendix_sample_by_sample(task, case, alpha, float64):
@@ -760,7 +1050,9 @@ def test_ppo_loss_equals_the_appendix_sample_by_sample(task, case, alpha, float6
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
     torch.testing.assert_close(team.entropy_alpha.item(), expected_alpha, rtol=1e-10, atol=0)
     for (name, parameter), gradient in zip(team.named_parameters(), expected_gradients):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-7, atol=1e-9, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(
+            parameter.grad, gradient, rtol=1e-7, atol=1e-9, msg=lambda text: f"{name}: {text}"
+        )
     assert metrics.isfinite().all() and not metrics.requires_grad
 
 
@@ -783,7 +1075,9 @@ def test_the_dual_variable_falls_to_zero_and_no_further(alpha, expected):
     ppo_loss(team, made_up_minibatch(team), Args())
     assert team.entropy_alpha.item() == pytest.approx(expected, abs=0.02)
     assert team.entropy_alpha < alpha or alpha == 0
-    assert "entropy_alpha" in team.state_dict() and "entropy_alpha" not in dict(team.named_parameters())
+    assert "entropy_alpha" in team.state_dict() and "entropy_alpha" not in dict(
+        team.named_parameters()
+    )
 
 
 def test_the_compiled_loss_equals_the_eager_one():
@@ -805,7 +1099,9 @@ def test_the_compiled_loss_equals_the_eager_one():
         torch.testing.assert_close(compiled.metrics, eager.metrics)
         assert 0 < compiled.entropy_alpha < 0.5
         for (name, got), expected in zip(compiled.named_parameters(), eager.parameters()):
-            torch.testing.assert_close(got.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=lambda text: f"{name}: {text}")
+            torch.testing.assert_close(
+                got.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=lambda text: f"{name}: {text}"
+            )
 
 
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

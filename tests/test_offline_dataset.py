@@ -11,7 +11,15 @@ from data.offline_dataset import load_dataset
 from mamujoco_envs import TASKS, InputError, evaluate
 
 LEADER_ONLY = TASKS["reacher-leader-only"]
-EPISODES = [(1, "timeout"), (12, "terminal"), (3, "timeout"), (25, "timeout"), (1, "terminal"), (10, "terminal"), (14, None)]
+EPISODES = [
+    (1, "timeout"),
+    (12, "terminal"),
+    (3, "timeout"),
+    (25, "timeout"),
+    (1, "terminal"),
+    (10, "terminal"),
+    (14, None),
+]
 ROWS = sum(length for length, _ in EPISODES)
 
 REACHER = {name: task for name, task in TASKS.items() if task.environment == "Reacher-v4"}
@@ -65,9 +73,15 @@ def test_histories_against_a_loop_over_episodes(task, path, columns):
     for row in range(ROWS):
         for age, old in enumerate(reversed(past[-10:])):
             for agent, (observed, driven) in enumerate(zip(task.observed, task.driven)):
-                slot = expected[row, agent, 9 - age]  # the newest pair is last, zero rows are at the old end
-                slot[: len(driven)] = torch.tensor(columns["actions"][old, list(driven)]).clamp(-(1 - 1e-5), 1 - 1e-5)
-                slot[len(driven) : len(driven) + len(observed)] = torch.tensor(columns["observations"][old, list(observed)])
+                slot = expected[
+                    row, agent, 9 - age
+                ]  # the newest pair is last, zero rows are at the old end
+                slot[: len(driven)] = torch.tensor(columns["actions"][old, list(driven)]).clamp(
+                    -(1 - 1e-5), 1 - 1e-5
+                )
+                slot[len(driven) : len(driven) + len(observed)] = torch.tensor(
+                    columns["observations"][old, list(observed)]
+                )
         past.append(row)
         if columns["terminals"][row] or columns["timeouts"][row]:
             past = []
@@ -79,11 +93,19 @@ def test_histories_against_a_loop_over_episodes(task, path, columns):
 def test_fields(path, columns):
     dataset = load_dataset(LEADER_ONLY, path)
     assert dataset.size == ROWS
-    for field, name in [("states", "observations"), ("next_states", "next_observations"), ("rewards", "rewards")]:
+    for field, name in [
+        ("states", "observations"),
+        ("next_states", "next_observations"),
+        ("rewards", "rewards"),
+    ]:
         assert torch.equal(getattr(dataset, field), torch.tensor(columns[name]))
     assert dataset.actions.shape == (ROWS, 2, 1)
-    assert torch.equal(dataset.actions[..., 0], torch.tensor(columns["actions"]).clamp(-(1 - 1e-5), 1 - 1e-5))
-    assert dataset.actions.abs().max() < 1 and (columns["actions"] == 1).any()  # else the clamp would not show
+    assert torch.equal(
+        dataset.actions[..., 0], torch.tensor(columns["actions"]).clamp(-(1 - 1e-5), 1 - 1e-5)
+    )
+    assert (
+        dataset.actions.abs().max() < 1 and (columns["actions"] == 1).any()
+    )  # else the clamp would not show
 
 
 def test_a_terminal_is_absorbing_and_a_time_out_is_not(path, columns):
@@ -101,8 +123,14 @@ def test_a_last_row_with_a_flag_adds_no_episode(tmp_path, columns):
 
 def test_integer_flags_and_double_precision_load_alike(tmp_path, path, columns):
     """D4RL's replay files hold float64."""
-    wide = {name: column.astype(np.uint8 if column.dtype == bool else np.float64) for name, column in columns.items()}
-    dataset, expected = load_dataset(LEADER_ONLY, write(tmp_path / "wide.hdf5", wide)), load_dataset(LEADER_ONLY, path)
+    wide = {
+        name: column.astype(np.uint8 if column.dtype == bool else np.float64)
+        for name, column in columns.items()
+    }
+    dataset, expected = (
+        load_dataset(LEADER_ONLY, write(tmp_path / "wide.hdf5", wide)),
+        load_dataset(LEADER_ONLY, path),
+    )
     for field in ("states", "actions", "rewards", "next_states", "masks", "episode_starts"):
         assert torch.equal(getattr(dataset, field), getattr(expected, field))
 
@@ -123,8 +151,13 @@ def test_bounding_box_covers_states_and_next_states(path, columns):
     np.testing.assert_array_equal(box["state_min"], both.min(0))
     np.testing.assert_array_equal(box["state_max"], both.max(0))
     # Made-up next states are independent of the states, so each extreme is now in one and now in the other.
-    assert (both.max(0) > columns["observations"].max(0)).any() and (both.max(0) > columns["next_observations"].max(0)).any()
-    assert (box["reward_min"], box["reward_max"]) == (columns["rewards"].min(), columns["rewards"].max())
+    assert (both.max(0) > columns["observations"].max(0)).any() and (
+        both.max(0) > columns["next_observations"].max(0)
+    ).any()
+    assert (box["reward_min"], box["reward_max"]) == (
+        columns["rewards"].min(),
+        columns["rewards"].max(),
+    )
 
 
 def test_episode_returns(path, columns):
@@ -132,14 +165,18 @@ def test_episode_returns(path, columns):
     for length, _ in EPISODES:
         expected.append(columns["rewards"][row : row + length].sum())
         row += length
-    np.testing.assert_allclose(load_dataset(LEADER_ONLY, path).episode_returns(), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        load_dataset(LEADER_ONLY, path).episode_returns(), expected, rtol=1e-5
+    )
 
 
 def test_reachers_dataset_is_recorded_when_it_is_missing(tmp_path, monkeypatch, columns):
     monkeypatch.setattr(offline_dataset, "FOLDER", tmp_path)
     monkeypatch.setattr(collect_reacher, "record_dataset", lambda args: write(args.output, columns))
     assert load_dataset(LEADER_ONLY).size == ROWS
-    monkeypatch.setattr(collect_reacher, "record_dataset", lambda args: pytest.fail("recorded again"))
+    monkeypatch.setattr(
+        collect_reacher, "record_dataset", lambda args: pytest.fail("recorded again")
+    )
     assert load_dataset(TASKS["reacher-independent"]).size == ROWS  # tasks share the dataset
 
 
@@ -168,7 +205,9 @@ def spoil(row, value):
         pytest.param("observations", spoil(7, np.nan), "row 7", id="NaN"),
         pytest.param("next_observations", spoil((19, 3), np.inf), "row 19", id="infinite"),
         pytest.param("actions", spoil(0, np.nan), "row 0", id="NaN in the first row"),
-        pytest.param("rewards", spoil(ROWS - 1, -np.inf), f"row {ROWS - 1}", id="infinite in the last row"),
+        pytest.param(
+            "rewards", spoil(ROWS - 1, -np.inf), f"row {ROWS - 1}", id="infinite in the last row"
+        ),
         pytest.param("terminals", spoil(5, np.nan), "row 5", id="NaN flag"),
         pytest.param("observations", lambda column: column[:, :10], "(66, 10)", id="narrow states"),
         pytest.param("next_observations", lambda column: column[:-1], "(65, 11)", id="a row less"),
@@ -238,11 +277,14 @@ def appendix_a(rewards, values, next_values, masks, time_out_masks, discount, la
     running_advants = 0
     for t in reversed(range(0, len(rewards))):
         running_returns = rewards[t] + discount * masks[t] * (
-            running_returns * time_out_masks[t] + (1.0 - time_out_masks[t]) * next_values[t] * masks[t]
+            running_returns * time_out_masks[t]
+            + (1.0 - time_out_masks[t]) * next_values[t] * masks[t]
         )
         returns[t] = running_returns
         running_delta = rewards[t] + (discount * next_values[t] * masks[t]) - values[t]
-        running_advants = running_delta + (discount * lamda * running_advants * masks[t]) * time_out_masks[t]
+        running_advants = (
+            running_delta + (discount * lamda * running_advants * masks[t]) * time_out_masks[t]
+        )
         advants[t] = running_advants
     return returns, advants
 
@@ -254,9 +296,14 @@ def test_generalized_advantages_equal_the_papers_listing(last_is_cut):
     masks, time_out_masks = (torch.rand(2, time, rollouts) > 0.15).double()
     if last_is_cut:
         time_out_masks[-1] = 0
-    returns, advantages = generalized_advantages(rewards, values, next_values, masks, time_out_masks, 0.99, 0.98)
+    returns, advantages = generalized_advantages(
+        rewards, values, next_values, masks, time_out_masks, 0.99, 0.98
+    )
     for i in range(rollouts):
-        trajectory = [column[:, i].tolist() for column in (rewards, values, next_values, masks, time_out_masks)]
+        trajectory = [
+            column[:, i].tolist()
+            for column in (rewards, values, next_values, masks, time_out_masks)
+        ]
         expected_returns, expected_advantages = appendix_a(*trajectory, 0.99, 0.98)
         np.testing.assert_allclose(returns[:, i], expected_returns, rtol=0, atol=1e-12)
         np.testing.assert_allclose(advantages[:, i], expected_advantages, rtol=0, atol=1e-12)
@@ -265,9 +312,13 @@ def test_generalized_advantages_equal_the_papers_listing(last_is_cut):
 def test_the_shipped_experts_are_equally_good_and_bend_opposite_ways():
     task, sides = collect_reacher.TASK, []
     for team in load_experts(Dataset.experts):
-        evaluation = evaluate(task, lambda observations, _: team.distribution(observations[:, 0]).mean, episodes=100)
+        evaluation = evaluate(
+            task, lambda observations, _: team.distribution(observations[:, 0]).mean, episodes=100
+        )
         assert task.normalized_score(evaluation.returns.mean()) > 0.95
-        sides.append((np.arctan2(evaluation.last_states[:, 3], evaluation.last_states[:, 1]) > 0).mean())
+        sides.append(
+            (np.arctan2(evaluation.last_states[:, 3], evaluation.last_states[:, 1]) > 0).mean()
+        )
     assert min(sides) < 0.05 and max(sides) > 0.95
 
 
@@ -342,7 +393,9 @@ def assert_refused(path, *parts):
 
 
 def test_a_missing_expert_names_the_command_that_makes_it(tmp_path):
-    assert_refused(tmp_path / "nobody.pt", tmp_path / "nobody.pt", "python -m data.collect_reacher experts")
+    assert_refused(
+        tmp_path / "nobody.pt", tmp_path / "nobody.pt", "python -m data.collect_reacher experts"
+    )
 
 
 def test_experts_that_bend_the_same_way_are_refused(tmp_path, saved_expert):
@@ -359,7 +412,9 @@ def test_a_bad_experts_file_is_named(fault, tmp_path, saved_expert):
         saved_expert["policy"]["0.weight"] = torch.zeros(2, 5, 64)
     torch.save(saved_expert, path)
     if fault in ("empty", "text", "truncated"):
-        path.write_bytes({"empty": b"", "text": b"not weights", "truncated": path.read_bytes()[:5000]}[fault])
+        path.write_bytes(
+            {"empty": b"", "text": b"not weights", "truncated": path.read_bytes()[:5000]}[fault]
+        )
     assert_refused(path, path)
 
 

@@ -5,8 +5,19 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = [path for pattern in ("*.py", "baselines/*.py", "data/collect_*.py") for path in ROOT.glob(pattern)]
-OWN = {"Args", "Dataset", "Team", "main", "record_dataset", "train"}  # what an algorithm or a dataset is: each script's own
+SCRIPTS = [
+    path
+    for pattern in ("*.py", "baselines/*.py", "data/collect_*.py")
+    for path in ROOT.glob(pattern)
+]
+OWN = {
+    "Args",
+    "Dataset",
+    "Team",
+    "main",
+    "record_dataset",
+    "train",
+}  # what an algorithm or a dataset is: each script's own
 LIBRARIES = {"mamujoco_envs", "coordination_game", "data", "data.offline_dataset"}
 MODULES = {path.stem for path in SCRIPTS} | {"data", "baselines"}
 
@@ -28,4 +39,6 @@ def test_scripts_never_import_each_other():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             for name in names:
-                assert name.split(".")[0] not in MODULES or name in LIBRARIES, f"{path.name} imports {name}"
+                assert name.split(".")[0] not in MODULES or name in LIBRARIES, (
+                    f"{path.name} imports {name}"
+                )

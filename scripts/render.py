@@ -47,12 +47,16 @@ def load_team(run: Path):
             raise InputError(f"{task.name} has nothing to show; Reacher and the ant can be filmed")
         extra = [task.action_dim] if script == "iql" else []
         task = module.centralize(task) if script == "iql" else task
-        team = module.Team(task, torch.zeros(2, task.state_dim), *extra)  # statistics come with the weights
+        team = module.Team(
+            task, torch.zeros(2, task.state_dim), *extra
+        )  # statistics come with the weights
         team.load_state_dict(weights)
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{path} is not a checkpoint of a team ({type(error).__name__}); --run takes the folder of a run") from None
+        raise InputError(
+            f"{path} is not a checkpoint of a team ({type(error).__name__}); --run takes the folder of a run"
+        ) from None
     return team, task
 
 
@@ -67,8 +71,12 @@ def film(args: Args) -> tuple[list[np.ndarray], float, float]:
     try:
         env.render()
     except Exception as error:  # each backend fails in its own way
-        raise InputError(f"this machine cannot render ({error}); install libegl1 and libegl-mesa0, or libosmesa6 and set MUJOCO_GL=osmesa") from None
-    histories = torch.zeros(1, task.num_agents, HISTORY_LENGTH, max(task.obs_dims) + task.action_dim)
+        raise InputError(
+            f"this machine cannot render ({error}); install libegl1 and libegl-mesa0, or libosmesa6 and set MUJOCO_GL=osmesa"
+        ) from None
+    histories = torch.zeros(
+        1, task.num_agents, HISTORY_LENGTH, max(task.obs_dims) + task.action_dim
+    )
     frames, episode_return = [env.render()], 0.0
     for _ in tqdm(range(args.steps), unit="step", disable=None):
         observations = task.observe(torch.as_tensor(env.state()[None], dtype=torch.float32))
@@ -87,7 +95,9 @@ def film(args: Args) -> tuple[list[np.ndarray], float, float]:
 def main(args: Args) -> None:
     output = args.output or args.run / "film.gif"
     if output.suffix not in (".gif", ".png") or args.steps < 1:
-        raise InputError(f"--output must end in .gif or .png and --steps be above 0; they are {output} and {args.steps}")
+        raise InputError(
+            f"--output must end in .gif or .png and --steps be above 0; they are {output} and {args.steps}"
+        )
     if args.output and not output.parent.is_dir():
         raise InputError(f"no folder {output.parent} to write {output.name} to")
     frames, episode_return, seconds = film(args)

@@ -1,0 +1,433 @@
+"""What surrounds an algorithm: command line, the run's folder, logs, checkpoints, Ctrl-C.
+
+Nothing here belongs to an algorithm, and every script uses it alike:
+
+    def train(args: Args) -> dict:
+        with Run(args, "ibc") as run:
+            ...                                       # make dataset, networks and optimizer
+            run.restore(team=team, optimizer=optimizer)
+            for step in run.steps(evaluate_team):     # evaluates and saves on the way
+                ...                                   # one update
+                run.log({"losses/cloning": loss})
+            return run.finish(evaluate_team(FINAL_EPISODES))
+
+A run writes `runs/{task}__{script}__{seed}__{time}/`: TensorBoard events, `checkpoint.pt` from step
+0 on, and at the end `result.json`. `--resume RUN` continues as if never stopped, to the bit on CPU.
+"""
+
+import ctypes
+import dataclasses
+import itertools
+import json
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import filelock
+import torch
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from mamujoco_envs import Evaluation, InputError, available_cores, find_task, require
+
+FINAL_EPISODES = 100
+REPOSITORY = Path(__file__).resolve().parent
+PACKAGES = ("torch", "numpy", "gymnasium", "mujoco")
+
+
+# The command line.
+
+
+@dataclasses.dataclass
+class Which:
+    task: str | None = None
+    resume: Path | None = None
+
+
+def default_args(defaults: dict, task: str):
+    """The `Args` of a task: those of its dataset, or else of its environment."""
+    found = find_task(task)
+    known = next(key for key in (found.dataset, found.environment, None) if key in defaults)
+    return dataclasses.replace(defaults[known], task=task)
+
+
+def main(train: Callable, defaults: dict) -> None:
+    """Runs `train` on the command line's arguments; bad input ends with one clear line.
+
+    `defaults` holds an `Args` for each environment; that of None is for any other.
+    """
+    try:
+        which, _ = tyro.cli(Which, return_unknown_args=True, add_help=False)
+        if which.resume:
+            args = resumed_args(type(defaults[None]), which.resume, sys.argv[1:])
+        else:
+            args = default_args(defaults, which.task or defaults[None].task)
+            args = tyro.cli(type(args), default=args)
+        train(args)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt as stop:
+        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
+
+
+def resumed_args(args_type: type, run_dir: Path, words: list[str]):
+    """The arguments of the run in `run_dir`; `words` may change its device and its total steps."""
+    flags = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
+    others = flags - {"--resume", "--device", "--total-steps"}
+    others = ", ".join(sorted(others))
+    require(not others, f"--resume goes with --device and --total-steps only, not with {others}")
+    checkpoint = load_checkpoint(run_dir)
+    saved, started_by = checkpoint["args"], checkpoint["script"]
+    script = Path(sys.argv[0]).stem
+    require(started_by == script, f"{run_dir} is a run of {started_by}.py, not of {script}.py")
+    names = {field.name for field in dataclasses.fields(args_type)}
+    require(saved.keys() == names, f"{run_dir} was started by another version of {script}.py")
+    for name, value in saved.items():
+        if isinstance(value, str) and value.startswith(("RUN/", "REPOSITORY/")):
+            base, _, rest = value.partition("/")
+            value = (Path(run_dir) if base == "RUN" else REPOSITORY) / rest
+        saved[name] = value
+    return tyro.cli(args_type, args=words, default=args_type(**saved))
+
+
+def portable(value, run_dir: Path):
+    """Paths inside the run or the repository relative to it, so that both may be moved."""
+    if not isinstance(value, Path):
+        return value
+    path = value.resolve()
+    for name, base in (("RUN", run_dir.resolve()), ("REPOSITORY", REPOSITORY)):
+        if path.is_relative_to(base):
+            return f"{name}/{path.relative_to(base)}"
+    return str(path)
+
+
+def check_positive(args, *names: str) -> None:
+    for name in names:
+        value = getattr(args, name)
+        flag = f"--{name.replace('_', '-')}"
+        require(0 < value < float("inf"), f"{flag} must be above 0 and finite; it is {value}")
+
+
+def check_range(args, low: float, high: float, *names: str) -> None:
+    for name in names:
+        value = getattr(args, name)
+        flag = f"--{name.replace('_', '-')}"
+        require(low <= value <= high, f"{flag} must be from {low} to {high}; it is {value}")
+
+
+def find_device(name: str) -> torch.device:
+    """ "auto" is a CUDA GPU if there is one."""
+    has_gpu = torch.cuda.is_available()
+    require(name != "cuda" or has_gpu, "--device cuda: PyTorch finds no CUDA GPU; use --device cpu")
+    return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
+
+
+def keep_freed_memory() -> None:
+    """Keeps what was freed instead of returning it to the system, which costs page faults.
+
+    Tensors of a few MB come and go at every step. glibc's malloc only; elsewhere nothing happens.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**30)
+
+
+def compiled(function: Callable, args, device: torch.device) -> Callable:
+    """The fastest form of a function of tensors on this device, if --compile is given.
+
+    On a GPU kernels are launched from CUDA graphs. Random numbers stay those of eager mode.
+    """
+    if not args.compile:
+        return function
+    torch._inductor.config.fallback_random = True
+    return torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)
+
+
+# Files.
+
+
+def save(data, path: Path) -> None:
+    """Writes a checkpoint or a result whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        if path.suffix == ".json":
+            temporary.write_text(json.dumps(data, indent=1, allow_nan=False), encoding="utf-8")
+        else:
+            torch.save(data, temporary)
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: PyTorch's for a full disk
+        raise InputError(f"cannot write {path} ({error}); make room and resume the run") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(run_dir: Path) -> dict:
+    path = Path(run_dir) / "checkpoint.pt"
+    require(path.is_file(), f"no checkpoint at {path}; --resume takes the folder of a run")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        for name in ("script", "args", "step", "seconds", "evaluations", "random_states", "state"):
+            checkpoint[name]
+    except Exception as error:
+        raise InputError(
+            f"{path} is damaged ({type(error).__name__}); start the run again"
+        ) from None
+    return checkpoint
+
+
+def say(text: str) -> None:
+    """Prints; a closed pipe or a terminal without the characters never costs a result."""
+    try:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
+
+
+class Run:
+    """One training run: its folder, which no other process can use meanwhile, and its progress."""
+
+    def __init__(self, args, script: str, log_every: int = 100):
+        """Logged values are averaged over `log_every` steps."""
+        check_range(args, 0, 2**32 - 1, "seed")
+        self.args, self.script, self.device = args, script, find_device(args.device)
+        self.log_every = log_every
+        self.task = find_task(args.task)
+        self.checkpoint = load_checkpoint(args.resume) if args.resume else None
+        self.step, self.seconds, self.evaluations = 0, 0.0, []
+        self.tracked, self.inputs, self.sums, self.counts = {}, {}, {}, {}
+        self.updating, self.started, self.signal, self.writer = False, False, None, None
+        if self.checkpoint:
+            started_by = self.checkpoint["script"]
+            require(started_by == script, f"{args.resume} is a run of {started_by}.py")
+        self.dir, self.lock = self._open_folder()
+
+    def _open_folder(self) -> tuple[Path, filelock.FileLock]:
+        args = self.args
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        default = Path("runs") / f"{args.task}__{self.script}__{args.seed}__{stamp}"
+        asked_for = args.resume or args.run_dir
+        for attempt in itertools.count(1):
+            suffix = f"-{attempt}" if attempt > 1 else ""
+            run_dir = Path(asked_for or f"{default}{suffix}")
+            try:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                lock = filelock.FileLock(run_dir / ".lock", blocking=False)
+                lock.acquire()
+            except filelock.Timeout:
+                message = f"{run_dir} is in use by a running process; wait for it or stop it"
+                require(not asked_for, message)
+                continue
+            except OSError as error:
+                advice = "give another --run-dir"
+                raise InputError(f"cannot use {run_dir} ({error.strerror}); {advice}") from None
+            taken = not args.resume and any(path.name != ".lock" for path in run_dir.iterdir())
+            if not taken:
+                for debris in run_dir.glob("*.tmp"):
+                    debris.unlink()
+                return run_dir, lock
+            lock.release()
+            advice = f"continue that run with --resume {run_dir}, or give another --run-dir"
+            require(not asked_for, f"{run_dir} is not empty; {advice}")
+
+    # Ctrl-C and SIGTERM: an update is finished first, anything else is left at once.
+
+    def __enter__(self) -> "Run":
+        keep_freed_memory()
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self._stop)
+        return self
+
+    def _stop(self, number, _) -> None:
+        self.signal = number
+        if not self.updating:
+            raise KeyboardInterrupt(number)
+
+    def __exit__(self, kind, error, traceback) -> None:
+        consistent = self.started and not self.updating
+        self.updating = True  # a second signal waits for the checkpoint
+        try:
+            if kind is KeyboardInterrupt:
+                if consistent:
+                    self.save()
+                say(f"stopped at step {self.step}; continue with --resume {self.dir}")
+        finally:
+            if self.writer:
+                self.writer.close()
+            self.lock.release()
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+
+    # The course of a run.
+
+    def restore(self, inputs: dict, **tracked) -> None:
+        """Names what a checkpoint holds, and loads it if the run is resumed.
+
+        `tracked` are networks, optimizers and whatever else has `state_dict` and `load_state_dict`;
+        `inputs` describes dataset and world model, whose "sha256" must be as when the run started.
+        """
+        self.inputs, self.tracked = inputs, tracked
+        resumed = self.checkpoint is not None
+        if resumed:
+            for name, description in inputs.items():
+                before = self.checkpoint["inputs"][name]["sha256"]
+                message = f"the {name} has changed since {self.dir} started; put the old one back"
+                require(description["sha256"] == before, message)
+            for name, module in tracked.items():
+                module.load_state_dict(self.checkpoint["state"][name])
+            self.step, self.seconds = self.checkpoint["step"], self.checkpoint["seconds"]
+            self.evaluations = self.checkpoint["evaluations"]
+            torch.set_rng_state(self.checkpoint["random_states"]["cpu"])
+            cuda_state = self.checkpoint["random_states"]["cuda"]
+            if self.device.type == "cuda" and cuda_state is not None:
+                torch.cuda.set_rng_state(cuda_state)
+            self.checkpoint = None  # lets go of its memory
+        self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)
+        arguments = "\n".join(f"- {name}: {value}" for name, value in vars(self.args).items())
+        self.writer.add_text("arguments", arguments)
+        if not resumed:
+            self.save()
+        say(f"{self.dir}: {self.args.task}, seed {self.args.seed}, on {self.device}")
+
+    def save(self) -> None:
+        self.writer.flush()
+        cuda_state = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+        args = {name: portable(value, self.dir) for name, value in vars(self.args).items()}
+        checkpoint = {
+            "script": self.script,
+            "args": args | {"resume": None},
+            "step": self.step,
+            "seconds": self.seconds,
+            "evaluations": self.evaluations,
+            "inputs": self.inputs,
+            "random_states": {"cpu": torch.get_rng_state(), "cuda": cuda_state},
+            "state": {name: module.state_dict() for name, module in self.tracked.items()},
+        }
+        save(checkpoint, self.dir / "checkpoint.pt")
+
+    def steps(self, evaluate: Callable, total: int | None = None) -> Iterator[int]:
+        """Yields 1, 2, ..., `total`; between updates logs, evaluates, saves, or stops.
+
+        `evaluate(episodes)` returns an `Evaluation`, or a dict of what to keep, whose numbers are
+        logged. The last step is not evaluated here: the final evaluation has more episodes.
+        """
+        self.started, total = True, total or self.args.total_steps
+        interactive = sys.stderr.isatty()
+        bar = tqdm(total=total, initial=self.step, unit="step", disable=not interactive)
+        started = last_said = time.perf_counter()
+        while True:
+            evaluated = self.evaluations and self.evaluations[-1]["step"] == self.step
+            due = self.step % self.args.eval_every == 0 and not evaluated
+            if due or self.step % self.log_every == 0 or self.step == total or self.signal:
+                self._write_logs()
+                self.seconds += time.perf_counter() - started
+                if due and self.step < total:
+                    self.save()
+                    self._evaluate(evaluate)
+                if due or self.step == total:
+                    self.save()
+                started = time.perf_counter()
+            if self.signal:
+                raise KeyboardInterrupt(self.signal)
+            score = self.evaluations[-1].get("score") if self.evaluations else None
+            progress = "" if score is None else f"score {score:.3f}"
+            if not interactive and (
+                due and self.step < total or time.perf_counter() - last_said > 30
+            ):
+                speed = self.step / max(self.seconds, 1e-9)
+                say(f"step {self.step} of {total}: {progress}, {speed:.3g} steps/s")
+                last_said = time.perf_counter()
+            bar.set_postfix_str(progress, refresh=False)
+            if self.step >= total:
+                bar.close()
+                return
+            self.updating = True
+            yield self.step + 1
+            self.step += 1
+            self.updating = False
+            bar.update()
+
+    def log(self, values: dict[str, torch.Tensor | float]) -> None:
+        """Adds to the means that go to TensorBoard now and then; does not wait for the values."""
+        for name, value in values.items():
+            value = value.detach() if isinstance(value, torch.Tensor) else value
+            self.sums[name] = self.sums.get(name, 0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def _write_logs(self) -> None:
+        for name, total in self.sums.items():
+            mean = float(total) / self.counts[name]
+            good = abs(mean) < float("inf") or not name.startswith("losses/")
+            advice = "start again with a smaller learning rate"
+            require(good, f"{name} is not finite before step {self.step}; {advice}")
+            self.writer.add_scalar(name, mean, self.step)
+        if self.sums and self.seconds:
+            self.writer.add_scalar("charts/SPS", self.step / self.seconds, self.step)
+        self.sums, self.counts = {}, {}
+
+    def _evaluate(self, evaluate: Callable) -> None:
+        record = evaluate(self.args.eval_episodes)
+        record = record.record() if isinstance(record, Evaluation) else record
+        self._log_evaluation(record)
+        self.evaluations.append({"step": self.step, "seconds": self.seconds} | record)
+
+    def _log_evaluation(self, record: dict) -> None:
+        for name, value in record.items():
+            if isinstance(value, (int, float)):
+                tag = {"score": "normalized_score"}.get(name, name)
+                self.writer.add_scalar(f"eval/{tag}", value, self.step)
+
+    def finish(self, evaluation: Evaluation | dict) -> dict:
+        """Writes result.json from the final evaluation and returns it."""
+        final = evaluation.record() if isinstance(evaluation, Evaluation) else evaluation
+        self._log_evaluation(final)
+        result = final | {
+            "best_score": max([final["score"], *(old["score"] for old in self.evaluations)]),
+            "paper_score": self.task.paper_score(self.script),
+            "steps": self.step,
+            "evaluations": self.evaluations,
+        }
+        self.write_result(result)
+        score = f"{final['score']:.3f} ± {final['score_stderr']:.3f}"
+        episodes = f"{len(final['returns'])} greedy episodes"
+        paper = result["paper_score"] or "no figure"
+        say(f"{self.task.name}: score {score} over {episodes} (paper: {paper})")
+        say(f"{self.seconds:.0f} s of training; everything is in {self.dir}")
+        return result
+
+    def write_result(self, result: dict) -> None:
+        """Adds where the numbers come from, and writes result.json."""
+        args = {name: portable(value, self.dir) for name, value in vars(self.args).items()}
+        args = {
+            name: str(value) if value == float("inf") else value for name, value in args.items()
+        }
+        result |= {
+            "script": self.script,
+            "args": args,
+            **self.inputs,
+            "versions": {
+                "python": platform.python_version(),
+                **{name: version(name) for name in PACKAGES},
+            },
+            "machine": {
+                "device": self.device.type,
+                "name": torch.cuda.get_device_name() if self.device.type == "cuda" else None,
+                "cores": available_cores(),
+                "threads": torch.get_num_threads(),
+            },
+            "seconds": self.seconds,
+            "steps_per_second": self.step / max(self.seconds, 1e-9),
+        }
+        save(result, self.dir / "result.json")
