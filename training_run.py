@@ -17,6 +17,7 @@ A run writes `runs/{task}__{script}__{seed}__{time}/`: TensorBoard events, `chec
 
 import ctypes
 import dataclasses
+import importlib
 import itertools
 import json
 import os
@@ -25,6 +26,7 @@ import signal
 import sys
 import threading
 import time
+import typing
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -85,15 +87,17 @@ def resumed_args(args_type: type, run_dir: Path, words: list[str]):
     require(not others, f"--resume goes with --device and --total-steps only, not with {others}")
     checkpoint = load_checkpoint(run_dir)
     saved, started_by = checkpoint["args"], checkpoint["script"]
-    script = Path(sys.argv[0]).stem
+    script = Path(sys.modules[args_type.__module__].__file__).stem
     require(started_by == script, f"{run_dir} is a run of {started_by}.py, not of {script}.py")
-    names = {field.name for field in dataclasses.fields(args_type)}
-    require(saved.keys() == names, f"{run_dir} was started by another version of {script}.py")
+    fields = {field.name: field.type for field in dataclasses.fields(args_type)}
+    require(
+        saved.keys() == fields.keys(), f"{run_dir} was started by another version of {script}.py"
+    )
+    bases = {"RUN": Path(run_dir), "REPOSITORY": REPOSITORY}
     for name, value in saved.items():
-        if isinstance(value, str) and value.startswith(("RUN/", "REPOSITORY/")):
+        if value is not None and Path in typing.get_args(fields[name]):
             base, _, rest = value.partition("/")
-            value = (Path(run_dir) if base == "RUN" else REPOSITORY) / rest
-        saved[name] = value
+            saved[name] = bases[base] / rest if base in bases else Path(value)
     return tyro.cli(args_type, args=words, default=args_type(**saved))
 
 
@@ -182,6 +186,23 @@ def load_checkpoint(run_dir: Path) -> dict:
             f"{path} is damaged ({type(error).__name__}); start the run again"
         ) from None
     return checkpoint
+
+
+def load_team(run_dir: Path):
+    """The trained team of any script's run, on the CPU; `team.task` is its task.
+
+    `team.act_greedily(observations, histories)` gives actions [batch, agent, action].
+    """
+    checkpoint = load_checkpoint(run_dir)
+    script, saved = checkpoint["script"], checkpoint["args"]
+    require("team" in checkpoint["state"], f"{run_dir} is a run of {script}.py and has no team")
+    sys.path.append(str(REPOSITORY))
+    module = importlib.import_module(script if script == "moma_ppo" else f"baselines.{script}")
+    task = find_task(saved["task"])
+    # The statistics that standardise observations come with the weights.
+    team = module.Team(task, torch.zeros(2, task.state_dim), module.Args(**saved))
+    team.load_state_dict(checkpoint["state"]["team"])
+    return team.eval()
 
 
 def say(text: str) -> None:
@@ -294,15 +315,17 @@ class Run:
             if self.device.type == "cuda" and cuda_state is not None:
                 torch.cuda.set_rng_state(cuda_state)
             self.checkpoint = None  # lets go of its memory
+        if not resumed:
+            self.save()
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)
         arguments = "\n".join(f"- {name}: {value}" for name, value in vars(self.args).items())
         self.writer.add_text("arguments", arguments)
-        if not resumed:
-            self.save()
+        self.started_at = time.perf_counter()
         say(f"{self.dir}: {self.args.task}, seed {self.args.seed}, on {self.device}")
 
     def save(self) -> None:
-        self.writer.flush()
+        if self.writer:
+            self.writer.flush()
         cuda_state = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
         args = {name: portable(value, self.dir) for name, value in vars(self.args).items()}
         checkpoint = {
@@ -326,7 +349,7 @@ class Run:
         self.started, total = True, total or self.args.total_steps
         interactive = sys.stderr.isatty()
         bar = tqdm(total=total, initial=self.step, unit="step", disable=not interactive)
-        started = last_said = time.perf_counter()
+        started, last_said = self.started_at, time.perf_counter()
         while True:
             evaluated = self.evaluations and self.evaluations[-1]["step"] == self.step
             due = self.step % self.args.eval_every == 0 and not evaluated
@@ -341,8 +364,7 @@ class Run:
                 started = time.perf_counter()
             if self.signal:
                 raise KeyboardInterrupt(self.signal)
-            score = self.evaluations[-1].get("score") if self.evaluations else None
-            progress = "" if score is None else f"score {score:.3f}"
+            progress = self._headline()
             if not interactive and (
                 due and self.step < total or time.perf_counter() - last_said > 30
             ):
@@ -377,8 +399,15 @@ class Run:
             self.writer.add_scalar("charts/SPS", self.step / self.seconds, self.step)
         self.sums, self.counts = {}, {}
 
+    def _headline(self) -> str:
+        """The first figure of the last evaluation: a team's score, a world model's error."""
+        if not self.evaluations:
+            return ""
+        name = next(name for name in self.evaluations[-1] if name not in ("step", "seconds"))
+        return f"{name.replace('_', ' ')} {self.evaluations[-1][name]:.3g}"
+
     def _evaluate(self, evaluate: Callable) -> None:
-        record = evaluate(self.args.eval_episodes)
+        record = evaluate(getattr(self.args, "eval_episodes", None))
         record = record.record() if isinstance(record, Evaluation) else record
         self._log_evaluation(record)
         self.evaluations.append({"step": self.step, "seconds": self.seconds} | record)

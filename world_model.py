@@ -1,51 +1,37 @@
-"""Trains the ensemble world model of MOMA-PPO (Section 3.1) on an offline dataset and exports it as plain tensors.
+"""The ensemble world model of MOMA-PPO (Section 3.1): trains it and exports it for moma_ppo.py.
 
-Paper: Barde et al., "A Model-Based Solution to the Offline Multi-Agent Reinforcement Learning Coordination Problem",
-AAMAS 2024. Seven members predict the next state, the reward and whether the next state is absorbing from the global state
-and the joint action; the five best on held-out data are the elites. All members train at once as one batched network,
-each on minibatches of its own. Tasks that share a dataset share its world model.
+Paper: Barde et al., "A Model-Based Solution to the Offline Multi-Agent Reinforcement Learning
+Coordination Problem", AAMAS 2024 (arXiv 2305.17198). Seven members predict the next state, the
+reward and whether the next state is absorbing, from the global state and the joint action. They
+train at once as one batched network, each on its own minibatches; the five best on held-out data
+are the elites. Tasks that share a dataset share its world model.
 
-    python world_model.py --task reacher-leader-only            # the defaults below
-    python world_model.py --task reacher-leader-only --paper    # the paper's networks, targets, learning rate and budget
+    python world_model.py --task reacher-leader-only
+    python world_model.py --task reacher-leader-only --paper    # the paper's networks and budget
     python world_model.py --resume runs/RUN
 
-Deviations from the paper, the first three behind flags; figures on Reacher after 2000 steps with --beta 0 --learning-rate 1e-3:
-1. Members predict the change of the state, and inputs and targets are standardised by the training data; dimensions that
-   never change are copied. The paper's predict the next state itself, from raw inputs. Held-out error of the state 0.0077
-   instead of 0.0151, of the reward 0.0024 instead of 0.0089.
-2. Smaller networks: 3 layers of 256 SiLU units for the state (0.0077; 128: 0.0133, 512: 0.0060 at three times the cost, ReLU: 0.0138), 2
-   of 128 ReLU units for reward and mask; the paper has ReLU networks of 4 layers of 1024. The reward's has weight decay, so that
-   it reads only what explains the reward: re-targeting error 0.0042 instead of 0.0059 after 9000 steps. A shared trunk is worse (0.0183).
-3. Learning rate 4e-3, decayed to zero along a cosine, for fewer steps, and the state's likelihood weighed by the predicted standard
-   deviation (beta-NLL); the paper has 3e-5 throughout. README.md has figures of the ant, where legs hit the ground.
-4. One reward and one mask for the team instead of a copy for each agent.
-5. Elites are chosen by mean predictions on the whole validation set, which is less noisy than sampled ones on a part of it.
+Where it differs from the paper, why, and by how much: docs/world_model.md.
 """
 
-import json
 import math
 import os
-import random
-import signal
-import sys
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, Literal, NamedTuple, Sequence
+from typing import Literal
 
-import numpy as np
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads leave a busy core to others
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+from torch.optim.lr_scheduler import LambdaLR
 
-import coordination_game  # noqa: F401, its tasks
 from data.offline_dataset import OfflineDataset, load_dataset
-from mamujoco_envs import InputError, Task, find_task, make_simulator
+from mamujoco_envs import Task, find_task, require
+from training_run import Run, check_positive, check_range, compiled, main, save, say
 
-QUANTILES = (0.5, 0.9, 0.99)
+BEHAVIORS = ("on_data", "perturbed", "random")
+OPEN_LOOP_STEPS = 10
 
 
 @dataclass
@@ -55,28 +41,23 @@ class Args:
     seed: int = 1
     """seed of networks and minibatches"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a CUDA GPU where there is one"""
-    total_steps: int | None = None
-    """gradient steps of every member; if not given, 9,000, or 27,000 on the ant; the paper's 3,000,000 with --paper"""
+    """auto uses a CUDA GPU if there is one"""
+    total_steps: int = 9000
+    """gradient steps of every member (the paper: 3,000,000)"""
     eval_every: int = 1000
-    """gradient steps between two evaluations, each followed by a checkpoint"""
+    """gradient steps between evaluations; each is followed by a checkpoint"""
     run_dir: Path | None = None
-    """folder of the run; runs/TASK__world_model__SEED__TIME if not given"""
+    """run folder; by default runs/TASK__world_model__SEED__TIME"""
     resume: Path | None = None
-    """folder of a run to go on with; all other arguments are then the run's own"""
+    """run folder to resume; only --device and --total-steps may be given with it"""
     compile: bool = False
-    """compile the loss with torch.compile"""
-    cudagraphs: bool = False
-    """capture the update as a CUDA graph"""
-    torch_deterministic: bool = True
-    """only deterministic algorithms"""
-
+    """use the fastest form of the loss on this device: torch.compile, CUDA graphs on a GPU"""
     dataset: Path | None = None
-    """HDF5 file in D4RL's layout; the task's own if not given"""
+    """HDF5 file in D4RL's layout; by default the task's own"""
     output: Path | None = None
-    """file to export the world model to; world_model.pt in the run's folder if not given"""
+    """file to export the world model to; by default world_model.pt in the run folder"""
     paper: bool = False
-    """the paper's setting: absolute raw targets, separate ReLU networks of 4 x 1024 (mask: 2), learning rate 3e-5, 3,000,000 steps"""
+    """the paper's setting, which replaces the options below: see PAPER"""
     members: int = 7
     """trained networks"""
     elites: int = 5
@@ -85,697 +66,440 @@ class Args:
     """predict the change of the state, or the next state"""
     normalize: bool = True
     """standardise inputs, targets and rewards by the training data"""
-    trunk: Literal["separate", "shared"] = "separate"
-    """one network each for state, reward and mask, or one for everything"""
     hidden: tuple[int, ...] = (256, 256, 256)
-    """units of the state network's hidden layers, or of the shared trunk's"""
+    """units of the state network's hidden layers"""
     reward_hidden: tuple[int, ...] = (128, 128)
     """units of the reward network's hidden layers, always ReLU"""
     mask_hidden: tuple[int, ...] = (128, 128)
     """units of the mask network's hidden layers, always ReLU"""
     activation: Literal["silu", "relu"] = "silu"
-    """non-linearity of the state network or the shared trunk"""
+    """non-linearity of the state network"""
     batch_size: int = 256
     """transitions in each member's own minibatch"""
     learning_rate: float = 4e-3
     """AdamW"""
+    decay: Literal["cosine", "none"] = "cosine"
+    """decay the learning rate to zero along a cosine, or keep it"""
     beta: float = 0.5
-    """exponent of the predicted variance that each dimension's likelihood is weighed by (beta-NLL); 0 is the likelihood itself"""
+    """beta-NLL: exponent of the variance that weighs each likelihood; 0 is the likelihood itself"""
     reward_weight_decay: float = 0.3
-    """AdamW, of the reward network alone, so that it reads only the dimensions that explain the reward"""
-    decay: bool = True
-    """decay the learning rate to zero along a cosine"""
+    """AdamW, reward network: makes it read only the dimensions that explain the reward"""
     max_grad_norm: float = 1.0
-    """largest norm of the gradient of a member"""
+    """each member's gradient norm is clipped at this value"""
+
+
+DEFAULTS = {
+    None: Args(),
+    "Ant-v4": Args(total_steps=27_000, eval_every=3000),
+    "coordination": Args(
+        total_steps=500,
+        eval_every=250,
+        hidden=(64, 64),
+        mask_hidden=(64,),
+        learning_rate=3e-3,
+        reward_weight_decay=0.0,
+    ),
+}
+PAPER = {
+    "total_steps": 3_000_000,
+    "target": "absolute",
+    "normalize": False,
+    "hidden": (1024,) * 4,
+    "reward_hidden": (1024,) * 4,
+    "mask_hidden": (1024,) * 2,
+    "activation": "relu",
+    "learning_rate": 3e-5,
+    "decay": "none",
+    "beta": 0.0,
+    "reward_weight_decay": 0.0,
+}
+
+
+# Networks. Members run as one batched operation.
 
 
 class BatchedLinear(nn.Module):
-    """One `nn.Linear` per agent (or member) as one batched operation: [agent, batch, in] -> [agent, batch, out]."""
+    """One `nn.Linear` per agent or ensemble member: [agent, batch, in] -> [agent, batch, out]."""
 
-    def __init__(self, in_dims: Sequence[int], out_dim: int):
+    def __init__(self, in_dims, out_dim):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(len(in_dims), max(in_dims), out_dim))
         self.bias = nn.Parameter(torch.zeros(len(in_dims), 1, out_dim))
-        for weight, bias, width in zip(
-            self.weight.data, self.bias.data, in_dims
-        ):  # padded inputs keep zero weights
+        # Each slice starts as an nn.Linear of its true width; weights of padding stay zero.
+        for weight, bias, width in zip(self.weight.data, self.bias.data, in_dims):
             weight[:width].uniform_(-(width**-0.5), width**-0.5)
             bias.uniform_(-(width**-0.5), width**-0.5)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         return torch.baddbmm(self.bias, x, self.weight)
 
 
 class MLP(nn.Sequential):
-    """One MLP per agent (or member): [agent, batch, in] -> [agent, batch, out]."""
+    """One perceptron per agent or ensemble member: [agent, batch, in] -> [agent, batch, out]."""
 
-    def __init__(
-        self,
-        in_dims: Sequence[int],
-        hidden: Sequence[int],
-        out_dim: int,
-        activation: Callable = nn.ReLU,
-    ):
-        widths = [*hidden, out_dim]
-        layers = [BatchedLinear(in_dims, widths[0])]
-        for width_in, width_out in zip(widths, widths[1:]):
+    def __init__(self, in_dims, hidden, out_dim, activation=nn.ReLU):
+        layers = [BatchedLinear(in_dims, hidden[0])]
+        for width_in, width_out in zip(hidden, [*hidden[1:], out_dim]):
             layers += [activation(), BatchedLinear([width_in] * len(in_dims), width_out)]
         super().__init__(*layers)
 
 
-class Prediction(NamedTuple):
-    """What each member predicts, in the units of the data: two Gaussians and a Bernoulli."""
-
-    next_states: torch.Tensor  # means [member, batch, state]
-    state_log_stds: torch.Tensor  # [member, batch, state]
-    rewards: torch.Tensor  # means [member, batch]
-    reward_log_stds: torch.Tensor  # [member, batch]
-    mask_logits: torch.Tensor  # [member, batch]; above 0 if the next state is not absorbing
-
-
 class Ensemble(nn.Module):
-    """The members of the world model as one batched network (Section 3.1)."""
+    """The members of the world model, each with a network for next state, reward and mask.
 
-    def __init__(
-        self,
-        state_dim: int,
-        action_dim: int,
-        members: int,
-        target: str,
-        trunk: str,
-        hidden: dict,
-        activation: str,
-    ):
-        """`hidden` gives the widths of hidden layers for "state", "reward" and "mask"; a shared trunk has the state's."""
+    Networks map standardised inputs to standardised outputs.
+    """
+
+    def __init__(self, task: Task, args: Args):
         super().__init__()
-        self.target, activate = target, {"relu": nn.ReLU, "silu": nn.SiLU}[activation]
-        self.sizes = [state_dim, state_dim, 1, 1, 1]  # the fields of a prediction
-        in_dims = [state_dim + action_dim] * members
-        if trunk == "shared":
-            self.networks = nn.ModuleList(
-                [MLP(in_dims, hidden["state"], sum(self.sizes), activate)]
-            )
-        else:
-            self.networks = nn.ModuleList([MLP(in_dims, hidden["state"], 2 * state_dim, activate)])
-            self.networks.extend(
-                [MLP(in_dims, hidden["reward"], 2), MLP(in_dims, hidden["mask"], 1)]
-            )
-        for name, size in {
-            "input": state_dim + action_dim,
-            "target": state_dim,
-            "reward": 1,
-        }.items():
+        self.members, self.delta = args.members, args.target == "delta"
+        joint_dim = task.num_agents * task.action_dim
+        in_dims = [task.state_dim + joint_dim] * args.members
+        activation = {"silu": nn.SiLU, "relu": nn.ReLU}[args.activation]
+        self.state = MLP(in_dims, args.hidden, 2 * task.state_dim, activation)
+        self.reward = MLP(in_dims, args.reward_hidden, 2)
+        self.mask = MLP(in_dims, args.mask_hidden, 1)
+        sizes = {"input": in_dims[0], "target": task.state_dim, "reward": 1}
+        for name, size in sizes.items():
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
 
-    def forward(self, states: torch.Tensor, actions: torch.Tensor) -> Prediction:
-        """States [member, batch, state] and joint actions [member, batch, agent * action]."""
-        x = (torch.cat([states, actions], dim=-1) - self.input_mean) / self.input_std
-        outputs = torch.cat([network(x) for network in self.networks], dim=-1)
-        state, state_log_std, reward, reward_log_std, mask_logit = outputs.split(self.sizes, dim=-1)
-        next_states = state * self.target_std + self.target_mean
-        return Prediction(
-            next_states=states + next_states if self.target == "delta" else next_states,
-            state_log_stds=state_log_std.clamp(-6, 2) + self.target_std.log(),
-            rewards=(reward * self.reward_std + self.reward_mean)[..., 0],
-            reward_log_stds=(reward_log_std.clamp(-6, 2) + self.reward_std.log())[..., 0],
-            mask_logits=mask_logit[..., 0],
+    @torch.no_grad()
+    def standardize(self, dataset: OfflineDataset, rows):
+        """Takes input, target and reward statistics from the training rows.
+
+        The deviation of a target that never changes is 0: such a dimension is copied.
+        """
+        joint_actions = dataset.task.join_actions(dataset.actions[rows])
+        values = {
+            "input": torch.cat([dataset.states[rows], joint_actions], dim=1),
+            "target": dataset.next_states[rows] - self.delta * dataset.states[rows],
+            "reward": dataset.rewards[rows, None],
+        }
+        for name, value in values.items():
+            mean, std = value.double().mean(0), value.double().std(0)
+            unchanging = 0 if name == "target" else 1
+            getattr(self, f"{name}_mean").copy_(mean)
+            getattr(self, f"{name}_std").copy_(torch.where(std < 1e-6, unchanging, std))
+
+    def forward(self, states, joint_actions):
+        """[member, batch, state], [member, batch, joint]: means and log standard deviations of
+        state [member, batch, state] and reward [member, batch, 1], and mask logits."""
+        x = torch.cat([states, joint_actions], dim=-1)
+        x = (x - self.input_mean) / self.input_std
+        mean, log_std = self.state(x).chunk(2, dim=-1)
+        reward, reward_log_std = self.reward(x).chunk(2, dim=-1)
+        mask_logits = self.mask(x)[..., 0]
+        return mean, log_std.clamp(-6, 2), reward, reward_log_std.clamp(-6, 2), mask_logits
+
+    def predict(self, states, joint_actions):
+        """[batch, state], [batch, joint]: each member's mean next state [member, batch, state],
+        mean reward [member, batch] and mask logit, in the units of the data."""
+        inputs = (x.expand(self.members, -1, -1) for x in (states, joint_actions))
+        mean, _, reward, _, mask_logits = self(*inputs)
+        next_states = self.delta * states + mean * self.target_std + self.target_mean
+        rewards = (reward * self.reward_std + self.reward_mean)[..., 0]
+        return next_states, rewards, mask_logits
+
+    def select(self, task: Task, args: Args, members: list[int]) -> "Ensemble":
+        """A copy with these members alone."""
+        selected = Ensemble(task, replace(args, members=len(members))).to(self.input_mean.device)
+        weights = self.state_dict()
+        selected.load_state_dict(
+            {name: value[members] if value.dim() == 3 else value for name, value in weights.items()}
         )
+        return selected
 
 
-def epistemic_uncertainty(
-    prediction: Prediction, scale: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """eps_r, the variance of the reward over members, and eps_g, the Frobenius norm of the members' covariance: [batch] each.
+# Training (Section 3.1).
 
-    The covariance is that of (next state, reward) in units of `scale` [state + 1]. With X the centred predictions
-    [member, state + 1], ||X^T X||_F = ||X X^T||_F: a Gram matrix over members instead of one over dimensions.
+
+def gaussian_nll(target, mean, log_std, beta=0.0):
+    """Negative log-likelihood without its constant, weighed by variance ** beta.
+
+    Without that weight (beta-NLL, Seitzer et al., ICLR 2022), what is hard to predict is given up
+    as noise.
     """
-    x = torch.cat([prediction.next_states, prediction.rewards[..., None]], dim=-1) / scale
-    x = (x - x.mean(0)).transpose(0, 1)  # [batch, member, state + 1]
-    epsilon_g = (x @ x.transpose(1, 2)).square().sum((1, 2)).sqrt() / (x.shape[1] - 1)
-    return prediction.rewards.var(0), epsilon_g
+    likelihood = log_std + 0.5 * ((target - mean) * (-log_std).exp()).square()
+    return (2 * beta * log_std).exp().detach() * likelihood
 
 
-def member_losses(
-    ensemble: Ensemble, batch: Sequence[torch.Tensor], changes: torch.Tensor, beta: float
-) -> torch.Tensor:
-    """Gaussian negative log-likelihoods of next state and reward and cross-entropy of the mask (Section 3.1): [member, 3].
+def member_losses(ensemble, batch, changes, beta):
+    """Losses of next state, reward and mask of every member [3, member] (Section 3.1).
 
-    `batch` is states, joint actions, next states, rewards and masks, [member, batch, ...]; `changes` [state] tells the
-    dimensions that are learned. The likelihood is averaged over dimensions, its constant dropped. That of the state is weighed by the
-    predicted variance to the power of `beta`: otherwise what is hard to predict is given up as noise (Seitzer et al., ICLR 2022).
+    `batch` is states, joint actions, next states, rewards and masks, each [member, batch, ...];
+    `changes` [state] are the dimensions that ever change.
     """
-    states, actions, next_states, rewards, masks = batch
-    prediction = ensemble(states, actions)
-    state_log_stds = prediction.state_log_stds[..., changes]
-    state_error = (next_states - prediction.next_states)[..., changes] * (-state_log_stds).exp()
-    weight = (
-        (2 * beta * (state_log_stds - ensemble.target_std[changes].log())).exp().detach()
-    )  # in standardised units
-    state_loss = (weight * (state_log_stds + 0.5 * state_error.square())).mean((1, 2))
-    reward_error = (rewards - prediction.rewards) * (-prediction.reward_log_stds).exp()
-    reward_loss = (prediction.reward_log_stds + 0.5 * reward_error.square()).mean(1)
-    mask_loss = F.binary_cross_entropy_with_logits(
-        prediction.mask_logits, masks, reduction="none"
-    ).mean(1)
-    return torch.stack([state_loss, reward_loss, mask_loss], dim=1)
+    states, joint_actions, next_states, rewards, masks = batch
+    mean, log_std, reward, reward_log_std, mask_logits = ensemble(states, joint_actions)
+    target = next_states - ensemble.delta * states - ensemble.target_mean
+    target = target[..., changes] / ensemble.target_std[changes]
+    state_loss = gaussian_nll(target, mean[..., changes], log_std[..., changes], beta)
+    reward_target = (rewards[..., None] - ensemble.reward_mean) / ensemble.reward_std
+    reward_loss = gaussian_nll(reward_target, reward, reward_log_std)
+    mask_loss = F.binary_cross_entropy_with_logits(mask_logits, masks, reduction="none")
+    return torch.stack([state_loss.mean((1, 2)), reward_loss.mean((1, 2)), mask_loss.mean(1)])
 
 
-def clip_member_gradients(ensemble: Ensemble, max_norm: float) -> None:
-    """Scales each member's gradient to a norm of at most `max_norm`."""
-    gradients = [parameter.grad for parameter in ensemble.parameters()]
-    norms = sum(gradient.square().sum((1, 2)) for gradient in gradients).sqrt()
-    scale = (max_norm / (norms + 1e-6)).clamp(max=1)[:, None, None]
-    torch._foreach_mul_(gradients, [scale] * len(gradients))
+def clip_each_agent(parameters, agents, max_norm):
+    """Clips the gradient norm of each agent's parameters, [agent, ...] or [twin * agent, ...]."""
+    gradients = [parameter.grad.unflatten(0, (-1, agents)) for parameter in parameters]
+    squares = [gradient.square().transpose(0, 1).flatten(1).sum(1) for gradient in gradients]
+    factors = max_norm / torch.stack(squares).sum(0).sqrt().clamp(min=max_norm)  # [agent]
+    for gradient in gradients:
+        gradient.mul_(factors.view(-1, *[1] * (gradient.dim() - 2)))
+
+
+# Evaluation on held-out data, and beyond it.
 
 
 @torch.no_grad()
-def standardize(ensemble: Ensemble, dataset: OfflineDataset, rows: torch.Tensor) -> None:
-    """Sets the ensemble's input, target and reward statistics to those of the training rows."""
-    states, next_states = dataset.states[rows], dataset.next_states[rows]
-    inputs = torch.cat([states, dataset.task.join_actions(dataset.actions[rows])], dim=1)
-    targets = next_states - states if ensemble.target == "delta" else next_states
-    for name, values in {
-        "input": inputs,
-        "target": targets,
-        "reward": dataset.rewards[rows, None],
-    }.items():
-        mean, std = values.double().mean(0), values.double().std(0)
-        constant = std < 1e-6
-        getattr(ensemble, f"{name}_mean").copy_(mean)
-        getattr(ensemble, f"{name}_std").copy_(
-            torch.where(constant, 0 if name == "target" else 1, std)
-        )
+def held_out_errors(ensemble, dataset: OfflineDataset, rows, scale) -> dict:
+    """Errors of each member's mean predictions [member].
 
-
-@torch.no_grad()
-def validate(ensemble: Ensemble, dataset: OfflineDataset, rows: torch.Tensor) -> torch.Tensor:
-    """Errors of mean predictions: next state (L2), reward (absolute), mask (share of wrong ones), [member, 3]."""
-    members, sums = ensemble.networks[0][0].weight.shape[0], 0
+    State (L2) and reward (absolute) in their own units and in standard deviations of the data, and
+    the share of wrong masks.
+    """
+    sums = 0
     for part in rows.split(4096):
-        joint = dataset.task.join_actions(dataset.actions[part])
-        prediction = ensemble(
-            dataset.states[part].expand(members, -1, -1), joint.expand(members, -1, -1)
-        )
-        state_error = (prediction.next_states - dataset.next_states[part]).norm(dim=-1)
-        wrong_masks = (prediction.mask_logits > 0) != (dataset.masks[part] > 0)
+        joint_actions = dataset.task.join_actions(dataset.actions[part])
+        predicted = ensemble.predict(dataset.states[part], joint_actions)
+        next_states, rewards, mask_logits = predicted
+        state_error = next_states - dataset.next_states[part]
+        reward_error = (rewards - dataset.rewards[part]).abs()
         errors = [
-            state_error,
-            (prediction.rewards - dataset.rewards[part]).abs(),
-            wrong_masks.float(),
+            state_error.norm(dim=-1),
+            reward_error,
+            (state_error / scale[:-1]).norm(dim=-1) / len(scale[:-1]) ** 0.5,
+            reward_error / scale[-1],
+            ((mask_logits > 0) != (dataset.masks[part] > 0)).float(),
         ]
-        sums = sums + torch.stack(errors, dim=-1).sum(1)
-    return sums / len(rows)
+        sums = sums + torch.stack(errors).sum(-1)
+    names = ("state_error", "reward_error", "scaled_state_error", "scaled_reward_error")
+    return dict(zip((*names, "mask_error"), sums / len(rows)))
 
 
-def disturb(
-    task: Task, actions: torch.Tensor, behavior: str, generator: torch.Generator
-) -> torch.Tensor:
-    """Actions [batch, agent, action] of the data as they are, perturbed, or replaced by uniformly random ones."""
-    if behavior == "held-out":
+def disturb(task: Task, actions, behavior, generator):
+    """Actions [batch, agent, action] of the data as they are, perturbed, or uniformly random."""
+    if behavior == "on_data":
         return actions
     if task.discrete:  # perturbed: three in ten are random
         choices = torch.randint(task.action_dim, actions.shape[:-1], generator=generator)
-        replaced = torch.rand(choices.shape, generator=generator) < (
-            0.3 if behavior == "perturbed" else 1
-        )
-        return torch.where(
-            replaced[..., None], F.one_hot(choices, task.action_dim).to(actions), actions
-        )
+        share = 0.3 if behavior == "perturbed" else 1
+        replaced = torch.rand(choices.shape, generator=generator) < share
+        random_actions = F.one_hot(choices, task.action_dim).to(actions)
+        return torch.where(replaced[..., None], random_actions, actions)
     if behavior == "perturbed":
-        return (actions + 0.3 * torch.randn(actions.shape, generator=generator)).clamp(-1, 1)
+        noise = torch.randn(actions.shape, generator=generator)
+        return (actions + 0.3 * noise).clamp(-1, 1)
     return 2 * torch.rand(actions.shape, generator=generator) - 1
 
 
-def ten_step_starts(dataset: OfflineDataset, rows: torch.Tensor) -> torch.Tensor:
-    """Those of `rows` from which an episode goes on for ten steps."""
-    rows = rows[rows + 9 < dataset.size]
-    return rows[dataset.episode_starts[rows] == dataset.episode_starts[rows + 9]]
+def open_loop_starts(dataset: OfflineDataset, rows):
+    """Those of `rows` from which an episode lasts for at least OPEN_LOOP_STEPS steps."""
+    last = rows + OPEN_LOOP_STEPS - 1
+    rows, last = rows[last < dataset.size], last[last < dataset.size]
+    return rows[dataset.episode_starts[rows] == dataset.episode_starts[last]]
 
 
 @torch.no_grad()
-def open_loop(
-    ensemble: Ensemble,
-    dataset: OfflineDataset,
-    rows: torch.Tensor,
-    scale,
-    behavior: str,
-    steps: int = 10,
-) -> dict:
-    """Rolls the elites out from `rows` beside the true simulator, with the dataset's actions, perturbed or random ones.
+def open_loop(ensemble, dataset: OfflineDataset, rows, scale, behavior) -> dict:
+    """Rolls the ensemble and the true simulator out from `rows`, with the same actions.
 
-    Errors of the state (L2) after one and after all steps (or the last one that any true episode takes), of the return, its bias
-    (positive: the model promises too much), and the quantiles of eps_g on the way, all until the true episode ends.
+    Returns the state error (L2) after one and ten steps, the return's error and bias (positive: the
+    model promises too much), and quantiles of eps_g. Steps after termination are ignored.
     """
-    task, device = dataset.task, dataset.device
-    members, generator = ensemble.networks[0][0].weight.shape[0], torch.Generator().manual_seed(0)
-    simulator, states = make_simulator(task, len(rows)), dataset.states[rows]
+    task, device, count = dataset.task, dataset.device, len(rows)
+    generator = torch.Generator().manual_seed(0)
+    states, simulator = dataset.states[rows], task.simulator(task, count)
     simulator.set_states(states.cpu().numpy())
-    model_return, true_return, epsilons, errors = (
-        torch.zeros(len(rows)),
-        torch.zeros(len(rows)),
-        [],
-        [],
-    )
-    alive = torch.ones(len(rows), dtype=torch.bool)  # what comes after a terminal is in no episode
-    for t in range(steps):
+    model_return, true_return = torch.zeros(count), torch.zeros(count)
+    alive, epsilons, errors = torch.ones(count, dtype=torch.bool), [], []
+    for t in range(OPEN_LOOP_STEPS):
         actions = disturb(task, dataset.actions[rows + t].cpu(), behavior, generator)
-        joint = task.join_actions(actions).to(device)
-        prediction = ensemble(states.expand(members, -1, -1), joint.expand(members, -1, -1))
-        epsilons.append(epistemic_uncertainty(prediction, scale)[1][alive])
-        member = torch.randint(members, (len(rows),), generator=generator).to(device)
-        states = prediction.next_states[member, torch.arange(len(rows), device=device)]
-        true_states, true_rewards, terminals = simulator.step(actions.numpy())
-        errors.append(
-            (states.cpu() - torch.as_tensor(true_states)).norm(dim=1)[alive].mean().item()
-        )
-        model_return += torch.where(alive, prediction.rewards.mean(0).cpu(), 0)
-        true_return += torch.where(alive, torch.as_tensor(true_rewards), 0)
-        alive &= ~torch.as_tensor(terminals)
+        joint_actions = task.join_actions(actions).to(device)
+        next_states, rewards, _ = ensemble.predict(states, joint_actions)
+        epsilons.append(epistemic_uncertainty(next_states, rewards, scale).cpu()[alive])
+        member = torch.randint(ensemble.members, (count,), generator=generator).to(device)
+        states = next_states[member, torch.arange(count, device=device)]
+
+        true_states, true_rewards, terminals = map(torch.as_tensor, simulator.step(actions.numpy()))
+        errors.append((states.cpu() - true_states).norm(dim=1)[alive].mean().item())
+        model_return += alive * rewards.mean(0).cpu()
+        true_return += alive * true_rewards
+        alive &= ~terminals
         if not alive.any():
             break
-    quantiles = torch.cat(epsilons).quantile(torch.tensor(QUANTILES, device=device)).tolist()
+    difference = model_return - true_return
+    epsilon_g = torch.cat(epsilons)
     return {
         "one_step_error": errors[0],
         "ten_step_error": errors[-1],
-        "return_error": (model_return - true_return).abs().mean().item(),
-        "return_bias": (model_return - true_return).mean().item(),
-        "epsilon_g": dict(zip(map(str, QUANTILES), quantiles)),
+        "return_error": difference.abs().mean().item(),
+        "return_bias": difference.mean().item(),
+        **{f"epsilon_g_{q}": epsilon_g.quantile(q).item() for q in (0.5, 0.9, 0.99)},
     }
 
 
-@torch.no_grad()
-def retargeting_error(ensemble: Ensemble, dataset: OfflineDataset, rows: torch.Tensor) -> float:
-    """Reacher: mean error of the elites' mean reward for arms of the data with the target of another episode and no torque.
+def epistemic_uncertainty(next_states, rewards, scale):
+    """eps_g, the Frobenius norm of the members' covariance of (next state, reward): [batch].
 
-    Experts are almost never still and off target, so "still means on target" fits the data; a team then learns to stop short.
+    With X the centred predictions in units of `scale`, ||X^T X||_F = ||X X^T||_F: a Gram matrix of
+    members instead of one of dimensions.
+    """
+    outputs = torch.cat([next_states, rewards[..., None]], dim=-1) / scale
+    centred = (outputs - outputs.mean(0)).transpose(0, 1)  # [batch, member, state + 1]
+    gram = centred @ centred.transpose(1, 2)
+    return gram.square().sum((1, 2)).sqrt() / (centred.shape[1] - 1)
+
+
+@torch.no_grad()
+def retargeting_error(ensemble, dataset: OfflineDataset, rows) -> float:
+    """Reacher: error of the mean reward for arms of the data with another episode's target.
+
+    Experts are almost never still and off target, so "still means on target" fits the data, and a
+    team learns to stop short.
     """
     states, other = dataset.states[rows].clone(), dataset.states[rows.roll(1)]
     states[:, 8:10] += states[:, 4:6] - other[:, 4:6]
     states[:, 4:6] = other[:, 4:6]
-    members = ensemble.networks[0][0].weight.shape[0]
-    rewards = ensemble(
-        states.expand(members, -1, -1), torch.zeros(members, len(rows), 2, device=states.device)
-    ).rewards
+    _, rewards, _ = ensemble.predict(states, states.new_zeros(len(rows), 2))
     return (rewards.mean(0) + states[:, 8:10].norm(dim=1)).abs().mean().item()
 
 
-def select_members(ensemble: Ensemble, architecture: dict, members: list[int]) -> Ensemble:
-    """A copy with these members alone."""
-    selected = Ensemble(**architecture | {"members": len(members)}).to(ensemble.input_mean.device)
-    weights = {
-        name: value[members] if value.dim() == 3 else value
-        for name, value in ensemble.state_dict().items()
-    }
-    selected.load_state_dict(weights)
-    return selected
-
-
-def evaluate_ensemble(
-    ensemble: Ensemble, architecture: dict, args: Args, dataset: OfflineDataset, rows, scale
-) -> dict:
-    """Held-out errors, the elites by them, and how far the elites can be trusted off the data."""
-    errors = validate(ensemble, dataset, rows)
-    elites = (errors[:, 0] + errors[:, 1]).argsort()[: args.elites].tolist()
-    best = select_members(ensemble, architecture, elites)
-    starts = ten_step_starts(dataset, rows)[:1000]
-    result = {"elites": elites, "member_errors": errors.tolist()}
-    result |= dict(
-        zip(["state_error", "reward_error", "mask_error"], errors[elites].mean(0).tolist())
-    )
-    result |= {
-        behavior: open_loop(best, dataset, starts, scale, behavior)
-        for behavior in ("held-out", "perturbed", "random")
-    }
+def evaluate_ensemble(ensemble, args: Args, dataset: OfflineDataset, rows, scale) -> dict:
+    """The elites, their held-out errors, and how far they can be trusted off the data."""
+    errors = held_out_errors(ensemble, dataset, rows, scale)
+    # Deviation 5. State and reward count alike, in standard deviations of the data.
+    criterion = errors["scaled_state_error"] + errors["scaled_reward_error"]
+    elites = criterion.argsort()[: args.elites].tolist()
+    best = ensemble.select(dataset.task, args, elites)
+    record = {name: error[elites].mean().item() for name, error in errors.items()}
+    starts = open_loop_starts(dataset, rows)[:1000]
+    for behavior in BEHAVIORS:
+        measured = open_loop(best, dataset, starts, scale, behavior)
+        record |= {f"{behavior}/{name}": value for name, value in measured.items()}
     if dataset.task.environment == "Reacher-v4":
-        result["retargeting_error"] = retargeting_error(best, dataset, rows[:5000])
-    return result
+        record["retargeting_error"] = retargeting_error(best, dataset, rows[:5000])
+    member_errors = {name: error.tolist() for name, error in errors.items()}
+    return record | {"elites": elites, "member_errors": member_errors}
 
 
-class CUDAGraph:
-    """Replays a function of tensors with fixed shapes as one CUDA graph, after three eager calls that warm it up."""
-
-    def __init__(self, function: Callable):
-        self.function, self.calls, self.graph = function, 0, torch.cuda.CUDAGraph()
-        self.stream = torch.cuda.Stream()
-
-    def __call__(self, *inputs: torch.Tensor):
-        self.calls += 1
-        if self.calls <= 3:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                outputs = self.function(*inputs)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return outputs
-        if self.calls == 4:
-            self.inputs = [x.clone() for x in inputs]
-            with torch.cuda.graph(self.graph):
-                self.outputs = self.function(*self.inputs)
-        for static, x in zip(self.inputs, inputs):
-            static.copy_(x)
-        self.graph.replay()
-        return self.outputs
+# Export.
 
 
-def check_positive(args, *names: str) -> None:
-    for name in names:
-        if not getattr(args, name) > 0:
-            raise InputError(
-                f"--{name.replace('_', '-')} must be above 0; it is {getattr(args, name)}"
-            )
+def calibrate(record: dict, scale) -> dict:
+    """lambda_g and l_eps by one rule for every dataset, from q, eps_g's 0.99 quantile on data.
+
+    Deviation 8 of docs/moma_ppo.md. l_eps is 100 q: a rollout is cut where members disagree as they
+    never do on data. lambda_g makes the penalty one standard deviation of the reward at 10 q.
+    """
+    quantile = max(record["on_data/epsilon_g_0.99"], 1e-6)
+    return {"lambda_g": float(scale[-1]) / (10 * quantile), "l_epsilon": 100 * quantile}
 
 
-def choose_device(args) -> torch.device:
-    cuda = torch.cuda.is_available()
-    if args.device == "cuda" and not cuda:
-        raise InputError(
-            "--device cuda: this machine has no CUDA GPU that PyTorch can use; take --device auto or cpu"
-        )
-    device = torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
-    if args.cudagraphs and device.type == "cpu":
-        raise InputError("--cudagraphs needs a CUDA GPU; leave it out on this machine")
-    return device
+def export(ensemble, args: Args, dataset: OfflineDataset, record: dict, scale, seconds) -> dict:
+    """What inference needs: the elites' layers, normaliser, bounding box and calibration."""
+    elites, exported = record["elites"], {}
+    for name in ("state", "reward", "mask"):
+        layers = [x for x in getattr(ensemble, name) if isinstance(x, BatchedLinear)]
+        exported[name] = [(x.weight.data[elites], x.bias.data[elites]) for x in layers]
+    exported |= {name: buffer for name, buffer in ensemble.named_buffers()}
+    exported |= dataset.bounding_box() | {"scale": scale} | calibrate(record, scale)
+    settings = {"target": args.target, "activation": args.activation, "seed": args.seed}
+    description = settings | {"total_steps": args.total_steps, "seconds": seconds}
+    errors = {name: value for name, value in record.items() if isinstance(value, float)}
+    return exported | {"dataset": dataset.description, "description": description, "errors": errors}
 
 
-def seed_everything(seed: int, deterministic: bool) -> None:
-    if not 0 <= seed < 2**32:
-        raise InputError(f"--seed must be from 0 to {2**32 - 1}; it is {seed}")
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
-
-
-def random_states() -> dict:
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def set_random_states(states: dict) -> None:
-    torch.set_rng_state(states["cpu"].cpu())
-    if torch.cuda.is_available() and states["cuda"] is not None:
-        torch.cuda.set_rng_state(states["cuda"].cpu())
-
-
-def save_whole(data, path: Path) -> None:
-    """Writes a checkpoint or a result so that `path` holds the old one or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=1)) if path.name == "result.json" else torch.save(
-        data, temporary
-    )
-    temporary.replace(path)
-
-
-def make_folder(run_dir: Path) -> None:
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"cannot make the folder {run_dir} ({error.strerror}); give another --run-dir"
-        ) from None
-
-
-def open_run(args, script: str) -> tuple[Path, dict | None]:
-    """The run's folder and, if it is resumed, its checkpoint, from which `args` are taken."""
-    if args.resume is None:
-        run_dir = (
-            args.run_dir
-            or Path("runs")
-            / f"{args.task}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        )
-        if run_dir.is_file() or run_dir.exists() and any(run_dir.iterdir()):
-            raise InputError(
-                f"{run_dir} is in use; go on with that run by --resume {run_dir}, or give another --run-dir"
-            )
-        return run_dir, None
-    path = args.resume / "checkpoint.pt"
-    if not path.is_file():
-        raise InputError(
-            f"no checkpoint at {path}; --resume takes the folder of a run that was started before"
-        )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        saved, started_by = checkpoint["args"], checkpoint["script"]
-    except Exception as error:
-        raise InputError(
-            f"{path} is not a whole checkpoint ({type(error).__name__}); start the run again"
-        ) from None
-    if started_by != script or saved.keys() | {"resume"} != vars(args).keys():
-        raise InputError(
-            f"{args.resume} is not a run of this {script}.py; resume it with the script and version that started it"
-        )
-    for name, value in saved.items():
-        paths = ("dataset", "world_model", "output", "run_dir")
-        setattr(args, name, Path(value) if name in paths and value is not None else value)
-    return path.parent, checkpoint
+def check(args: Args) -> None:
+    """Ends with one clear line if an argument makes no sense."""
+    check_positive(args, "total_steps", "eval_every", "batch_size", "learning_rate")
+    check_positive(args, "max_grad_norm")
+    check_range(args, 2, 1000, "members")
+    check_range(args, 2, args.members, "elites")
+    check_range(args, 0, 1, "beta")
+    check_range(args, 0, 1e9, "reward_weight_decay")
+    widths = (*args.hidden, *args.reward_hidden, *args.mask_hidden)
+    layers = args.hidden and args.reward_hidden and args.mask_hidden
+    message = "--hidden, --reward-hidden and --mask-hidden need one or more widths above 0"
+    require(layers and min(widths) > 0, message)
 
 
 def train(args: Args) -> dict:
-    if args.total_steps is None:
-        args.total_steps = (
-            3_000_000 if args.paper else 27_000 if args.task.startswith("ant") else 9000
-        )
-    check_positive(
-        args, "total_steps", "eval_every", "members", "batch_size", "learning_rate", "max_grad_norm"
-    )
-    if not 0 <= args.beta <= 1:
-        raise InputError(f"--beta must be from 0 to 1; it is {args.beta}")
-    if not 2 <= args.elites <= args.members:
-        raise InputError(
-            f"--elites must be from 2 to --members {args.members}; it is {args.elites}"
-        )
-    if min(*args.hidden, *args.reward_hidden, *args.mask_hidden, 1) < 1:
-        raise InputError("--hidden, --reward-hidden and --mask-hidden must be above 0")
-    run_dir, checkpoint = open_run(args, "world_model")
-    task, device = find_task(args.task), choose_device(args)
     if args.paper:
-        args.target, args.normalize, args.trunk, args.activation = (
-            "absolute",
-            False,
-            "separate",
-            "relu",
-        )
-        args.hidden, args.reward_hidden, args.mask_hidden = (1024,) * 4, (1024,) * 4, (1024,) * 2
-        args.learning_rate, args.beta, args.reward_weight_decay, args.decay = 3e-5, 0.0, 0.0, False
-    output = args.output or run_dir / "world_model.pt"
-    if output.exists() and checkpoint is None:
-        raise InputError(f"{output} exists; give another --output, or move it away")
-    if args.output and not output.parent.is_dir():
-        raise InputError(f"no folder {output.parent} to write {output.name} to")
-    dataset = load_dataset(
-        task, args.dataset, device
-    )  # before seeding: recording it draws random numbers
-    seed_everything(args.seed, args.torch_deterministic)
-    training_rows, validation_rows = dataset.split()
-    if not len(ten_step_starts(dataset, validation_rows)):
-        raise InputError(
-            "the dataset's held-out tenth has no ten steps of one episode to test the model on; take a larger one"
-        )
-    architecture = {
-        "state_dim": task.state_dim,
-        "action_dim": task.num_agents * task.action_dim,
-        "members": args.members,
-    }
-    architecture |= {"target": args.target, "trunk": args.trunk, "activation": args.activation}
-    architecture["hidden"] = {
-        "state": list(args.hidden),
-        "reward": list(args.reward_hidden),
-        "mask": list(args.mask_hidden),
-    }
-    ensemble = Ensemble(**architecture).to(device)
-    if args.normalize:
-        standardize(ensemble, dataset, training_rows)
-    changes = ensemble.target_std.nonzero()[:, 0]
-    # What eps_g is measured in: the standard deviation of each state dimension and of the reward in the dataset.
-    scale = torch.cat([dataset.states, dataset.rewards[:, None]], dim=1).std(0)
-    scale = torch.where(scale < 1e-6, 1, scale)
-    learning_rate = torch.tensor(
-        args.learning_rate, device=device
-    )  # a tensor, so that a CUDA graph sees it change
-    decays = [
-        args.reward_weight_decay if len(ensemble.networks) == 3 and i == 1 else 0.0
-        for i in range(len(ensemble.networks))
-    ]
-    groups = [
-        {"params": network.parameters(), "weight_decay": decay}
-        for network, decay in zip(ensemble.networks, decays)
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True, capturable=args.cudagraphs)
-    losses = torch.compile(member_losses) if args.compile else member_losses
-    columns = [
-        dataset.states,
-        task.join_actions(dataset.actions),
-        dataset.next_states,
-        dataset.rewards,
-        dataset.masks,
-    ]
+        args = replace(args, **PAPER)
+    check(args)
+    if args.output and not args.resume:
+        message = f"{args.output} exists; give another --output, or move it away"
+        require(not args.output.exists(), message)
+        folder = args.output.absolute().parent
+        require(folder.is_dir(), f"no folder {folder} to write {args.output.name} to")
+    with Run(args, "world_model") as run:
+        task, device = find_task(args.task), run.device
+        dataset = load_dataset(task, args.dataset, device)
+        torch.manual_seed(args.seed)
+        training_rows, held_out_rows = dataset.split()
+        long_enough = len(open_loop_starts(dataset, held_out_rows)) > 0
+        message = f"no held-out episode has {OPEN_LOOP_STEPS} steps; use a larger dataset"
+        require(long_enough, message)
+        ensemble = Ensemble(task, args).to(device)
+        if args.normalize:
+            ensemble.standardize(dataset, training_rows)
+        changes = ensemble.target_std.nonzero()[:, 0]
+        # eps_g is measured in standard deviations of the data.
+        scale = torch.cat([dataset.states, dataset.rewards[:, None]], dim=1).std(0)
+        scale = torch.where(scale < 1e-6, 1, scale)
 
-    def update(*batch: torch.Tensor) -> torch.Tensor:
-        loss = losses(ensemble, batch, changes, args.beta)
-        optimizer.zero_grad()
-        loss.sum().backward()
-        clip_member_gradients(ensemble, args.max_grad_norm)
-        optimizer.step()
-        return loss.detach().mean(0)
-
-    if args.cudagraphs:
-        update = CUDAGraph(update)
-
-    first_step, seconds = 0, 0.0
-    if checkpoint is not None:
-        ensemble.load_state_dict(checkpoint["ensemble"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr"].to(device)
-        set_random_states(checkpoint["random_states"])
-        first_step, seconds = checkpoint["step"], checkpoint["seconds"]
-    make_folder(run_dir)
-    writer = SummaryWriter(str(run_dir), purge_step=first_step + 1)
-    writer.add_text(
-        "arguments", "\n".join(f"- {name}: {value}" for name, value in vars(args).items())
-    )
-    arguments = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(args).items()
-        if name != "resume"
-    }
-    print(f"{run_dir}: world model of {task.dataset}, seed {args.seed}, on {device}")
-
-    def save_checkpoint(step: int) -> None:
-        writer.flush()  # what is logged up to here is never logged again
-        state = {
-            "script": "world_model",
-            "args": arguments,
-            "step": step,
-            "seconds": seconds,
-            "random_states": random_states(),
-        }
-        save_whole(
-            state | {"ensemble": ensemble.state_dict(), "optimizer": optimizer.state_dict()},
-            run_dir / "checkpoint.pt",
-        )
-
-    def evaluation() -> dict:
-        return evaluate_ensemble(ensemble, architecture, args, dataset, validation_rows, scale)
-
-    stop_signals: list[int] = []
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signal_number, lambda number, _: stop_signals.append(number))
-    progress = tqdm(
-        total=args.total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty()
-    )
-    started, logged_step, loss_sum = time.perf_counter(), first_step, torch.zeros(3, device=device)
-    for step in range(first_step + 1, args.total_steps + 1):
-        if args.decay:
-            for group in optimizer.param_groups:
-                group["lr"].fill_(
-                    args.learning_rate
-                    * 0.5
-                    * (1 + math.cos(math.pi * (step - 1) / args.total_steps))
-                )
-        indices = training_rows[
-            torch.randint(len(training_rows), (args.members, args.batch_size), device=device)
+        decays = {"state": 0.0, "reward": args.reward_weight_decay, "mask": 0.0}
+        groups = [
+            {"params": list(getattr(ensemble, name).parameters()), "weight_decay": decay}
+            for name, decay in decays.items()
         ]
-        loss_sum += update(*[column[indices] for column in columns])
-        progress.update()
-        evaluate = step % args.eval_every == 0 or step == args.total_steps
-        stopping = bool(
-            stop_signals
-        )  # looked at once: one that comes later waits for the next step
-        if step % 100 == 0 or evaluate or stopping:
-            state_loss, reward_loss, mask_loss = (loss_sum / (step - logged_step)).tolist()
-            if not math.isfinite(state_loss + reward_loss + mask_loss):
-                last_good = (
-                    f"; {run_dir}/checkpoint.pt is the last good one"
-                    if (run_dir / "checkpoint.pt").exists()
-                    else ""
-                )
-                raise InputError(
-                    f"a loss of steps {logged_step + 1} to {step} is not finite{last_good}"
-                )
-            for name, value in {
-                "state": state_loss,
-                "reward": reward_loss,
-                "mask": mask_loss,
-            }.items():
-                writer.add_scalar(f"losses/{name}", value, step)
-            logged_step = step
-            loss_sum.zero_()
-        if evaluate:
-            seconds += time.perf_counter() - started
-            result = evaluation()
-            writer.add_scalar("charts/steps_per_second", step / seconds, step)
-            for name, value in result.items():
-                if isinstance(value, float):
-                    writer.add_scalar(f"validation/{name}", value, step)
-                elif isinstance(value, dict):
-                    for key in ("one_step_error", "ten_step_error", "return_error", "return_bias"):
-                        writer.add_scalar(f"{name}/{key}", value[key], step)
-                    writer.add_scalar(f"{name}/epsilon_g_0.99", value["epsilon_g"]["0.99"], step)
-            print(
-                f"step {step}: held-out state {result['state_error']:.4f}, reward {result['reward_error']:.5f}; ten steps on data "
-                f"{result['held-out']['ten_step_error']:.3f}, perturbed {result['perturbed']['ten_step_error']:.3f}, "
-                f"random {result['random']['ten_step_error']:.3f}; "
-                + (
-                    f"re-targeting {result['retargeting_error']:.4f}; "
-                    if "retargeting_error" in result
-                    else ""
-                )
-                + f"{step / seconds:.0f} steps/s",
-                flush=True,
-            )
-            started = time.perf_counter()
-            save_checkpoint(step)
-        elif stopping:
-            seconds += time.perf_counter() - started
-            save_checkpoint(step)
-        if stopping:
-            progress.close()
-            print(
-                f"stopped after step {step}; go on with: python world_model.py --resume {run_dir}"
-            )
-            sys.exit(128 + stop_signals[0])
-    progress.close()
+        optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
+        cosine = 0.5 * math.pi if args.decay == "cosine" else 0.0
+        schedule = LambdaLR(optimizer, lambda step: math.cos(cosine * step / args.total_steps) ** 2)
+        inputs = {"dataset": dataset.description}
+        run.restore(inputs, ensemble=ensemble, optimizer=optimizer, schedule=schedule)
+        loss_function = compiled(member_losses, args, device)
+        joint_actions = task.join_actions(dataset.actions)
+        columns = (
+            dataset.states,
+            joint_actions,
+            dataset.next_states,
+            dataset.rewards,
+            dataset.masks,
+        )
 
-    if first_step == args.total_steps:  # stopped after the last checkpoint
-        result = evaluation()
-    description = {
-        "dataset": task.dataset,
-        "source": dataset.description["source"],
-        "seed": args.seed,
-    }
-    description |= {"total_steps": args.total_steps, "seconds": seconds, **architecture}
-    world_model = {
-        "architecture": architecture,
-        "weights": ensemble.state_dict(),
-        "elites": result["elites"],
-        "validation": result,
-        "epsilon_g": {
-            behavior: result[behavior]["epsilon_g"]
-            for behavior in ("held-out", "perturbed", "random")
-        },
-        "scale": scale,
-        "bounding_box": dataset.bounding_box(),
-        "dataset": dataset.description,
-        "description": description,
-    }
-    save_whole(world_model, output)
-    save_whole(
-        result
-        | {"args": arguments, "seconds": seconds, "steps_per_second": args.total_steps / seconds},
-        run_dir / "result.json",
-    )
-    writer.close()
-    print(f"{output}: elites {result['elites']}, {seconds:.0f} s of training")
-    return result
+        def evaluate(_=None):
+            return evaluate_ensemble(ensemble, args, dataset, held_out_rows, scale)
+
+        for _ in run.steps(evaluate):
+            # Each member draws its own minibatch from the same training rows.
+            picks = torch.randint(
+                len(training_rows), (args.members, args.batch_size), device=device
+            )
+            rows = training_rows[picks]
+            batch = [column[rows] for column in columns]
+            losses = loss_function(ensemble, batch, changes, args.beta)
+            optimizer.zero_grad()
+            losses.sum().backward()
+            clip_each_agent(list(ensemble.parameters()), args.members, args.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            names = ("losses/state", "losses/reward", "losses/mask")
+            run.log(dict(zip(names, losses.detach().mean(1))))
+
+        record = evaluate()
+        output = args.output or run.dir / "world_model.pt"
+        save(export(ensemble, args, dataset, record, scale, run.seconds), output)
+        run.write_result(record | {"evaluations": run.evaluations})
+        say(
+            f"held-out errors: state {record['state_error']:.4f}, reward {record['reward_error']:.5f}"
+        )
+        say(f"{run.seconds:.0f} s of training; the world model is {output}")
+        return record
 
 
 if __name__ == "__main__":
-    try:
-        train(tyro.cli(Args))
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    main(train, DEFAULTS)

@@ -1,83 +1,100 @@
-"""Films one greedy episode of a trained team, for any run of any script here on Reacher or the ant.
+"""Films one greedy episode of a trained team, for any script's run on Reacher or the ant.
 
-    python render.py --run runs/RUN                          # RUN/film.gif
-    python render.py --run runs/RUN --output strip.png       # eight moments of it, side by side
+    python scripts/render.py --run runs/RUN                       # a film: runs/RUN/film.gif
+    python scripts/render.py --run runs/RUN --output strip.png    # eight moments of the episode
 
-Machines without a screen render through EGL (Debian: libegl1, libegl-mesa0), or with MUJOCO_GL=osmesa through OSMesa (libosmesa6).
+Machines without a screen render through EGL (Debian: libegl1, libegl-mesa0) or, with
+MUJOCO_GL=osmesa, through OSMesa (libosmesa6).
 """
 
 import importlib
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import imageio.v3 as imageio
 import numpy as np
 import torch
 import tyro
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from mamujoco_envs import HISTORY_LENGTH, InputError, ParallelEnv, append_to_histories, find_task
+try:
+    from mujoco_envs import (
+        ENVIRONMENTS,
+        EVALUATION_SEED,
+        InputError,
+        ParallelEnv,
+        Task,
+        append_to_histories,
+        require,
+    )
+    from training_run import load_team
+except Exception as error:  # importing mujoco loads the backend that MUJOCO_GL names
+    if "MUJOCO_GL" not in os.environ:
+        raise
+    reason = f"MUJOCO_GL={os.environ['MUJOCO_GL']} does not work on this machine"
+    sys.exit(f"error: {reason} ({error}); unset it or install libosmesa6 or libegl1")
+
+MOMENTS = 8
 
 
 @dataclass
 class Args:
     run: Path
-    """folder of a run, with its checkpoint.pt"""
+    """run folder; its checkpoint.pt is filmed"""
     output: Path | None = None
-    """a .gif film or a .png with eight moments; film.gif in the run's folder if not given"""
-    seed: int = 10102
-    """seed of the episode; 10102 is the first one of an evaluation"""
+    """a .gif film or a .png of eight moments; by default film.gif in the run folder"""
+    seed: int = EVALUATION_SEED
+    """seed of the episode; the default is the first episode of an evaluation"""
     steps: int = 300
-    """steps to film at most"""
+    """film at most this many steps"""
 
 
-def load_team(run: Path):
-    """The team of a run's checkpoint and its task, by the classes of the script that trained it."""
-    path = run / "checkpoint.pt"
-    if not path.is_file():
-        raise InputError(f"no checkpoint at {path}; --run takes the folder of a run")
+class Film(NamedTuple):
+    """An episode from its first state to its last: `steps + 1` frames."""
+
+    task: Task
+    frames: list[np.ndarray]  # [height, width, 3] each
+    positions: list[float]  # of the robot's root along x, in metres
+    step_seconds: float
+    episode_return: float
+
+
+def open_environment(task: Task) -> ParallelEnv:
+    """The task's environment, once it is certain that this machine renders it."""
+    require(task.environment in ENVIRONMENTS, f"{task.name} cannot be filmed; Reacher and Ant can")
+    if sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        script, weights = checkpoint["script"], checkpoint["team"]
-        module = importlib.import_module(script if script == "moma_ppo" else f"baselines.{script}")
-        task = find_task(checkpoint["args"]["task"])
-        if task.discrete:
-            raise InputError(f"{task.name} has nothing to show; Reacher and the ant can be filmed")
-        extra = [task.action_dim] if script == "iql" else []
-        task = module.centralize(task) if script == "iql" else task
-        team = module.Team(
-            task, torch.zeros(2, task.state_dim), *extra
-        )  # statistics come with the weights
-        team.load_state_dict(weights)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"{path} is not a checkpoint of a team ({type(error).__name__}); --run takes the folder of a run"
-        ) from None
-    return team, task
+        # A missing backend fails here; gymnasium would add a traceback of its own.
+        importlib.import_module(f"mujoco.{os.environ.get('MUJOCO_GL', 'glfw')}")
+        env = ParallelEnv(task, render_mode="rgb_array")
+        with warnings.catch_warnings(action="ignore"):
+            env.reset()
+            env.render()
+    except Exception as error:  # each backend fails in its own way
+        reason = " ".join(str(error).split())
+        advice = "install libegl1 and libegl-mesa0 and set MUJOCO_GL=egl, or libosmesa6 and osmesa"
+        raise InputError(f"this machine cannot render ({reason}); {advice}") from None
+    return env
 
 
 @torch.no_grad()
-def film(args: Args) -> tuple[list[np.ndarray], float, float]:
-    """Frames [height, width, 3] of one episode, one a step, its return so far, and the seconds of a step."""
-    team, task = load_team(args.run)
-    if sys.platform == "linux" and "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "egl")
-    env = ParallelEnv(task, render_mode="rgb_array")
+def film(args: Args) -> Film:
+    """Lets the team act greedily, as an evaluation does, and keeps a frame of every step."""
+    team = load_team(args.run)
+    task = team.task
+    env = open_environment(task)
     env.reset(seed=args.seed)
-    try:
-        env.render()
-    except Exception as error:  # each backend fails in its own way
-        raise InputError(
-            f"this machine cannot render ({error}); install libegl1 and libegl-mesa0, or libosmesa6 and set MUJOCO_GL=osmesa"
-        ) from None
-    histories = torch.zeros(
-        1, task.num_agents, HISTORY_LENGTH, max(task.obs_dims) + task.action_dim
-    )
-    frames, episode_return = [env.render()], 0.0
+    data = env.environment.unwrapped.data
+    histories = torch.zeros(1, *task.history_shape)
+    frames, positions, episode_return = [env.render()], [float(data.qpos[0])], 0.0
     for _ in tqdm(range(args.steps), unit="step", disable=None):
         observations = task.observe(torch.as_tensor(env.state()[None], dtype=torch.float32))
         actions = team.act_greedily(observations, histories)
@@ -85,28 +102,52 @@ def film(args: Args) -> tuple[list[np.ndarray], float, float]:
         _, rewards, *_ = env.step(dict(zip(env.agents, actions[0].numpy())))
         episode_return += next(iter(rewards.values()))
         frames.append(env.render())
+        positions.append(float(data.qpos[0]))
         if not env.agents:
             break
-    seconds = env.environment.dt
+    step_seconds = env.environment.unwrapped.dt
     env.close()
-    return frames, episode_return, seconds
+    return Film(task, frames, positions, step_seconds, episode_return)
+
+
+def write_gif(film: Film, path: Path) -> None:
+    """Every second frame, at the speed of life."""
+    imageio.imwrite(path, film.frames[::2], duration=2000 * film.step_seconds, loop=0)
+
+
+def write_strip(film: Film, path: Path) -> None:
+    """Eight moments from the first state to the last, with their times."""
+    figure = Figure(figsize=(12, 6.9), layout="constrained")
+    moments = np.linspace(0, len(film.frames) - 1, MOMENTS).round().astype(int)
+    for axes, moment in zip(figure.subplots(2, MOMENTS // 2).flat, moments):
+        label = f"{moment * film.step_seconds:.2f} s"
+        if film.task.environment == "Ant-v4":
+            label += f", {film.positions[moment] - film.positions[0]:.1f} m"
+        axes.imshow(film.frames[moment])
+        axes.set_title(label, fontsize=16)
+        axes.set_axis_off()
+    title = f"{film.task.name}: {len(film.frames) - 1} steps, return {film.episode_return:.1f}"
+    figure.suptitle(title, fontsize=18)
+    figure.savefig(path, dpi=100)
+
+
+WRITERS = {".gif": write_gif, ".png": write_strip}
 
 
 def main(args: Args) -> None:
     output = args.output or args.run / "film.gif"
-    if output.suffix not in (".gif", ".png") or args.steps < 1:
-        raise InputError(
-            f"--output must end in .gif or .png and --steps be above 0; they are {output} and {args.steps}"
-        )
-    if args.output and not output.parent.is_dir():
-        raise InputError(f"no folder {output.parent} to write {output.name} to")
-    frames, episode_return, seconds = film(args)
-    if output.suffix == ".gif":  # every second frame, as fast as in life
-        imageio.imwrite(output, frames[::2], duration=2000 * seconds, loop=0)
-    else:
-        moments = np.linspace(0, len(frames) - 1, 8).round().astype(int)
-        imageio.imwrite(output, np.hstack([frames[i] for i in moments]))
-    print(f"{output}: {len(frames) - 1} steps, return {episode_return:.1f}")
+    require(output.suffix in WRITERS, f"--output must end in .gif or .png; it is {output}")
+    require(args.steps > 0, f"--steps must be above 0; it is {args.steps}")
+    require(0 <= args.seed < 2**32, f"--seed must be from 0 to {2**32 - 1}; it is {args.seed}")
+    if args.output:
+        require(output.parent.is_dir(), f"no folder {output.parent} to write {output.name} to")
+        require(not output.exists(), f"{output} exists; delete it or give another --output")
+    episode = film(args)
+    try:
+        WRITERS[output.suffix](episode, output)
+    except OSError as error:
+        raise InputError(f"cannot write {output} ({error.strerror})") from None
+    print(f"{output}: {len(episode.frames) - 1} steps, return {episode.episode_return:.1f}")
 
 
 if __name__ == "__main__":

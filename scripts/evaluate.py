@@ -1,0 +1,61 @@
+"""Scores a run again: greedy episodes of its latest checkpoint in the true environment.
+
+    python scripts/evaluate.py --run runs/RUN
+    python scripts/evaluate.py --run runs/RUN --episodes 1000 --output scores.json
+
+The run may be finished, stopped or still running. With the default seed the episodes are those of
+the run's own evaluations; another seed gives episodes that nobody has chosen a checkpoint by.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import tyro
+
+from mamujoco_envs import EVALUATION_SEED, InputError, evaluate, require
+from training_run import FINAL_EPISODES, check_positive, load_checkpoint, load_team, save
+
+
+@dataclass
+class Args:
+    run: Path
+    """run folder; its checkpoint.pt is scored"""
+    episodes: int = FINAL_EPISODES
+    """greedy episodes"""
+    seed: int = EVALUATION_SEED
+    """episode i starts from seed + i"""
+    output: Path | None = None
+    """a .json file for the scores and raw returns; by default they are printed only"""
+
+
+def main(args: Args) -> dict:
+    check_positive(args, "episodes")
+    require(args.seed >= 0, f"--seed must not be negative; it is {args.seed}")
+    if args.output:
+        require(args.output.suffix == ".json", f"--output must end in .json; it is {args.output}")
+        require(args.output.parent.is_dir(), f"no folder {args.output.parent} to write to")
+        require(not args.output.exists(), f"{args.output} exists; give another --output")
+    checkpoint, team = load_checkpoint(args.run), load_team(args.run)
+    task, script, step = team.task, checkpoint["script"], checkpoint["step"]
+    record = evaluate(task, team.act_greedily, args.episodes, args.seed).record()
+    if args.output:
+        origin = {"task": task.name, "script": script, "step": step, "seed": args.seed}
+        save(origin | record, args.output)
+
+    # One episode has no standard error.
+    error = "" if record["score_stderr"] is None else f" ± {record['score_stderr']:.3f}"
+    episodes = f"{args.episodes} greedy episode{'s' if args.episodes > 1 else ''}"
+    print(f"{task.name}, {script}.py after {step} steps: {episodes} from seed {args.seed}")
+    print(f"score {record['score']:.3f}{error} (paper: {task.paper_score(script) or 'no figure'})")
+    print(f"mean return {record['return']:.4g}")
+    return record
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except InputError as error:
+        sys.exit(f"error: {error}")
