@@ -494,9 +494,8 @@ def train(args: Args) -> dict:
         output = args.output or run.dir / "world_model.pt"
         save(export(ensemble, args, dataset, record, scale, run.seconds), output)
         run.write_result(record | {"evaluations": run.evaluations})
-        say(
-            f"held-out errors: state {record['state_error']:.4f}, reward {record['reward_error']:.5f}"
-        )
+        state_error, reward_error = record["state_error"], record["reward_error"]
+        say(f"held-out errors: state {state_error:.4f}, reward {reward_error:.5f}")
         say(f"{run.seconds:.0f} s of training; the world model is {output}")
         return record
 
