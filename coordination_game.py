@@ -14,9 +14,11 @@ coordination-unfavorable-{3,4,8} with more. The paper does not give the observat
 the size of the datasets; these are ours.
 """
 
+import subprocess
 import sys
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import tyro
@@ -145,6 +147,22 @@ def make_columns(task: Task, seed: int = 0) -> dict[str, np.ndarray]:
         "terminals": np.zeros(len(choices), dtype=bool),
         "timeouts": step == EPISODE_LENGTH - 1,
     }
+
+
+def train_world_model(task: Task, seed: int, run_dir: Path) -> Path:
+    """The game's world model, trained in `run_dir` in seconds, so that none ships."""
+    path = run_dir / "world_model.pt"
+    if not path.is_file():
+        script = Path(__file__).resolve().parent / "world_model.py"
+        # Agreement gets rarer with every agent, so its reward takes longer to learn.
+        steps = 500 * (task.num_agents - 1)
+        options = ["--task", task.name, "--seed", str(seed), "--total-steps", str(steps)]
+        options += ["--run-dir", run_dir]
+        if (run_dir / "checkpoint.pt").is_file():
+            options = ["--resume", run_dir]
+        finished = subprocess.run([sys.executable, script, *options])
+        require(finished.returncode == 0, f"no world model in {run_dir}; its own error is above")
+    return path
 
 
 def describe(args: Args) -> None:

@@ -85,6 +85,8 @@ class Task:
     """`simulator(task, num_envs)`: copies of the environment, with the methods of `Simulator`"""
     recorder: str = ""
     """module whose `record(task, path)` makes the dataset when it is missing"""
+    plot: Callable | None = None
+    """`plot(evaluation, path)` draws what a team agreed on"""
     columns: Callable | None = None
     """`columns(task)`: the dataset itself, where it is generated in memory"""
     discrete: bool = False
@@ -180,6 +182,7 @@ def reacher_task(view: str) -> Task:
         entropy_target=-4.0,
         simulator=Simulator,
         recorder="data.collect_reacher",
+        plot=plot_team_strategy,
     )
 
 
@@ -385,7 +388,7 @@ class Simulator:
         return self.states, rewards, self.environment.terminal(self.states)
 
     def step_from(self, states: torch.Tensor, actions: torch.Tensor) -> list[torch.Tensor]:
-        """`step` on tensors, from `states` [B, state], to which copies elsewhere are moved first."""
+        """`step` on tensors, from `states` [B, state]; copies elsewhere are moved there first."""
         known = torch.as_tensor(self.states).to(states)
         elsewhere = (known != states).any(dim=1).cpu().numpy()
         self.set_states(states.cpu().numpy(), where=elsewhere)
@@ -430,6 +433,7 @@ class Evaluation(NamedTuple):
     lengths: np.ndarray  # [episode]
     first_states: np.ndarray  # [episode, state]
     last_states: np.ndarray  # [episode, state]
+    extra: dict = {}  # figures of a script's own
 
     def record(self) -> dict:
         """What a run keeps: score, its standard error over episodes, and the raw returns."""
@@ -441,6 +445,7 @@ class Evaluation(NamedTuple):
             "return": float(self.returns.mean()),
             "returns": self.returns.tolist(),
             "lengths": self.lengths.tolist(),
+            **self.extra,
         }
 
 

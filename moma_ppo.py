@@ -16,8 +16,6 @@ Where it differs from the paper, why, and by how much: docs/moma_ppo.md.
 import hashlib
 import math
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -27,11 +25,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads leave a b
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributions import Distribution, Independent, Normal, OneHotCategorical
+from torch.distributions import Independent, Normal, OneHotCategorical
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from data.offline_dataset import load_dataset
+import coordination_game
+from data.offline_dataset import WEIGHTS, load_dataset
 from mamujoco_envs import (
     HISTORY_LENGTH,
     InputError,
@@ -39,14 +38,9 @@ from mamujoco_envs import (
     append_to_histories,
     evaluate,
     find_task,
-    plot_team_strategy,
     require,
 )
 from training_run import FINAL_EPISODES, Run, check_positive, check_range, compiled, main
-
-Distribution.set_default_validate_args(False)  # checking values would stall a GPU
-
-WEIGHTS = Path(__file__).resolve().parent / "data" / "weights"
 
 
 @dataclass
@@ -120,25 +114,15 @@ class Args:
 DEFAULTS = {
     None: Args(),
     "Ant-v4": Args(
-        total_steps=200,
-        eval_every=25,
-        eval_episodes=20,
-        start_states="any",
-        cloning_steps=3000,
-        learning_rate=1e-4,
-        gamma=0.99,
+        total_steps=200, eval_every=25, eval_episodes=20, start_states="any",
+        cloning_steps=3000, learning_rate=1e-4, gamma=0.99,
     ),
     # The game is played in single steps and has no uncertainty (Section 5.2).
     "coordination": Args(
-        total_steps=10,
-        eval_every=2,
-        start_states="any",
-        rollout_length=1,
-        penalty="none",
-        max_uncertainty=math.inf,
-        gamma=0.5,
+        total_steps=10, eval_every=2, start_states="any", rollout_length=1,
+        penalty="none", max_uncertainty=math.inf, gamma=0.5,
     ),
-}
+}  # fmt: skip
 
 
 # Networks. Agents keep separate weights, which run as one batched operation.
@@ -461,33 +445,24 @@ def rollout_step(team, model, dataset, args, states, histories, age):
 
     # Add (h_j, a_j, r~_j, f_j, zeta_j, s_{j+1}) to the buffer.
     transition = Rollouts(
-        states,
-        observations,
-        histories,
-        actions,
-        distribution.log_prob(actions),
-        team.team_value(inputs, states),
-        step.next_states,
-        step.rewards - penalty,
-        step.masks,
+        states, observations, histories, actions, distribution.log_prob(actions),
+        team.team_value(inputs, states), step.next_states, step.rewards - penalty, step.masks,
         1 - time_out.float(),
-    )
-    ended = time_out | (step.masks == 0)
+    )  # fmt: skip
     report = {
-        "reward": step.rewards,
-        "penalty": penalty,
-        "epsilon_g": step.epsilon_g,
-        "uncertain": uncertain.float(),
-        "ended": ended.float(),
+        "reward": step.rewards.mean(),
+        "penalty": penalty.mean(),
+        "epsilon_g": step.epsilon_g.mean(),
+        "uncertain": uncertain.float().mean(),
     }
 
     # A rollout that ended is replaced by a new one, so that shapes never change.
+    ended = time_out | (step.masks == 0)
     new_states, new_histories = new_rollouts(team, dataset, args, len(states))
     next_states = torch.where(ended[:, None], new_states, step.next_states)
     if team.memory:
         histories = append_to_histories(histories, observations, actions)
         histories = torch.where(ended[:, None, None, None], new_histories, histories)
-    report = {name: value.mean() for name, value in report.items()}
     return transition, report, (next_states, histories, torch.where(ended, 0, age))
 
 
@@ -552,14 +527,9 @@ def make_batch(team, rollouts, args, reward_scale):
     next_values[cut] = team.team_value(cut_inputs, cut_states)
 
     returns, advantages = generalized_advantages(
-        reward_scale * rollouts.rewards,
-        rollouts.values,
-        next_values,
-        rollouts.masks,
-        rollouts.time_out_masks,
-        args.gamma,
-        args.gae_lambda,
-    )
+        reward_scale * rollouts.rewards, rollouts.values, next_values, rollouts.masks,
+        rollouts.time_out_masks, args.gamma, args.gae_lambda,
+    )  # fmt: skip
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-3)
     fields = (*rollouts[:6], returns, advantages)
     return Minibatch(*[None if x is None else x.flatten(0, 1) for x in fields])
@@ -632,8 +602,9 @@ def clone(team, dataset, args, reward_scale):
 
 
 @torch.no_grad()
-def model_returns(team, model, states):
+def model_returns(team, model, first_states):
     """Returns of the greedy team in the world model; above the true ones, it exploits the model."""
+    states = torch.as_tensor(first_states).to(team.state_mean)
     generator = torch.Generator(states.device).manual_seed(0)
     histories = states.new_zeros(len(states), *team.task.history_shape)
     returns, alive = states.new_zeros(len(states)), states.new_ones(len(states))
@@ -647,23 +618,6 @@ def model_returns(team, model, states):
     return returns
 
 
-def make_game_model(task, args, run_dir):
-    """Trains the coordination game's world model, which takes seconds, so that none ships."""
-    model_dir = run_dir / "world_model"
-    path = model_dir / "world_model.pt"
-    if not path.is_file():
-        script = Path(__file__).resolve().parent / "world_model.py"
-        # Agreement gets rarer with every agent, so its reward takes longer to learn.
-        steps = 500 * (task.num_agents - 1)
-        options = ["--task", task.name, "--seed", str(args.seed), "--total-steps", str(steps)]
-        options += ["--run-dir", model_dir, "--device", args.device]
-        if (model_dir / "checkpoint.pt").is_file():
-            options = ["--resume", model_dir]
-        finished = subprocess.run([sys.executable, script, *options])
-        require(finished.returncode == 0, f"no world model in {model_dir}; its own error is above")
-    return path
-
-
 def make_model(task, args, run):
     """The world model or simulator to roll out in; sets the calibrated lambda_g and l_eps."""
     if args.ground_truth:
@@ -671,7 +625,7 @@ def make_model(task, args, run):
     else:
         path = args.world_model or WEIGHTS / f"{task.dataset}.pt"
         if task.environment == "coordination" and not args.world_model:
-            path = make_game_model(task, args, run.dir)
+            path = coordination_game.train_world_model(task, args.seed, run.dir / "world_model")
         model = WorldModel(task, path, run.device)
     if args.lambda_g is None:
         args.lambda_g = model.lambda_g
@@ -684,14 +638,11 @@ def check(args):
     """Ends with one clear line if an argument makes no sense."""
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "transitions", "epochs")
     check_positive(args, "rollout_length", "minibatch_size", "learning_rate", "max_grad_norm")
-    check_range(args, 0, 1e9, "lambda_r", "lambda_a", "cloning_steps", "critic_coefficient")
-    check_range(args, 0, 1e9, "entropy_coefficient", "action_penalty", "clip")
+    check_range(args, 0, 1e9, "lambda_r", "lambda_g", "lambda_a", "cloning_steps", "clip")
+    check_range(args, 0, 1e9, "critic_coefficient", "entropy_coefficient", "action_penalty")
     check_range(args, 0, 0.999999, "gamma")
     check_range(args, 0, 1, "gae_lambda")
-    if args.lambda_g is not None:
-        check_range(args, 0, 1e9, "lambda_g")
-    if args.max_uncertainty is not None:
-        check_range(args, 0, math.inf, "max_uncertainty")
+    check_range(args, 0, math.inf, "max_uncertainty")
     filled = args.transitions // args.rollout_length * args.rollout_length
     message = "--transitions must fill a --minibatch-size with rollouts of --rollout-length"
     require(filled >= args.minibatch_size, message)
@@ -720,13 +671,10 @@ def train(args: Args) -> dict:
 
         def evaluate_team(episodes):
             evaluation = evaluate(task, team.act_greedily, episodes, device=device)
-            if task.environment == "Reacher-v4":
-                plot_team_strategy(evaluation, run.dir / "strategy.png")
             if args.ground_truth:
-                return evaluation.record()
-            states = torch.as_tensor(evaluation.first_states, dtype=torch.float32, device=device)
-            in_model = model_returns(team, model, states)
-            return evaluation.record() | {"model_return": float(in_model.mean())}
+                return evaluation
+            model_return = model_returns(team, model, evaluation.first_states).mean().item()
+            return evaluation._replace(extra={"model_return": model_return})
 
         for _ in run.steps(evaluate_team):
             # Generate synthetic data.

@@ -39,6 +39,8 @@ from tqdm import tqdm
 
 from mamujoco_envs import Evaluation, InputError, available_cores, find_task, require
 
+torch.distributions.Distribution.set_default_validate_args(False)  # checks would stall a GPU
+
 FINAL_EPISODES = 100
 REPOSITORY = Path(__file__).resolve().parent
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco")
@@ -123,6 +125,7 @@ def check_range(args, low: float, high: float, *names: str) -> None:
     for name in names:
         value = getattr(args, name)
         flag = f"--{name.replace('_', '-')}"
+        value = low if value is None else value  # a default that is found out later
         require(low <= value <= high, f"{flag} must be from {low} to {high}; it is {value}")
 
 
@@ -418,9 +421,9 @@ class Run:
                 tag = {"score": "normalized_score"}.get(name, name)
                 self.writer.add_scalar(f"eval/{tag}", value, self.step)
 
-    def finish(self, evaluation: Evaluation | dict) -> dict:
-        """Writes result.json from the final evaluation and returns it."""
-        final = evaluation.record() if isinstance(evaluation, Evaluation) else evaluation
+    def finish(self, evaluation: Evaluation) -> dict:
+        """Writes result.json from the final evaluation, draws the task's figure, and returns it."""
+        final = evaluation.record()
         self._log_evaluation(final)
         result = final | {
             "best_score": max([final["score"], *(old["score"] for old in self.evaluations)]),
@@ -429,6 +432,8 @@ class Run:
             "evaluations": self.evaluations,
         }
         self.write_result(result)
+        if self.task.plot:
+            self.task.plot(evaluation, self.dir / "strategy.png")
         score = f"{final['score']:.3f} ± {final['score_stderr']:.3f}"
         episodes = f"{len(final['returns'])} greedy episodes"
         paper = result["paper_score"] or "no figure"

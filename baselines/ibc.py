@@ -24,7 +24,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributions import (
-    Distribution,
     Independent,
     Normal,
     OneHotCategorical,
@@ -36,8 +35,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from data.offline_dataset import Batch, load_dataset
 from mamujoco_envs import HISTORY_LENGTH, Task, evaluate, find_task
 from training_run import FINAL_EPISODES, Run, check_positive, compiled, main
-
-Distribution.set_default_validate_args(False)  # checking values would stall a GPU
 
 
 @dataclass

@@ -29,7 +29,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributions import (
     Categorical,
-    Distribution,
     Independent,
     Normal,
     TanhTransform,
@@ -40,8 +39,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from data.offline_dataset import Batch, OfflineDataset, load_dataset
 from mamujoco_envs import HISTORY_LENGTH, Task, evaluate, find_task
 from training_run import FINAL_EPISODES, Run, check_positive, check_range, compiled, main
-
-Distribution.set_default_validate_args(False)  # checking values would stall a GPU
 
 
 @dataclass
@@ -330,17 +327,14 @@ def train(args: Args) -> dict:
         normalize_rewards(dataset)
         torch.manual_seed(args.seed)
         team = Team(task, dataset.states, args).to(device)
-        groups = [
-            {"params": list(network.parameters()), "lr": args.learning_rate}
-            for network in (team.policy, team.value, team.critics)
-        ]
+        networks = (team.policy, team.value, team.critics)
+        groups = [{"params": network.parameters()} for network in networks]
         if team.memory:
-            memory = list(team.memory.parameters())
-            groups.append({"params": memory, "lr": args.memory_learning_rate})
-        optimizer = torch.optim.Adam(groups, fused=True)
-        targets = {k: v for k, v in team.named_parameters() if k.startswith("target_")}
-        online = [team.get_parameter(name.removeprefix("target_")) for name in targets]
-        targets = list(targets.values())
+            groups.append({"params": team.memory.parameters(), "lr": args.memory_learning_rate})
+        optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True)
+        names = [name for name, _ in team.named_parameters() if name.startswith("target_")]
+        targets = [team.get_parameter(name) for name in names]
+        online = [team.get_parameter(name.removeprefix("target_")) for name in names]
         schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)
         run.restore(
             {"dataset": dataset.description}, team=team, optimizer=optimizer, schedule=schedule

@@ -28,7 +28,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributions import (
-    Distribution,
     Independent,
     Normal,
     OneHotCategorical,
@@ -40,8 +39,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from data.offline_dataset import Batch, OfflineDataset, load_dataset
 from mamujoco_envs import ACTION_LIMIT, HISTORY_LENGTH, Task, evaluate, find_task, require
 from training_run import FINAL_EPISODES, Run, check_positive, check_range, compiled, main
-
-Distribution.set_default_validate_args(False)  # checking values would stall a GPU
 
 
 @dataclass
@@ -218,21 +215,17 @@ def make_memory(task: Task, memory: str, obs_mean, obs_std):
 
 
 class MixedValues(nn.Module):
-    """All agents' values, mixed into the team's: sum_i w_i V_i(h_i) + b (Eq. 4).
-
-    Twin critics come as [twin * agent, batch, in] and share the mixer, which yields w and b.
-    """
+    """The team's values, sum_i w_i V_i(h_i) + b; a mixer computes w and b (Eq. 4)."""
 
     def __init__(self, in_dims, mixer_dim, agents):
         super().__init__()
-        self.agents = agents
         self.values = MLP(in_dims, [256, 256], 1)
         self.mixer = MLP([mixer_dim], [256, 256], agents + 1)
 
     def forward(self, inputs, mixer_inputs):
-        """[twin * agent, batch, in], [batch, mixer] -> [twin, batch]."""
-        values = self.values(inputs)[..., 0].unflatten(0, (-1, self.agents))
+        """[twin * agent, batch, in], [batch, mixer] -> [twin, batch]; twins share the mixer."""
         weights = self.mixer(mixer_inputs[None])[0].T  # [agent + 1, batch]
+        values = self.values(inputs)[..., 0].unflatten(0, (-1, len(weights) - 1))
         return (weights[:-1] * values).sum(1) + weights[-1]
 
 
@@ -303,13 +296,12 @@ class Team(nn.Module):
 
 def maiql_losses(team: Team, batch: Batch, args: Args):
     """Losses of the values, the policies and the critics (Deviation 5)."""
-    inputs = team.inputs(batch.observations, batch.histories)
+    seen = batch.observations, batch.histories
+    inputs = team.inputs(*seen)
     with torch.no_grad():
         # Deviation 4.
+        target_inputs = team.inputs(*seen, target=True) if team.memory else inputs
         next_inputs = team.inputs(batch.next_observations, batch.next_histories)
-        target_inputs = inputs
-        if team.memory:
-            target_inputs = team.inputs(batch.observations, batch.histories, target=True)
         next_values = team.team_value(next_inputs, batch.next_states)
         td_targets = batch.rewards + args.gamma * batch.masks * next_values
         # Deviation 2.
@@ -372,34 +364,32 @@ class OnlineData:
     @torch.no_grad()
     def collect(self, team: Team) -> None:
         """Records rollouts with sampled actions while there is room; they end at a terminal."""
-        dataset, length = self.dataset, HISTORY_LENGTH + self.length
-        offsets = HISTORY_LENGTH + length * torch.arange(self.rollouts, device=dataset.device)
-        first = self.next_row + offsets  # [rollout]
-        if self.next_row + length * self.rollouts > len(dataset.states):
+        dataset, stride = self.dataset, HISTORY_LENGTH + self.length
+        rows = torch.arange(self.rollouts * stride, device=dataset.device).view(-1, stride)
+        rows += self.next_row  # [rollout, 10 + step]
+        if self.next_row + rows.numel() > len(dataset.states):
             return
-        self.next_row += length * self.rollouts
+        self.next_row += rows.numel()
 
         # Copy the past of the first states. It is shorter where an episode has just begun.
         starts = dataset.sample_rows(self.rollouts)
-        past = torch.arange(-HISTORY_LENGTH, 0, device=dataset.device)
+        past = starts[:, None] + torch.arange(-HISTORY_LENGTH, 0, device=dataset.device)
         for column in (dataset.states, dataset.actions):
-            column[first[:, None] + past] = column[(starts[:, None] + past).clamp(min=0)]
+            column[rows[:, :HISTORY_LENGTH]] = column[past.clamp(min=0)]
         ages = (starts - dataset.episode_starts[starts]).clamp(max=HISTORY_LENGTH)
+        dataset.episode_starts[rows] = rows[:, HISTORY_LENGTH, None] - ages[:, None]
 
         states, recorded = dataset.states[starts], [self.rows]
         alive = torch.ones_like(starts, dtype=torch.bool)
-        for rows in first + torch.arange(self.length, device=dataset.device)[:, None]:
-            dataset.states[rows] = states
-            dataset.episode_starts[rows] = first - ages
-            histories = dataset.histories(rows) if team.memory else None
+        for now in rows[:, HISTORY_LENGTH:].T:  # [rollout]
+            dataset.states[now] = states
+            histories = dataset.histories(now) if team.memory else None
             inputs = team.inputs(team.task.observe(states), histories)
             actions = team.distribution(inputs).sample().clamp(-ACTION_LIMIT, ACTION_LIMIT)
             states, rewards, terminals = self.simulator.step_from(states, actions)
-            dataset.actions[rows] = actions
-            dataset.rewards[rows] = rewards * self.reward_scale
-            dataset.masks[rows] = 1 - terminals
-            dataset.next_states[rows] = states
-            recorded.append(rows[alive])
+            dataset.actions[now], dataset.next_states[now] = actions, states
+            dataset.rewards[now], dataset.masks[now] = rewards * self.reward_scale, 1 - terminals
+            recorded.append(now[alive])
             alive &= terminals == 0
         self.rows = torch.cat(recorded)
 
@@ -427,17 +417,14 @@ def train(args: Args) -> dict:
         reward_scale = normalize_rewards(dataset)
         torch.manual_seed(args.seed)
         team = Team(task, dataset.states, args).to(device)
-        groups = [
-            {"params": list(network.parameters()), "lr": args.learning_rate}
-            for network in (team.policy, team.value, team.critics)
-        ]
+        networks = (team.policy, team.value, team.critics)
+        groups = [{"params": network.parameters()} for network in networks]
         if team.memory:
-            memory = list(team.memory.parameters())
-            groups.append({"params": memory, "lr": args.memory_learning_rate})
-        optimizer = torch.optim.Adam(groups, fused=True)
-        targets = {k: v for k, v in team.named_parameters() if k.startswith("target_")}
-        online = [team.get_parameter(name.removeprefix("target_")) for name in targets]
-        targets = list(targets.values())
+            groups.append({"params": team.memory.parameters(), "lr": args.memory_learning_rate})
+        optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True)
+        names = [name for name, _ in team.named_parameters() if name.startswith("target_")]
+        targets = [team.get_parameter(name) for name in names]
+        online = [team.get_parameter(name.removeprefix("target_")) for name in names]
         total_steps = 2 * args.total_steps if args.finetune else args.total_steps
         schedule = LambdaLR(optimizer, lambda step: 1 - step / total_steps)
         tracked = {"team": team, "optimizer": optimizer, "schedule": schedule}

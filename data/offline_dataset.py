@@ -27,7 +27,8 @@ from mamujoco_envs import (
     require,
 )
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).resolve().parent
+WEIGHTS = FOLDER / "weights"  # the small files that ship
 SPLIT_SEED = 12345  # the paper's release splits by one fixed permutation, too
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 
