@@ -8,8 +8,7 @@ and in the coordination game it chooses among all joint actions.
     python baselines/iql.py --task reacher-all-observant
     python baselines/iql.py --resume runs/RUN
 
-Targets move ten times as fast as the paper's (`--polyak 0.05`, not 0.005): its value belongs to a
-million steps. Where it differs from the paper, why, and by how much: docs/iql.md.
+Where it differs from the paper, why, and by how much: docs/iql.md.
 """
 
 import copy
@@ -74,7 +73,7 @@ class Args:
     gamma: float = 0.99
     """discount factor"""
     polyak: float = 0.05
-    """how far targets move at each step (the paper: 0.005)"""
+    """how far targets move at each step (the paper: 0.005, which belongs to a million steps)"""
     expectile: float = 0.7
     """expectile of the target critics that the value learns"""
     beta: float = 3.0
@@ -281,14 +280,13 @@ class Team(nn.Module):
 
 def iql_losses(team: Team, batch: Batch, args: Args):
     """Losses of value, policy and critics (Deviation 4)."""
-    inputs = team.inputs(batch.observations, batch.histories)
+    seen = batch.observations, batch.histories
+    inputs = team.inputs(*seen)
     with torch.no_grad():
         # Deviation 3.
+        target_inputs = team.inputs(*seen, target=True) if team.memory else inputs
         next_inputs = team.inputs(batch.next_observations, batch.next_histories)
         td_targets = batch.rewards + args.gamma * batch.masks * team.state_value(next_inputs)
-        target_inputs = inputs
-        if team.memory:
-            target_inputs = team.inputs(batch.observations, batch.histories, target=True)
         target_q = team.q_values(target_inputs, batch.actions, target=True).amin(0)  # [batch]
 
     # The value learns an expectile of the target critics (IQL, Eq. 5).
@@ -310,10 +308,9 @@ def normalize_rewards(dataset: OfflineDataset) -> float:
     """Scales the ant's rewards so that episode returns span 1000; returns the factor."""
     returns = dataset.episode_returns()
     span = float(returns.max() - returns.min())
-    if dataset.task.environment != "Ant-v4" or span == 0:
-        return 1.0
-    dataset.rewards = dataset.rewards * (1000 / span)
-    return 1000 / span
+    scale = 1000 / span if dataset.task.environment == "Ant-v4" and span > 0 else 1.0
+    dataset.rewards = dataset.rewards * scale
+    return scale
 
 
 def train(args: Args) -> dict:
@@ -327,14 +324,12 @@ def train(args: Args) -> dict:
         normalize_rewards(dataset)
         torch.manual_seed(args.seed)
         team = Team(task, dataset.states, args).to(device)
-        networks = (team.policy, team.value, team.critics)
-        groups = [{"params": network.parameters()} for network in networks]
+        groups = [{"params": net.parameters()} for net in (team.policy, team.value, team.critics)]
         if team.memory:
             groups.append({"params": team.memory.parameters(), "lr": args.memory_learning_rate})
         optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True)
-        names = [name for name, _ in team.named_parameters() if name.startswith("target_")]
-        targets = [team.get_parameter(name) for name in names]
-        online = [team.get_parameter(name.removeprefix("target_")) for name in names]
+        targets = {k: v for k, v in team.named_parameters() if k.startswith("target_")}
+        online = [team.get_parameter(name.removeprefix("target_")) for name in targets]
         schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)
         run.restore(
             {"dataset": dataset.description}, team=team, optimizer=optimizer, schedule=schedule
@@ -354,7 +349,7 @@ def train(args: Args) -> dict:
             optimizer.step()
             schedule.step()
             with torch.no_grad():
-                torch._foreach_lerp_(targets, online, args.polyak)
+                torch._foreach_lerp_(list(targets.values()), online, args.polyak)
             run.log(dict(zip(("losses/value", "losses/policy", "losses/critics"), losses)))
 
         return run.finish(evaluate_team(FINAL_EPISODES))

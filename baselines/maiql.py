@@ -2,9 +2,8 @@
 
 Paper: Barde et al., "A Model-Based Solution to the Offline Multi-Agent Reinforcement Learning
 Coordination Problem", AAMAS 2024 (arXiv 2305.17198), Section 5.1 and Appendix A.1, after IQL
-(Kostrikov et al., ICLR 2022, arXiv 2110.06169). Each agent has a policy, a value and twin critics
-of its own observations and history; mixers that see the global state turn values and critics into
-the team's. Policies imitate the dataset's actions, weighted by the team's advantage.
+(Kostrikov et al., ICLR 2022, arXiv 2110.06169). Mixers that see the global state turn the agents'
+values and twin critics into the team's. Policies imitate the data, weighted by its advantage.
 
     python baselines/maiql.py --task reacher-leader-only
     python baselines/maiql.py --task ant-medium-fo --finetune    # MAIQL-ft, in the true simulator
@@ -244,13 +243,12 @@ class Team(nn.Module):
         self.memory = make_memory(task, args.memory, obs_mean, obs_std)
         memory_dim = 128 if self.memory else 0
         in_dims = [memory_dim + width for width in task.obs_dims]
+        critic_dims = [memory_dim + width for width in task.pair_dims]
+        mixer_dim = task.state_dim + task.num_agents * task.action_dim  # Deviation 6
         self.policy = MLP(in_dims, [256, 256], task.action_dim * (1 if task.discrete else 2))
         if not task.discrete:  # log standard deviations start well inside their clamp
             self.policy[-1].bias.data[..., task.action_dim :] = -1.5
         self.value = MixedValues(in_dims, task.state_dim, task.num_agents)
-        # Deviation 6.
-        mixer_dim = task.state_dim + task.num_agents * task.action_dim
-        critic_dims = [task.action_dim + width for width in in_dims]
         self.critics = MixedValues(critic_dims * 2, mixer_dim, task.num_agents)
         self.target_memory = copy.deepcopy(self.memory)
         self.target_critics = copy.deepcopy(self.critics)
@@ -327,35 +325,32 @@ def normalize_rewards(dataset: OfflineDataset) -> float:
     """Scales the ant's rewards so that episode returns span 1000; returns the factor."""
     returns = dataset.episode_returns()
     span = float(returns.max() - returns.min())
-    if dataset.task.environment != "Ant-v4" or span == 0:
-        return 1.0
-    dataset.rewards = dataset.rewards * (1000 / span)
-    return 1000 / span
+    scale = 1000 / span if dataset.task.environment == "Ant-v4" and span > 0 else 1.0
+    dataset.rewards = dataset.rewards * scale
+    return scale
 
 
 class OnlineData:
-    """The dataset and, appended to its columns, rollouts in the true simulator (MAIQL-ft).
+    """The dataset followed by rollouts in the true simulator, about as many (Deviation 8).
 
-    Each rollout follows a copy of the ten rows before its first state, so that the dataset reads
-    its histories like any others. In the end about half of all transitions are new.
+    A rollout follows a copy of the ten rows before its first state, for the agents' histories.
     """
 
     COLUMNS = ("states", "next_states", "actions", "rewards", "masks", "episode_starts")
 
     def __init__(self, dataset: OfflineDataset, args: Args, reward_scale: float):
-        self.dataset, self.length, self.reward_scale = dataset, args.rollout_length, reward_scale
-        # Deviation 8.
-        rollouts = math.ceil(dataset.size / self.length)
-        self.rollouts = math.ceil(rollouts * args.rollout_every / args.total_steps)  # at a time
-        advice = "give more --total-steps or a longer --rollout-length"
-        require(self.rollouts <= 2000, f"{self.rollouts} rollouts at a time are too many; {advice}")
-        self.simulator = dataset.task.simulator(dataset.task, self.rollouts)
+        self.dataset, self.reward_scale, self.next_row = dataset, reward_scale, dataset.size
+        rollouts = math.ceil(dataset.size / args.rollout_length)
+        at_once = math.ceil(rollouts * args.rollout_every / args.total_steps)
+        require(at_once <= 2000, f"{at_once} rollouts at once are too many; raise --total-steps")
+        self.simulator = dataset.task.simulator(dataset.task, at_once)
+        length = HISTORY_LENGTH + args.rollout_length
         for name in self.COLUMNS:
             column = getattr(dataset, name)
-            room = column.new_zeros(rollouts * (HISTORY_LENGTH + self.length), *column.shape[1:])
+            room = column.new_zeros(rollouts * length, *column.shape[1:])
             setattr(dataset, name, torch.cat([column, room]))
+        self.offsets = torch.arange(at_once * length, device=dataset.device).view(at_once, length)
         self.rows = torch.arange(dataset.size, device=dataset.device)  # of all transitions
-        self.next_row = dataset.size
 
     def sample_rows(self, count: int):
         """Random rows [count] of the dataset and the rollouts."""
@@ -364,15 +359,13 @@ class OnlineData:
     @torch.no_grad()
     def collect(self, team: Team) -> None:
         """Records rollouts with sampled actions while there is room; they end at a terminal."""
-        dataset, stride = self.dataset, HISTORY_LENGTH + self.length
-        rows = torch.arange(self.rollouts * stride, device=dataset.device).view(-1, stride)
-        rows += self.next_row  # [rollout, 10 + step]
+        dataset, rows = self.dataset, self.next_row + self.offsets  # [rollout, 10 + step]
         if self.next_row + rows.numel() > len(dataset.states):
             return
         self.next_row += rows.numel()
 
         # Copy the past of the first states. It is shorter where an episode has just begun.
-        starts = dataset.sample_rows(self.rollouts)
+        starts = dataset.sample_rows(len(rows))
         past = starts[:, None] + torch.arange(-HISTORY_LENGTH, 0, device=dataset.device)
         for column in (dataset.states, dataset.actions):
             column[rows[:, :HISTORY_LENGTH]] = column[past.clamp(min=0)]
@@ -383,8 +376,7 @@ class OnlineData:
         alive = torch.ones_like(starts, dtype=torch.bool)
         for now in rows[:, HISTORY_LENGTH:].T:  # [rollout]
             dataset.states[now] = states
-            histories = dataset.histories(now) if team.memory else None
-            inputs = team.inputs(team.task.observe(states), histories)
+            inputs = team.inputs(team.task.observe(states), dataset.histories(now))
             actions = team.distribution(inputs).sample().clamp(-ACTION_LIMIT, ACTION_LIMIT)
             states, rewards, terminals = self.simulator.step_from(states, actions)
             dataset.actions[now], dataset.next_states[now] = actions, states
@@ -417,20 +409,18 @@ def train(args: Args) -> dict:
         reward_scale = normalize_rewards(dataset)
         torch.manual_seed(args.seed)
         team = Team(task, dataset.states, args).to(device)
-        networks = (team.policy, team.value, team.critics)
-        groups = [{"params": network.parameters()} for network in networks]
+        groups = [{"params": net.parameters()} for net in (team.policy, team.value, team.critics)]
         if team.memory:
             groups.append({"params": team.memory.parameters(), "lr": args.memory_learning_rate})
         optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True)
-        names = [name for name, _ in team.named_parameters() if name.startswith("target_")]
-        targets = [team.get_parameter(name) for name in names]
-        online = [team.get_parameter(name.removeprefix("target_")) for name in names]
+        targets = {k: v for k, v in team.named_parameters() if k.startswith("target_")}
+        online = [team.get_parameter(name.removeprefix("target_")) for name in targets]
         total_steps = 2 * args.total_steps if args.finetune else args.total_steps
         schedule = LambdaLR(optimizer, lambda step: 1 - step / total_steps)
         tracked = {"team": team, "optimizer": optimizer, "schedule": schedule}
-        data = dataset
+        data = OnlineData(dataset, args, reward_scale) if args.finetune else dataset
         if args.finetune:
-            data = tracked["online_data"] = OnlineData(dataset, args, reward_scale)
+            tracked["online_data"] = data
             run.algorithm = "maiql_ft"  # the name of the paper's scores
         run.restore({"dataset": dataset.description}, **tracked)
         loss_function = compiled(maiql_losses, args, device)
@@ -450,7 +440,7 @@ def train(args: Args) -> dict:
             optimizer.step()
             schedule.step()
             with torch.no_grad():
-                torch._foreach_lerp_(targets, online, args.polyak)
+                torch._foreach_lerp_(list(targets.values()), online, args.polyak)
             run.log(dict(zip(("losses/value", "losses/policy", "losses/critics"), losses)))
 
         return run.finish(evaluate_team(FINAL_EPISODES))

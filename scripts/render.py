@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 try:
-    from mujoco_envs import (
+    from mamujoco_envs import (
         ENVIRONMENTS,
         EVALUATION_SEED,
         InputError,
@@ -38,8 +38,8 @@ try:
 except Exception as error:  # importing mujoco loads the backend that MUJOCO_GL names
     if "MUJOCO_GL" not in os.environ:
         raise
-    reason = f"MUJOCO_GL={os.environ['MUJOCO_GL']} does not work on this machine"
-    sys.exit(f"error: {reason} ({error}); unset it or install libosmesa6 or libegl1")
+    backend = os.environ["MUJOCO_GL"]
+    sys.exit(f"error: MUJOCO_GL={backend} does not work on this machine ({error}); unset it")
 
 MOMENTS = 8
 
@@ -71,13 +71,13 @@ def open_environment(task: Task) -> ParallelEnv:
     require(task.environment in ENVIRONMENTS, f"{task.name} cannot be filmed; Reacher and Ant can")
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")
+    backend = os.environ.get("MUJOCO_GL", "glfw")
     try:
         # A missing backend fails here; gymnasium would add a traceback of its own.
-        importlib.import_module(f"mujoco.{os.environ.get('MUJOCO_GL', 'glfw')}")
+        importlib.import_module(f"mujoco.{backend}").GLContext(64, 64).free()
         env = ParallelEnv(task, render_mode="rgb_array")
-        with warnings.catch_warnings(action="ignore"):
-            env.reset()
-            env.render()
+        env.reset()
+        env.render()
     except Exception as error:  # each backend fails in its own way
         reason = " ".join(str(error).split())
         advice = "install libegl1 and libegl-mesa0 and set MUJOCO_GL=egl, or libosmesa6 and osmesa"

