@@ -16,7 +16,6 @@ import copy
 import os
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -202,12 +201,6 @@ def make_memory(task: Task, memory: str, obs_mean, obs_std):
     )
 
 
-def detached(network, count):
-    """The network as a function, without gradients for its weights; of those the first `count`."""
-    weights = {name: weight.detach()[:count] for name, weight in network.named_parameters()}
-    return partial(functional_call, network, weights)
-
-
 class Team(nn.Module):
     """Policies, twin critics and history encoders of all agents, and a target of each."""
 
@@ -221,9 +214,10 @@ class Team(nn.Module):
         self.memory = make_memory(task, args.memory, obs_mean, obs_std)
         memory_dim = 128 if self.memory else 0
         in_dims = [memory_dim + width for width in task.obs_dims]
+        critic_dims = [memory_dim + width for width in task.pair_dims]
         self.policy = MLP(in_dims, [256, 256], task.action_dim)
         # The first critics of all agents, then their twins, which start from other weights.
-        self.critics = MLP([task.action_dim + width for width in in_dims] * 2, [256, 256], 1)
+        self.critics = MLP(critic_dims * 2, [256, 256], 1)
         self.target_policy = copy.deepcopy(self.policy).requires_grad_(False)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.target_memory = self.memory and copy.deepcopy(self.memory).requires_grad_(False)
@@ -251,7 +245,9 @@ class Team(nn.Module):
     def first_q_values(self, inputs, actions):
         """Q_i1(h_i, a_i): [agent, batch]. Gradients reach the actions, but no critic."""
         x = torch.cat([actions.transpose(0, 1), inputs], dim=-1)
-        return detached(self.critics, len(x))(x)[..., 0]
+        # The first half of the critics.
+        weights = {name: w.detach()[: len(x)] for name, w in self.critics.named_parameters()}
+        return functional_call(self.critics, weights, x)[..., 0]
 
     def act_greedily(self, observations, histories):
         """[batch, agent, action] in [-1, 1]."""
@@ -301,16 +297,6 @@ def clip_each_agent(parameters, agents, max_norm):
         gradient.mul_(factors.view(-1, *[1] * (gradient.dim() - 2)))
 
 
-@torch.no_grad()
-def move_targets(team: Team, fraction):
-    """Moves each parameter `target_X` of the team towards `X` (Polyak averaging)."""
-    parameters = dict(team.named_parameters())
-    names = [name for name in parameters if name.startswith("target_")]
-    targets = [parameters[name] for name in names]
-    online = [parameters[name.removeprefix("target_")] for name in names]
-    torch._foreach_lerp_(targets, online, fraction)
-
-
 def train(args: Args) -> dict:
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size")
     check_positive(args, "learning_rate", "memory_learning_rate", "max_grad_norm", "policy_delay")
@@ -324,14 +310,12 @@ def train(args: Args) -> dict:
         dataset = load_dataset(task, args.dataset, device)
         torch.manual_seed(args.seed)
         team = Team(task, dataset.states, args).to(device)
-        groups = [
-            {"params": list(network.parameters()), "lr": args.learning_rate}
-            for network in (team.policy, team.critics)
-        ]
+        groups = [{"params": net.parameters()} for net in (team.policy, team.critics)]
         if team.memory:
-            memory = list(team.memory.parameters())
-            groups.append({"params": memory, "lr": args.memory_learning_rate})
-        optimizer = torch.optim.Adam(groups, fused=True)
+            groups.append({"params": team.memory.parameters(), "lr": args.memory_learning_rate})
+        optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True)
+        targets = {k: v for k, v in team.named_parameters() if k.startswith("target_")}
+        online = [team.get_parameter(name.removeprefix("target_")) for name in targets]
         schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)
         run.restore(
             {"dataset": dataset.description}, team=team, optimizer=optimizer, schedule=schedule
@@ -356,7 +340,8 @@ def train(args: Args) -> dict:
             optimizer.step()
             schedule.step()
             if learn_policy:
-                move_targets(team, args.polyak)
+                with torch.no_grad():
+                    torch._foreach_lerp_(list(targets.values()), online, args.polyak)
             run.log(dict(zip(("losses/critics", "losses/policy"), losses)))
 
         return run.finish(evaluate_team(FINAL_EPISODES))

@@ -16,7 +16,6 @@ import copy
 import os
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -202,10 +201,19 @@ def make_memory(task: Task, memory: str, obs_mean, obs_std):
     )
 
 
-def detached(network, count):
-    """The network as a function, without gradients for its weights; of those the first `count`."""
-    weights = {name: weight.detach()[:count] for name, weight in network.named_parameters()}
-    return partial(functional_call, network, weights)
+class MixedValues(nn.Module):
+    """The team's values, sum_i w_i V_i(h_i) + b; a mixer computes w and b (Eq. 4)."""
+
+    def __init__(self, in_dims, mixer_dim, agents):
+        super().__init__()
+        self.values = MLP(in_dims, [256, 256], 1)
+        self.mixer = MLP([mixer_dim], [256, 256], agents + 1)
+
+    def forward(self, inputs, mixer_inputs):
+        """[twin * agent, batch, in], [batch, mixer] -> [twin, batch]; twins share the mixer."""
+        weights = self.mixer(mixer_inputs[None])[0].T  # [agent + 1, batch]
+        values = self.values(inputs)[..., 0].unflatten(0, (-1, len(weights) - 1))
+        return (weights[:-1] * values).sum(1) + weights[-1]
 
 
 class Team(nn.Module):
@@ -223,15 +231,13 @@ class Team(nn.Module):
         self.memory = make_memory(task, args.memory, obs_mean, obs_std)
         memory_dim = 128 if self.memory else 0
         in_dims = [memory_dim + width for width in task.obs_dims]
+        critic_dims = [memory_dim + width for width in task.pair_dims]
+        mixer_dim = task.state_dim + task.num_agents * task.action_dim  # Deviation 5
         self.policy = MLP(in_dims, [256, 256], task.action_dim)
         # The first critics of all agents, then their twins, which start from other weights.
-        self.critics = MLP([task.action_dim + width for width in in_dims] * 2, [256, 256], 1)
-        # Deviation 5.
-        mixer_dim = task.state_dim + task.num_agents * task.action_dim
-        self.critic_mixer = MLP([mixer_dim], [256, 256], task.num_agents + 1)
+        self.critics = MixedValues(critic_dims * 2, mixer_dim, task.num_agents)
         self.target_policy = copy.deepcopy(self.policy).requires_grad_(False)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
-        self.target_critic_mixer = copy.deepcopy(self.critic_mixer).requires_grad_(False)
         self.target_memory = self.memory and copy.deepcopy(self.memory).requires_grad_(False)
 
     def inputs(self, observations, histories, target=False):
@@ -248,26 +254,24 @@ class Team(nn.Module):
         policy = self.target_policy if target else self.policy
         return policy(inputs).tanh().transpose(0, 1)
 
-    def mix(self, q_values, states, actions, mixer):
-        """The team's values from the agents' [..., agent, batch]: [..., batch]."""
+    def critic_inputs(self, inputs, states, actions):
+        """What critics [agent, batch, action + memory + obs] and mixer [batch, mixer] see."""
+        inputs = torch.cat([actions.transpose(0, 1), inputs], dim=-1)  # padding stays last
         states = (states - self.state_mean) / self.state_std
-        mixer_inputs = torch.cat([states, actions.flatten(1)], dim=-1)
-        weights = mixer(mixer_inputs[None])[0].T  # [agent + 1, batch]
-        return (weights[:-1] * q_values).sum(-2) + weights[-1]
+        return inputs, torch.cat([states, actions.flatten(1)], dim=-1)
 
     def team_critics(self, inputs, states, actions, target=False):
-        """Q_j(s, a) = sum_i w_i(s, a) Q_ij(h_i, a_i) + b(s, a), twins j: [twin, batch]."""
+        """Q_j(s, a) of both twins j: [twin, batch]."""
         critics = self.target_critics if target else self.critics
-        mixer = self.target_critic_mixer if target else self.critic_mixer
-        x = torch.cat([actions.transpose(0, 1), inputs], dim=-1)  # padding stays last
-        q_values = critics(x.repeat(2, 1, 1))[..., 0].unflatten(0, (2, len(x)))
-        return self.mix(q_values, states, actions, mixer)
+        inputs, mixer_inputs = self.critic_inputs(inputs, states, actions)
+        return critics(inputs.repeat(2, 1, 1), mixer_inputs)
 
     def first_team_critic(self, inputs, states, actions):
         """Q_1(s, a): [batch]. Gradients reach the actions, but neither critics nor mixer."""
-        x = torch.cat([actions.transpose(0, 1), inputs], dim=-1)
-        q_values = detached(self.critics, len(x))(x)[..., 0]
-        return self.mix(q_values, states, actions, detached(self.critic_mixer, 1))
+        inputs, mixer_inputs = self.critic_inputs(inputs, states, actions)
+        # The first half of the critics, and the mixer, which is a single network.
+        weights = {name: w.detach()[: len(inputs)] for name, w in self.critics.named_parameters()}
+        return functional_call(self.critics, weights, (inputs, mixer_inputs))[0]
 
     def act_greedily(self, observations, histories):
         """[batch, agent, action] in [-1, 1]."""
@@ -307,16 +311,6 @@ def matd3_bc_losses(team: Team, batch: Batch, noise, args: Args, learn_policy: b
     return critic_loss, cloning - scale * q.mean()
 
 
-@torch.no_grad()
-def move_targets(team: Team, fraction):
-    """Moves each parameter `target_X` of the team towards `X` (Polyak averaging)."""
-    parameters = dict(team.named_parameters())
-    names = [name for name in parameters if name.startswith("target_")]
-    targets = [parameters[name] for name in names]
-    online = [parameters[name.removeprefix("target_")] for name in names]
-    torch._foreach_lerp_(targets, online, fraction)
-
-
 def train(args: Args) -> dict:
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size")
     check_positive(args, "learning_rate", "memory_learning_rate", "max_grad_norm", "policy_delay")
@@ -330,15 +324,12 @@ def train(args: Args) -> dict:
         dataset = load_dataset(task, args.dataset, device)
         torch.manual_seed(args.seed)
         team = Team(task, dataset.states, args).to(device)
-        critics = [*team.critics.parameters(), *team.critic_mixer.parameters()]
-        groups = [
-            {"params": parameters, "lr": args.learning_rate}
-            for parameters in (list(team.policy.parameters()), critics)
-        ]
+        groups = [{"params": net.parameters()} for net in (team.policy, team.critics)]
         if team.memory:
-            memory = list(team.memory.parameters())
-            groups.append({"params": memory, "lr": args.memory_learning_rate})
-        optimizer = torch.optim.Adam(groups, fused=True)
+            groups.append({"params": team.memory.parameters(), "lr": args.memory_learning_rate})
+        optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True)
+        targets = {k: v for k, v in team.named_parameters() if k.startswith("target_")}
+        online = [team.get_parameter(name.removeprefix("target_")) for name in targets]
         schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)
         run.restore(
             {"dataset": dataset.description}, team=team, optimizer=optimizer, schedule=schedule
@@ -362,7 +353,8 @@ def train(args: Args) -> dict:
             optimizer.step()
             schedule.step()
             if learn_policy:
-                move_targets(team, args.polyak)
+                with torch.no_grad():
+                    torch._foreach_lerp_(list(targets.values()), online, args.polyak)
             run.log(dict(zip(("losses/critics", "losses/policy"), losses)))
 
         return run.finish(evaluate_team(FINAL_EPISODES))

@@ -1,24 +1,34 @@
-"""Makes the four offline datasets of four-agent Ant by D4RL's protocol (Fu et al. 2020), for where D4RL's own cannot be had.
+"""Records the datasets of four-agent Ant by D4RL's protocol, and trains the policies behind them.
 
-    python -m data.collect_ant snapshots                # online SAC (1.5 hours on one core): data/ant_snapshots.pt
-    python -m data.collect_ant dataset --name medium    # a million transitions (minutes): data/ant-medium.hdf5
+D4RL (Fu et al. 2020, arXiv 2004.07219) records its ant datasets with online SAC (Haarnoja et al.
+2018, arXiv 1812.05905), a single policy for all legs, and so does this script: "random" with an
+untrained policy, "medium" and "expert" with the first snapshot of a training that is about as good
+as D4RL's, and "full-replay", which stands for the replay buffer, with all snapshots alike.
 
-`random` is recorded from an untrained policy, `medium` and `expert` from the first snapshot of the training that is about as good as
-D4RL's (or else the best), and `full-replay` from all snapshots in equal shares, which stands for the replay buffer of the whole
-training. The snapshots ship with the repository, so the first command is needed only to make others; a script that needs a
-dataset records it by itself.
+    python -m data.collect_ant dataset --name medium                          # minutes
+    python -m data.collect_ant snapshots --output data/weights/snapshots.pt   # 1.5 hours, one core
 
-Online SAC (Haarnoja et al. 2018) with a single policy for all legs, as D4RL's. Many ants run at once, with fewer updates than steps.
+The first command writes data/ant-medium.hdf5. Snapshots ship with the repository, and scripts
+record a dataset when they first need it. D4RL's own files: data/download_d4rl.py.
+Where it differs from D4RL, why, and by how much: docs/datasets.md.
 """
 
+import errno
 import hashlib
+import math
 import os
-import pickle
+import shutil
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Literal, Sequence
+from typing import Literal
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads leave a busy core to others
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import h5py
 import numpy as np
@@ -26,43 +36,44 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from mamujoco_envs import InputError, Simulator, find_task
+from mamujoco_envs import InputError, Simulator, Task, find_task, require
 
 TASK = find_task("ant-expert-fo")
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).resolve().parent
+WEIGHTS = FOLDER / "weights"
 STATE_DIM, ACTION_DIM = TASK.state_dim, TASK.num_agents * TASK.action_dim
-HIDDEN = 128  # units of both hidden layers of the policy: small enough to ship many
-GOOD_ENOUGH = {
-    "medium": 0.75,
-    "expert": 1.15,
-}  # scores of the policies behind datasets; the means of D4RL's are 0.80 and 1.17 (Table 2)
+
+# "medium" and "expert" are recorded from the first snapshot with this score. The means of D4RL's
+# datasets are 0.80 and 1.17 (Table 2 of the paper, arXiv 2305.17198).
+GOOD_ENOUGH = {"medium": 0.75, "expert": 1.15}
 
 
 @dataclass
 class Snapshots:
-    """Trains one policy for the whole ant by online SAC and saves it every now and then."""
+    """Trains one policy for all legs by online SAC and saves it now and then."""
 
     seed: int = 1
     """seed of networks, episodes and exploration"""
     total_updates: int = 400_000
-    """gradient steps of the critics; the policy takes every second one"""
+    """gradient steps of the critics; the policy has half as many"""
     updates_per_step: int = 8
     """gradient steps for each step of all ants"""
     num_envs: int = 64
     """ants at once"""
     learning_rate: float = 1e-3
-    """Adam, decayed linearly to 40 %"""
+    """Adam; decays linearly to 40 %"""
     batch_size: int = 256
-    """transitions of a gradient step"""
+    """transitions per gradient step"""
     buffer_size: int = 1_000_000
     """transitions kept, the newest"""
     warm_up: int = 20_000
-    """transitions with uniform actions before the first update"""
+    """transitions with uniform actions before the first gradient step"""
     snapshot_every: int = 20_000
-    """gradient steps between two snapshots"""
-    output: Path = FOLDER / "ant_snapshots.pt"
+    """gradient steps between snapshots"""
+    output: Path = WEIGHTS / "ant_snapshots.pt"
     """file to write"""
 
 
@@ -71,371 +82,488 @@ class Dataset:
     """Records one of the four datasets, with sampled actions."""
 
     name: Literal["random", "medium", "full-replay", "expert"] = "medium"
-    """which one"""
+    """which dataset"""
     transitions: int = 1_000_000
     """its size"""
     seed: int = 10101
     """seed of episodes and exploration"""
-    snapshots: Path = FOLDER / "ant_snapshots.pt"
-    """policies that `snapshots` saved"""
+    snapshots: Path = WEIGHTS / "ant_snapshots.pt"
+    """file that `snapshots` wrote"""
     output: Path | None = None
-    """file to write; data/ant-NAME.hdf5 if not given"""
+    """file to write; by default data/ant-NAME.hdf5"""
+
+
+# Networks. Twin critics keep separate weights, which run as one batched operation.
 
 
 class BatchedLinear(nn.Module):
-    """One `nn.Linear` per agent (or member) as one batched operation: [agent, batch, in] -> [agent, batch, out]."""
+    """One `nn.Linear` per agent or ensemble member: [agent, batch, in] -> [agent, batch, out]."""
 
-    def __init__(self, in_dims: Sequence[int], out_dim: int):
+    def __init__(self, in_dims, out_dim):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(len(in_dims), max(in_dims), out_dim))
         self.bias = nn.Parameter(torch.zeros(len(in_dims), 1, out_dim))
-        for weight, bias, width in zip(
-            self.weight.data, self.bias.data, in_dims
-        ):  # padded inputs keep zero weights
+        # Each slice starts as an nn.Linear of its true width; weights of padding stay zero.
+        for weight, bias, width in zip(self.weight.data, self.bias.data, in_dims):
             weight[:width].uniform_(-(width**-0.5), width**-0.5)
             bias.uniform_(-(width**-0.5), width**-0.5)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         return torch.baddbmm(self.bias, x, self.weight)
 
 
 class MLP(nn.Sequential):
-    """One MLP per agent (or member): [agent, batch, in] -> [agent, batch, out]."""
+    """One perceptron per agent or ensemble member: [agent, batch, in] -> [agent, batch, out]."""
 
-    def __init__(
-        self,
-        in_dims: Sequence[int],
-        hidden: Sequence[int],
-        out_dim: int,
-        activation: Callable = nn.ReLU,
-    ):
-        widths = [*hidden, out_dim]
-        layers = [BatchedLinear(in_dims, widths[0])]
-        for width_in, width_out in zip(widths, widths[1:]):
+    def __init__(self, in_dims, hidden, out_dim, activation=nn.ReLU):
+        layers = [BatchedLinear(in_dims, hidden[0])]
+        for width_in, width_out in zip(hidden, [*hidden[1:], out_dim]):
             layers += [activation(), BatchedLinear([width_in] * len(in_dims), width_out)]
         super().__init__(*layers)
 
 
 def make_policy() -> MLP:
-    """Mean and log standard deviation of a tanh-Gaussian: [1, batch, state] -> [1, batch, 2 * action]."""
-    return MLP([STATE_DIM], [HIDDEN] * 2, 2 * ACTION_DIM)
+    """Mean and log standard deviation of a squashed Gaussian: [1, batch, state] -> [1, batch, 16].
+
+    Small, because many of them ship (Deviation 8).
+    """
+    return MLP([STATE_DIM], [128, 128], 2 * ACTION_DIM)
 
 
-def sample_actions(
-    policy: MLP, states: torch.Tensor, noise: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Actions [batch, action], squashed by tanh, and their log-densities [batch], for standard normal `noise` [batch, action]."""
+def make_critics() -> MLP:
+    """Q of twins that start different: [2, batch, state + action] -> [2, batch, 1]."""
+    return MLP([STATE_DIM + ACTION_DIM] * 2, [256, 256], 1)
+
+
+# The algorithm: SAC. Equations are those of arXiv 1812.05905.
+
+
+def sample_actions(policy, states, noise):
+    """Actions [batch, action] and their log-densities [batch] from standard normal `noise`."""
     mean, log_std = policy(states[None])[0].chunk(2, dim=-1)
     log_std = log_std.clamp(-5, 2)
     unsquashed = mean + log_std.exp() * noise
-    # log of the tanh's derivative, 1 - tanh^2 x = 4 / (e^x + e^-x)^2, without overflow
+    # Squashing by tanh changes the density by log(1 - tanh(x)^2) = log(4 / (e^x + e^-x)^2), here in
+    # a form that cannot overflow.
     log_derivative = 2 * (np.log(2) - unsquashed - F.softplus(-2 * unsquashed))
     log_probs = (-0.5 * noise.square() - log_std - 0.5 * np.log(2 * np.pi) - log_derivative).sum(-1)
     return unsquashed.tanh(), log_probs
 
 
-def critic_loss(
-    critics, target_critics, policy, log_alpha, batch, noise, gamma: float = 0.99
-) -> torch.Tensor:
+def q_values(critics, states, actions):
+    """Both critics' values [twin, batch]."""
+    return critics(torch.cat([states, actions], dim=-1).expand(2, -1, -1))[..., 0]
+
+
+def critic_loss(critics, target_critics, policy, log_alpha, batch, noise, gamma=0.99):
+    """Soft Bellman errors of both critics (Eq. 5)."""
     states, actions, rewards, next_states, masks = batch
     with torch.no_grad():
         next_actions, next_log_probs = sample_actions(policy, next_states, noise)
-        next_inputs = torch.cat([next_states, next_actions], dim=-1).expand(2, -1, -1)
-        next_values = target_critics(next_inputs)[..., 0].amin(0) - log_alpha.exp() * next_log_probs
+        next_values = q_values(target_critics, next_states, next_actions).amin(0)
+        next_values = next_values - log_alpha.exp() * next_log_probs
         targets = rewards + gamma * masks * next_values
-    values = critics(torch.cat([states, actions], dim=-1).expand(2, -1, -1))[..., 0]
-    return (values - targets).square().mean(1).sum()
+    return (q_values(critics, states, actions) - targets).square().mean(1).sum()
 
 
-def policy_loss(critics, policy, log_alpha, states, noise) -> torch.Tensor:
-    """Of the policy, and of the temperature, which keeps the entropy at minus the number of actions."""
+def policy_loss(critics, policy, log_alpha, states, noise):
+    """Losses of the policy (Eq. 7) and of the temperature (Eq. 18, with log alpha for alpha).
+
+    The temperature keeps the policy's entropy at minus the number of actions.
+    """
     actions, log_probs = sample_actions(policy, states, noise)
-    values = critics(torch.cat([states, actions], dim=-1).expand(2, -1, -1))[..., 0].amin(0)
+    values = q_values(critics, states, actions).amin(0)
     loss = (log_alpha.exp().detach() * log_probs - values).mean()
     return loss - log_alpha * (log_probs.detach().mean() - ACTION_DIM)
 
 
-@torch.no_grad()
-def play(
-    policy: MLP, simulator: Simulator, seeds: Sequence, generator: torch.Generator
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """One whole episode of each copy of the simulator, with sampled actions: D4RL's columns [copy, step, ...] and the lengths [copy]."""
-    states, copies, length = (
-        simulator.reset([np.random.default_rng(seed) for seed in seeds]),
-        len(seeds),
-        TASK.episode_length,
-    )
-    widths = {
-        "observations": STATE_DIM,
-        "actions": ACTION_DIM,
-        "rewards": 1,
-        "next_observations": STATE_DIM,
-        "terminals": 1,
-        "timeouts": 1,
-    }
-    columns = {
-        name: np.zeros((copies, length, width), dtype=bool if "t" == name[0] else np.float32)
-        for name, width in widths.items()
-    }
-    alive, lengths = np.ones(copies, dtype=bool), np.zeros(copies, dtype=int)
-    for age in range(length):
-        noise = torch.randn(copies, ACTION_DIM, generator=generator)
-        actions, _ = sample_actions(policy, torch.as_tensor(states, dtype=torch.float32), noise)
-        next_states, rewards, terminals = simulator.step(TASK.split_actions(actions).numpy(), alive)
-        time_outs = ~terminals & (age == length - 1)
-        values = (
-            states,
-            actions,
-            rewards[:, None],
-            next_states,
-            terminals[:, None],
-            time_outs[:, None],
-        )
-        for column, value in zip(columns.values(), values):
-            column[:, age] = value
-        states, lengths, alive = next_states, lengths + alive, alive & ~terminals
-        if not alive.any():
-            break
-    return columns, lengths
+class SAC:
+    """A policy, its critics, and how they learn."""
+
+    def __init__(self, args: Snapshots):
+        self.batch_size = args.batch_size
+        self.policy, self.critics = make_policy(), make_critics()
+        self.target_critics = make_critics().requires_grad_(False)
+        self.target_critics.load_state_dict(self.critics.state_dict())
+        self.log_alpha = torch.zeros((), requires_grad=True)
+        actor, rate = [*self.policy.parameters(), self.log_alpha], args.learning_rate
+        self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), lr=rate, fused=True)
+        self.policy_optimizer = torch.optim.Adam(actor, lr=rate, fused=True)
+        # Deviation 7.
+        self.schedules = [
+            LambdaLR(optimizer, lambda update: 1 - 0.6 * update / args.total_updates)
+            for optimizer in (self.critic_optimizer, self.policy_optimizer)
+        ]
+
+    def update(self, batch, with_policy: bool) -> None:
+        """One gradient step of the critics and, if asked for, of policy and temperature."""
+        noise = torch.randn(2, self.batch_size, ACTION_DIM)
+        networks = self.critics, self.target_critics, self.policy, self.log_alpha
+        self.critic_optimizer.zero_grad()
+        critic_loss(*networks, batch, noise[0]).backward()
+        self.critic_optimizer.step()
+        if with_policy:
+            self.policy_optimizer.zero_grad()
+            self.critics.requires_grad_(False)
+            policy_loss(self.critics, self.policy, self.log_alpha, batch[0], noise[1]).backward()
+            self.critics.requires_grad_(True)
+            self.policy_optimizer.step()
+        with torch.no_grad():
+            targets, sources = self.target_critics.parameters(), self.critics.parameters()
+            torch._foreach_lerp_(list(targets), list(sources), 0.005)
+        for schedule in self.schedules:
+            schedule.step()
 
 
-def mean_return(policy: MLP, episodes: int = 20) -> float:
-    columns, lengths = play(
-        policy, Simulator(TASK, episodes), range(episodes), torch.Generator().manual_seed(0)
-    )
-    return float(
-        np.mean([rewards[:length].sum() for rewards, length in zip(columns["rewards"], lengths)])
-    )
+class Ants:
+    """Many ants at once; each starts a new episode when its own has ended."""
+
+    def __init__(self, args: Snapshots):
+        self.simulator = Simulator(TASK, args.num_envs)
+        self.rng = np.random.default_rng(args.seed)
+        self.states = self.simulator.reset([self.rng] * args.num_envs)
+        self.ages = np.zeros(args.num_envs, dtype=int)
+
+    def step(self, actions):
+        """States, actions, rewards, next states and masks of one step, [ant, ...]."""
+        states = self.states
+        joint_actions = TASK.split_actions(actions).numpy()
+        next_states, rewards, terminals = self.simulator.step(joint_actions)
+        self.states, self.ages = next_states, self.ages + 1
+        ended = terminals | (self.ages == TASK.episode_length)
+        if ended.any():
+            self.states = self.simulator.reset([self.rng] * int(ended.sum()), where=ended)
+            self.ages = np.where(ended, 0, self.ages)
+        return states, actions, rewards, next_states, 1.0 - terminals
+
+
+class ReplayBuffer:
+    """The newest transitions: states, actions, rewards, next states and masks."""
+
+    def __init__(self, args: Snapshots):
+        # A multiple of the ants, so that one step of theirs never wraps around.
+        self.size = args.buffer_size // args.num_envs * args.num_envs
+        shapes = ((STATE_DIM,), (ACTION_DIM,), (), (STATE_DIM,), ())
+        self.fields = [torch.zeros(self.size, *shape) for shape in shapes]
+        self.added = 0
+
+    def add(self, transitions) -> None:
+        first, count = self.added % self.size, len(transitions[0])
+        for field, values in zip(self.fields, transitions):
+            field[first : first + count] = torch.as_tensor(values)
+        self.added += count
+
+    def sample(self, count: int) -> list[torch.Tensor]:
+        rows = torch.randint(min(self.added, self.size), (count,))
+        return [field[rows] for field in self.fields]
 
 
 def train_snapshots(args: Snapshots) -> dict:
-    """Online SAC; saves the policies of all snapshots, stacked, with the mean return of each over 20 episodes with sampled actions."""
-    for name in (
-        "total_updates",
-        "updates_per_step",
-        "num_envs",
-        "learning_rate",
-        "batch_size",
-        "snapshot_every",
-    ):
-        if not getattr(args, name) > 0:
-            raise InputError(
-                f"--{name.replace('_', '-')} must be above 0; it is {getattr(args, name)}"
-            )
-    if args.buffer_size < args.num_envs:
-        raise InputError(
-            f"--buffer-size must be --num-envs {args.num_envs} or more; it is {args.buffer_size}"
-        )
-    if args.output.exists():
-        raise InputError(f"{args.output} exists; give another --output, or move it away")
-    if not args.output.parent.is_dir():
-        raise InputError(f"no folder {args.output.parent} to write {args.output.name} to")
+    """Saves all snapshots so far, stacked, with the mean return of each, whenever one is made."""
+    check_positive(args, "total_updates", "updates_per_step", "num_envs", "learning_rate")
+    check_positive(args, "batch_size", "buffer_size", "warm_up", "snapshot_every")
+    check_seed(args.seed)
+    message = f"--buffer-size must be at least --num-envs, {args.num_envs}; it is"
+    require(args.buffer_size >= args.num_envs, f"{message} {args.buffer_size}")
+    count = math.ceil(args.total_updates / args.snapshot_every)
+    check_output(args.output, size=count * 1e5)  # a policy has 89 kB
     torch.manual_seed(args.seed)
-    policy = make_policy()
-    critics = MLP([STATE_DIM + ACTION_DIM] * 2, [256, 256], 1)  # twins: different from the start
-    target_critics = MLP([STATE_DIM + ACTION_DIM] * 2, [256, 256], 1)
-    target_critics.load_state_dict(critics.state_dict())
-    target_critics.requires_grad_(False)
-    log_alpha = torch.zeros((), requires_grad=True)
-    critic_optimizer = torch.optim.Adam(critics.parameters(), lr=args.learning_rate, fused=True)
-    policy_optimizer = torch.optim.Adam(
-        [*policy.parameters(), log_alpha], lr=args.learning_rate, fused=True
-    )
+    learner, ants, buffer = SAC(args), Ants(args), ReplayBuffer(args)
+    snapshots, returns = [], []
 
-    def update(batch: list[torch.Tensor], with_policy: bool) -> None:
-        noise = torch.randn(2, args.batch_size, ACTION_DIM)
-        critic_optimizer.zero_grad()
-        critic_loss(critics, target_critics, policy, log_alpha, batch, noise[0]).backward()
-        critic_optimizer.step()
-        if with_policy:
-            policy_optimizer.zero_grad()
-            critics.requires_grad_(False)
-            policy_loss(critics, policy, log_alpha, batch[0], noise[1]).backward()
-            critics.requires_grad_(True)
-            policy_optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(
-                list(target_critics.parameters()), list(critics.parameters()), 0.005
-            )
+    say(f"training policies for {args.output}")
+    while buffer.added < args.warm_up:
+        buffer.add(ants.step(2 * torch.rand(args.num_envs, ACTION_DIM) - 1))
+    started = time.perf_counter()
+    with Progress(args.total_updates, "update") as progress:
+        for update in range(args.total_updates):
+            # Deviation 5.
+            if update and update % args.updates_per_step == 0:
+                states = torch.as_tensor(ants.states, dtype=torch.float32)
+                with torch.no_grad():
+                    noise = torch.randn(args.num_envs, ACTION_DIM)
+                    actions, _ = sample_actions(learner.policy, states, noise)
+                buffer.add(ants.step(actions))
+            # Deviation 6.
+            learner.update(buffer.sample(args.batch_size), with_policy=update % 2 == 0)
+            done = update + 1
+            progress.advance(1, f"return {returns[-1]:.0f}" if returns else "")
 
-    simulator, rng = Simulator(TASK, args.num_envs), np.random.default_rng(args.seed)
-    states, ages = simulator.reset([rng] * args.num_envs), np.zeros(args.num_envs, dtype=int)
-    size = args.buffer_size // args.num_envs * args.num_envs
-    buffer = [
-        torch.zeros(size, *shape) for shape in ((STATE_DIM,), (ACTION_DIM,), (), (STATE_DIM,), ())
-    ]
-    updates, steps, snapshots, returns, started = 0, 0, [], [], time.perf_counter()
-    progress = tqdm(
-        total=args.total_updates, unit="update", mininterval=1, disable=not sys.stderr.isatty()
-    )
-    while updates < args.total_updates:
-        with torch.no_grad():
-            if steps < args.warm_up:
-                actions = 2 * torch.rand(args.num_envs, ACTION_DIM) - 1
-            else:
-                actions, _ = sample_actions(
-                    policy,
-                    torch.as_tensor(states, dtype=torch.float32),
-                    torch.randn(args.num_envs, ACTION_DIM),
+            if done % args.snapshot_every == 0 or done == args.total_updates:
+                returns.append(mean_return(learner.policy, progress))
+                advice = "use a smaller --learning-rate"
+                require(math.isfinite(returns[-1]), f"training diverged by update {done}; {advice}")
+                policy = learner.policy.state_dict()
+                snapshots.append({name: value.clone() for name, value in policy.items()})
+                save_snapshots(args, snapshots, returns)
+                score = TASK.normalized_score(returns[-1])
+                speed = done / (time.perf_counter() - started)
+                progress.bar.clear()
+                say(
+                    f"update {done}, {buffer.added} steps: return {returns[-1]:.0f}, "
+                    f"score {score:.2f}, {speed:.0f} updates/s"
                 )
-        next_states, rewards, terminals = simulator.step(TASK.split_actions(actions).numpy())
-        for field, values in zip(buffer, (states, actions, rewards, next_states, 1.0 - terminals)):
-            field[steps % size : steps % size + args.num_envs] = torch.as_tensor(values)
-        states, steps, ages = next_states, steps + args.num_envs, ages + 1
-        ended = terminals | (ages == TASK.episode_length)
-        if ended.any():
-            states, ages = (
-                simulator.reset([rng] * ended.sum(), where=ended),
-                np.where(ended, 0, ages),
-            )
-        for _ in range(args.updates_per_step if steps >= args.warm_up else 0):
-            rate = args.learning_rate * (1 - 0.6 * updates / args.total_updates)
-            critic_optimizer.param_groups[0]["lr"] = policy_optimizer.param_groups[0]["lr"] = rate
-            indices = torch.randint(min(steps, size), (args.batch_size,))
-            update([field[indices] for field in buffer], with_policy=updates % 2 == 0)
-            updates += 1
-            progress.update()
-            if updates % args.snapshot_every == 0 or updates == args.total_updates:
-                snapshots.append(
-                    {name: value.clone() for name, value in policy.state_dict().items()}
-                )
-                returns.append(mean_return(policy))
-                score, speed = (
-                    TASK.normalized_score(returns[-1]),
-                    updates / (time.perf_counter() - started),
-                )
-                tqdm.write(
-                    f"update {updates}, {steps} steps: return {returns[-1]:.0f}, score {score:.2f}, {speed:.0f} updates/s"
-                )
-                stacked = {
-                    name: torch.stack([snapshot[name] for snapshot in snapshots])
-                    for name in snapshots[0]
-                }
-                temporary = args.output.with_suffix(".tmp")
-                torch.save(
-                    {
-                        "policies": stacked,
-                        "returns": returns,
-                        "seed": args.seed,
-                        "snapshot_every": args.snapshot_every,
-                    },
-                    temporary,
-                )
-                temporary.replace(args.output)
-            if updates == args.total_updates:
-                break
-    progress.close()
-    return {"returns": returns, "steps": steps}
+    return {"returns": returns, "steps": buffer.added}
 
 
-def choose_policies(args: Dataset) -> dict[int, MLP]:
-    """The policies that the dataset is recorded from, by the number of their snapshot; an untrained one for `random`."""
+def mean_return(policy, progress, episodes: int = 20) -> float:
+    """Mean return of sampled actions, always over the same episodes."""
+    simulator, generator = Simulator(TASK, episodes), torch.Generator().manual_seed(0)
+    columns, lengths = play(policy, simulator, range(episodes), generator, progress)
+    rewards = zip(columns["rewards"], lengths)
+    return float(np.mean([episode[:length].sum() for episode, length in rewards]))
+
+
+def save_snapshots(args: Snapshots, snapshots: list[dict], returns: list[float]) -> None:
+    policies = {name: torch.stack([policy[name] for policy in snapshots]) for name in snapshots[0]}
+    saved = {"policies": policies, "returns": returns, "seed": args.seed}
+    with new_file(args.output) as temporary:
+        torch.save(saved | {"snapshot_every": args.snapshot_every}, temporary)
+
+
+# Recording.
+
+
+@torch.no_grad()
+def play(policy, simulator: Simulator, seeds, generator: torch.Generator, progress):
+    """One whole episode per seed with sampled actions.
+
+    Returns columns [episode, step, ...] and the episodes' lengths [episode]; rows from there on
+    mean nothing.
+    """
+    states = simulator.reset([np.random.default_rng(seed) for seed in seeds])
+    columns = empty_columns(len(seeds), TASK.episode_length)
+    columns["timeouts"][:, -1] = True
+    alive, lengths = np.ones(len(seeds), dtype=bool), np.zeros(len(seeds), dtype=int)
+    for step in range(TASK.episode_length):
+        noise = torch.randn(len(seeds), ACTION_DIM, generator=generator)
+        actions, _ = sample_actions(policy, torch.as_tensor(states, dtype=torch.float32), noise)
+        columns["observations"][:, step], columns["actions"][:, step] = states, actions
+        states, rewards, terminals = simulator.step(TASK.split_actions(actions).numpy(), alive)
+        columns["rewards"][:, step], columns["next_observations"][:, step] = rewards, states
+        columns["terminals"][:, step] = terminals
+        lengths += alive
+        alive = alive & ~terminals
+        progress.advance(0, f"step {step + 1} of {TASK.episode_length}")
+        if not alive.any():
+            break
+    columns["timeouts"] &= ~columns["terminals"]
+    return columns, lengths
+
+
+def choose_policies(args: Dataset) -> tuple[list[MLP], dict]:
+    """The policies to record and, as attributes of the file, where they come from."""
     if args.name == "random":
         torch.manual_seed(args.seed)
-        return {-1: make_policy()}
+        return [make_policy()], {}
     command = f"python -m data.collect_ant snapshots --output {args.snapshots}"
-    if not args.snapshots.is_file():
-        raise InputError(f"no policies at {args.snapshots}; make them with: {command}")
+    require(args.snapshots.is_file(), f"no policies at {args.snapshots}; make them with: {command}")
     try:
         saved = torch.load(args.snapshots, map_location="cpu", weights_only=True)
         scores = TASK.normalized_score(np.array(saved["returns"]))
-        policies = {i: make_policy() for i in range(len(scores))}
-        for i, policy in policies.items():
+        policies = [make_policy() for _ in scores]
+        for i, policy in enumerate(policies):
             policy.load_state_dict({name: value[i] for name, value in saved["policies"].items()})
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        pickle.UnpicklingError,
-    ):
-        raise InputError(
-            f"{args.snapshots} is truncated or holds no policies; move it away and make it again with: {command}"
-        ) from None
-    if args.name == "full-replay":
-        return policies
-    good = np.flatnonzero(scores >= GOOD_ENOUGH[args.name])
-    chosen = int(good[0]) if len(good) else int(np.argmax(scores))
-    return {chosen: policies[chosen]}
+    except Exception as error:
+        fault = f"{args.snapshots} is truncated or holds no policies ({type(error).__name__})"
+        raise InputError(f"{fault}; move it away and make it again with: {command}") from None
+    # Deviation 9.
+    chosen = list(range(len(policies)))
+    if args.name != "full-replay":
+        good = np.flatnonzero(scores >= GOOD_ENOUGH[args.name])
+        chosen = [int(good[0] if len(good) else np.argmax(scores))]
+    digest = hashlib.sha256(args.snapshots.read_bytes()).hexdigest()
+    return [policies[i] for i in chosen], {"snapshots": chosen, "snapshots_sha256": digest}
 
 
 def record_dataset(args: Dataset) -> None:
-    """Records whole episodes, as many transitions from each policy, into one D4RL file, written whole or not at all."""
+    """Records whole episodes, with the same number of transitions from every policy."""
     output = args.output or FOLDER / f"ant-{args.name}.hdf5"
-    if not output.parent.is_dir():
-        raise InputError(f"no folder {output.parent} to write {output.name} to")
-    policies = choose_policies(args)
-    if args.transitions < len(policies):
-        raise InputError(
-            f"--transitions must be {len(policies)} or more, the number of policies; it is {args.transitions}"
-        )
-    ends = [
-        args.transitions * (i + 1) // len(policies) for i in range(len(policies))
-    ]  # of the policies' shares
-    copies = min(-(-ends[0] // TASK.episode_length), 200)
-    generator, simulator = torch.Generator().manual_seed(args.seed), Simulator(TASK, copies)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the same file to the bit, whatever the number of threads
-    columns, returns, lengths, row, episode = None, [], [], 0, 0
-    print(f"recording {args.transitions} transitions of ant-{args.name} to {output}", flush=True)
-    progress = tqdm(
-        total=args.transitions, unit="step", unit_scale=True, mininterval=1, disable=None
-    )  # a bar in a terminal only
-    for end, policy in zip(ends, policies.values()):
-        while row < end:
-            played, ages = play(
-                policy, simulator, [[args.seed, episode + i] for i in range(copies)], generator
-            )
-            columns = columns or {
-                name: np.empty((args.transitions, x.shape[2]), dtype=x.dtype)
-                for name, x in played.items()
-            }
-            for i, age in enumerate(ages):
-                steps = min(age, end - row)  # the last episode of a share is cut
-                for name, column in columns.items():
-                    column[row : row + steps] = played[name][i, :steps]
-                row, episode = row + steps, episode + 1
-                progress.update(int(steps))
-                if steps == age:
-                    returns.append(played["rewards"][i, :steps].sum(dtype=np.float64))
-                    lengths.append(int(steps))
-                if row == end:
-                    columns["timeouts"][row - 1] = ~columns["terminals"][row - 1]
-                    break
-            if progress.disable:
-                print(f"{row} of {args.transitions}", flush=True)
-    progress.close()
-    torch.set_num_threads(threads)
-    source = f"python -m data.collect_ant dataset --name {args.name} --transitions {args.transitions} --seed {args.seed}"
-    temporary = output.with_suffix(
-        f".{os.getpid()}.tmp"
-    )  # scripts that start together may record at once
-    with h5py.File(temporary, "w") as file:
+    check_seed(args.seed)
+    policies, attributes = choose_policies(args)
+    least = f"--transitions must be {len(policies)} or more, one for each policy"
+    require(args.transitions >= len(policies), f"{least}; it is {args.transitions}")
+    check_output(output, size_of_dataset(args.transitions))
+    # The rows at which the policies' shares end.
+    ends = [args.transitions * (i + 1) // len(policies) for i in range(len(policies))]
+    copies = min(math.ceil(ends[0] / TASK.episode_length), 200)
+
+    say(f"recording {args.transitions} transitions of ant-{args.name} to {output}")
+    columns = empty_columns(args.transitions)
+    returns, lengths, row, episode = [], [], 0, 0
+    simulator = Simulator(TASK, copies)
+    generator = torch.Generator().manual_seed(args.seed)
+    with one_thread(), Progress(args.transitions, "transition") as progress:
+        for policy, end in zip(policies, ends):
+            while row < end:
+                seeds = [[args.seed, episode + i] for i in range(copies)]
+                played, played_lengths = play(policy, simulator, seeds, generator, progress)
+                for i, length in enumerate(played_lengths.tolist()):
+                    kept = min(length, end - row)
+                    for name, column in columns.items():
+                        column[row : row + kept] = played[name][i, :kept]
+                    row, episode = row + kept, episode + 1
+                    progress.advance(kept)
+                    if kept == length:
+                        returns.append(played["rewards"][i, :length].sum(dtype=np.float64))
+                        lengths.append(length)
+                    if row == end:
+                        # The last episode of a share is cut, which is a time-out.
+                        columns["timeouts"][row - 1] = ~columns["terminals"][row - 1]
+                        break
+
+    options = f"--name {args.name} --transitions {args.transitions} --seed {args.seed}"
+    source = f"python -m data.collect_ant dataset {options} (ours, not D4RL's)"
+    write_dataset(output, columns, environment=TASK.environment, source=source, **attributes)
+    say(f"{output}: {len(returns)} whole episodes")
+    if returns:
+        say(f"score in %: {spread(100 * TASK.normalized_score(np.array(returns)))}")
+        say(f"length: {spread(lengths)}")
+
+
+def spread(values) -> str:
+    middle = f"mean {np.mean(values):.1f}, median {np.median(values):.1f}"
+    return f"min {np.min(values):.1f}, {middle}, max {np.max(values):.1f}"
+
+
+def record(task: Task, path: Path) -> None:
+    """Records the dataset of a task for `load_dataset`, whose caller keeps its random state."""
+    with torch.random.fork_rng(devices=[]):
+        record_dataset(Dataset(task.dataset.removeprefix("ant-"), output=path))
+
+
+def empty_columns(*shape: int) -> dict[str, np.ndarray]:
+    """D4RL's columns, all zero, for transitions [*shape]."""
+    states, joint_actions = (*shape, TASK.state_dim), (*shape, TASK.num_agents * TASK.action_dim)
+    return {
+        "observations": np.zeros(states, dtype=np.float32),
+        "actions": np.zeros(joint_actions, dtype=np.float32),
+        "rewards": np.zeros(shape, dtype=np.float32),
+        "next_observations": np.zeros(states, dtype=np.float32),
+        "terminals": np.zeros(shape, dtype=bool),
+        "timeouts": np.zeros(shape, dtype=bool),
+    }
+
+
+def size_of_dataset(rows: int) -> int:
+    """Bytes of a file with that many transitions, up to a few kB."""
+    return rows * sum(column.nbytes for column in empty_columns(1).values())
+
+
+def write_dataset(path: Path, columns: dict[str, np.ndarray], **attributes) -> None:
+    """Writes columns [row, ...] and where they come from in D4RL's layout."""
+    with new_file(path) as temporary, h5py.File(temporary, "w") as file:
         for name, column in columns.items():
-            file.create_dataset(name, data=column if column.shape[1] > 1 else column[:, 0])
-        file.attrs.update(environment=TASK.environment, source=f"{source} (ours, not D4RL's)")
-        if args.name != "random":
-            file.attrs.update(
-                snapshots=list(policies),
-                snapshots_sha256=hashlib.sha256(args.snapshots.read_bytes()).hexdigest(),
-            )
-    temporary.replace(output)
-    scores = 100 * TASK.normalized_score(np.array(returns))
-    print(f"{output}: {len(scores)} whole episodes")
-    for name, values in (
-        {"score in %": scores, "length": np.array(lengths)}.items() if returns else ()
-    ):
-        print(
-            f"{name}: min {min(values):.1f}, mean {np.mean(values):.1f}, median {np.median(values):.1f}, max {max(values):.1f}"
-        )
+            file.create_dataset(name, data=column)
+        file.attrs.update(attributes)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Runs PyTorch on one thread: sums have one order, so datasets are the same to the bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+# Bookkeeping.
+
+
+def check_positive(args, *names: str) -> None:
+    for name in names:
+        value = getattr(args, name)
+        flag = f"--{name.replace('_', '-')}"
+        require(0 < value < float("inf"), f"{flag} must be above 0 and finite; it is {value}")
+
+
+def check_seed(seed: int) -> None:
+    require(0 <= seed < 2**32, f"--seed must be from 0 to {2**32 - 1}; it is {seed}")
+
+
+def check_output(path: Path, size: float) -> None:
+    """Raises `InputError` unless a new file of `size` bytes can be written to `path`."""
+    folder = path.parent
+    require(not os.path.lexists(path), f"{path} exists; move it away")
+    require(folder.is_dir(), f"no folder {folder} to write {path.name} to; create it")
+    require(os.access(folder, os.W_OK | os.X_OK), f"cannot write to {folder}; change its mode")
+    check_room(path, size)
+
+
+def check_room(path: Path, size: float) -> None:
+    """Raises `InputError` unless `size` more bytes can be written to `path`."""
+    needed, free = size + 1e6, shutil.disk_usage(path.parent).free
+    shortage = f"{path} needs {needed / 1e6:.0f} MB, but only {free / 1e6:.0f} MB are free"
+    require(free >= needed, f"{shortage}; make room")
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary file that becomes `path` when the block is done, or is removed if it fails."""
+    # With the process in its name, scripts that start together may record at once.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        # A full disk is a RuntimeError of PyTorch's, and h5py's OSError has two lines.
+        reason = os.strerror(getattr(error, "errno", None) or errno.ENOSPC)
+        raise InputError(f"cannot write {path} ({reason}); make room and try again") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Progress:
+    """How far a long command is: a bar in a terminal, elsewhere a line at least every 30 s."""
+
+    def __init__(self, total: int, unit: str, done: int = 0):
+        self.total, self.unit, self.done, self.said = total, unit, done, time.monotonic()
+        options = {"unit_scale": True, "mininterval": 1, "miniters": 0, "disable": None}
+        self.bar = tqdm(total=total, initial=done, unit=unit, **options)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def advance(self, count: int, note: str = "") -> None:
+        """Counts `count` more; `note` says what is going on."""
+        self.done += count
+        self.bar.set_postfix_str(note, refresh=False)
+        self.bar.update(count)
+        if self.bar.disable and time.monotonic() - self.said > 20:
+            done, total = (tqdm.format_sizeof(number) for number in (self.done, self.total))
+            say(f"{done} of {total} {self.unit}s{', ' if note else ''}{note}")
+            self.said = time.monotonic()
+
+
+def say(text: str) -> None:
+    """Prints; a closed pipe or a terminal without the characters never costs a result."""
+    try:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
+
+
+def interrupt(number, _) -> None:
+    """Makes SIGTERM end a script as Ctrl-C does, so that it removes its temporary files."""
+    raise KeyboardInterrupt(number)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         args = tyro.extras.subcommand_cli_from_dict({"snapshots": Snapshots, "dataset": Dataset})
-        train_snapshots(args) if isinstance(args, Snapshots) else record_dataset(args)
+        if isinstance(args, Snapshots):
+            train_snapshots(args)
+        else:
+            record_dataset(args)
     except InputError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt as stop:
+        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))

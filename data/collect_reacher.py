@@ -12,7 +12,9 @@ Both experts ship with the repository, and scripts record the dataset when they 
 Where it differs from the paper, why, and by how much: docs/datasets.md.
 """
 
+import errno
 import hashlib
+import math
 import os
 import shutil
 import signal
@@ -44,7 +46,7 @@ WEIGHTS = FOLDER / "weights"
 
 HIDDEN = [64, 64]  # Deviation 3.
 GAMMA, GAE_LAMBDA = 0.97, 0.95  # Deviation 1.
-EPISODES, EPOCHS, MINIBATCH_SIZE, CLIP = 40, 5, 256, 0.2  # per learning step (Appendix B)
+EPISODES, EPOCHS, MINIBATCH_SIZE, CLIP = 40, 5, 256, 0.2  # per learning step (Appendix A.2)
 # Deviation 4. Brings every dimension to the order of 1: target and fingertip are within decimetres,
 # and joints turn by tens of radians per second.
 STATE_SCALE = torch.tensor([1, 1, 1, 1, 5, 5, 0.1, 0.1, 10, 10, 10])
@@ -111,7 +113,7 @@ class MLP(nn.Sequential):
 
 
 class Team(nn.Module):
-    """Policies and mixed values of both agents. They see the whole state, so they need no memory."""
+    """Policies and mixed values of both agents, who see the whole state and need no memory."""
 
     def __init__(self):
         super().__init__()
@@ -127,7 +129,7 @@ class Team(nn.Module):
         """Distribution of the agents' actions [batch, agent, action] in `states` [batch, state]."""
         x = (states * STATE_SCALE).expand(TASK.num_agents, -1, -1)
         mean, log_std = self.policy(x).transpose(0, 1).chunk(2, dim=-1)
-        return Normal(mean, log_std.clamp(-6, 0).exp())
+        return Normal(mean, log_std.clamp(-6, 0).exp(), validate_args=False)
 
     def team_value(self, states):
         """V(s) = sum_i w_i(s) V_i(s) + b(s) (Eq. 4): [batch, state] -> [batch]."""
@@ -214,7 +216,7 @@ def mappo_terms(team: Team, batch: Experience):
 
 
 def train_expert(args: Experts) -> dict:
-    """Trains and saves a team; returns what is known of it."""
+    """Trains and saves a team; returns what a greedy evaluation says of it."""
     check_positive(args, "total_steps", "learning_rate")
     check_seed(args.seed)
     output = args.output or WEIGHTS / f"reacher_expert_{args.seed}.pt"
@@ -227,29 +229,251 @@ def train_expert(args: Experts) -> dict:
     generators = [np.random.default_rng([args.seed, i]) for i in range(EPISODES)]
 
     say(f"training an expert for {output}")
-    progress, entropy_alpha = Progress(args.total_steps, "step"), 0.0
-    for _ in range(args.total_steps):
-        experience, mean_return = collect_experience(team, simulator, generators)
-        for _ in range(EPOCHS):
-            # The last minibatch, which is smaller, is dropped.
-            for rows in torch.randperm(len(experience.states)).split(MINIBATCH_SIZE)[:-1]:
-                batch = Experience(*[x[rows] for x in experience])
-                actor_loss, critic_loss, entropy, penalty = mappo_terms(team, batch)
-                # The dual variable grows while the entropy is below its target (Deviation 2).
-                gap = args.entropy_target - entropy.item()
-                entropy_alpha = max(0.0, entropy_alpha + 0.001 * gap)
-                loss = actor_loss + 0.5 * critic_loss - entropy_alpha * entropy + penalty
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(team.parameters(), 1.0)
-                optimizer.step()
-        schedule.step()
-        progress.advance(1, f"return {mean_return:.2f}, entropy {entropy.item():.2f}")
-    progress.close()
+    entropy_alpha = 0.0
+    with Progress(args.total_steps, "step") as progress:
+        for step in range(args.total_steps):
+            experience, mean_return = collect_experience(team, simulator, generators)
+            for _ in range(EPOCHS):
+                # The last minibatch, which is smaller than the others, is dropped.
+                for rows in torch.randperm(len(experience.states)).split(MINIBATCH_SIZE)[:-1]:
+                    batch = Experience(*[x[rows] for x in experience])
+                    actor_loss, critic_loss, entropy, penalty = mappo_terms(team, batch)
+                    # The dual variable grows while the entropy is below its target.
+                    gap = args.entropy_target - entropy.item()  # Deviation 2.
+                    entropy_alpha = max(0.0, entropy_alpha + 0.001 * gap)
+                    loss = actor_loss + 0.5 * critic_loss - entropy_alpha * entropy + penalty
+                    optimizer.zero_grad()
+                    loss.backward()
+                    nn.utils.clip_grad_norm_(team.parameters(), 1.0)
+                    optimizer.step()
+            schedule.step()
+            advice = "use a smaller --learning-rate"
+            finite = math.isfinite(mean_return + entropy.item())
+            require(finite, f"training diverged by step {step + 1}; {advice}")
+            progress.advance(1, f"return {mean_return:.2f}, entropy {entropy.item():.2f}")
 
-    evaluation = evaluate(TASK, lambda _, histories: greedy(team, histories), 1000)
-    return {}
+    # On this task an agent's observation is the state.
+    evaluation = evaluate(TASK, lambda observed, _: team.distribution(observed[:, 0]).mean, 1000)
+    bends = np.arctan2(evaluation.last_states[:, 3], evaluation.last_states[:, 1])
+    result = {
+        "greedy_return": float(evaluation.returns.mean()),
+        "share_of_positive_bends": float((bends > 0).mean()),
+    }
+    expert = {"policy": team.policy.state_dict(), "seed": args.seed}
+    with new_file(output) as temporary:
+        torch.save(expert | {"total_steps": args.total_steps} | result, temporary)
+    say(f"{output}: stochastic return {mean_return:.3f}, {result}")
+    return result
+
+
+# Recording.
+
+
+def load_experts(paths) -> list[Team]:
+    """The two teams; raises `InputError` unless they bend the arm to opposite sides."""
+    teams, shares = [], []
+    for seed, path in enumerate(paths, start=1):
+        command = f"python -m data.collect_reacher experts --seed {seed} --output {path}"
+        require(path.is_file(), f"no expert at {path}; make it with: {command}")
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            teams.append(Team())
+            teams[-1].policy.load_state_dict(saved["policy"])
+            shares.append(float(saved["share_of_positive_bends"]))
+        except Exception as error:
+            fault = f"{path} is truncated or holds no expert ({type(error).__name__})"
+            raise InputError(f"{fault}; move it away and make it again with: {command}") from None
+    opposite = min(shares) < 0.05 and max(shares) > 0.95
+    advice = "train others with --seed"
+    require(opposite, f"the experts end with theta2 > 0 in {shares} of their episodes; {advice}")
+    return teams
+
+
+@torch.no_grad()
+def record_dataset(args: Dataset) -> None:
+    """Records whole episodes of the first team, then as many of the second."""
+    whole, length = 2 * RECORDED_AT_ONCE, TASK.episode_length
+    message = f"--episodes must be a positive multiple of {whole}; it is {args.episodes}"
+    require(args.episodes > 0 and args.episodes % whole == 0, message)
+    check_seed(args.seed)
+    rows = args.episodes * length
+    check_output(args.output, size_of_dataset(rows))
+    teams = load_experts(args.experts)
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in args.experts]
+
+    say(f"recording {args.episodes} episodes to {args.output}")
+    columns = empty_columns(args.episodes, length)
+    columns["timeouts"][:, -1] = True
+    simulator = Simulator(TASK, RECORDED_AT_ONCE)
+    generator = torch.Generator().manual_seed(args.seed)
+    with one_thread(), Progress(args.episodes, "episode") as progress:
+        for first in range(0, args.episodes, RECORDED_AT_ONCE):
+            team = teams[first >= args.episodes // 2]
+            episodes = range(first, first + RECORDED_AT_ONCE)
+            here = slice(episodes.start, episodes.stop)
+            states = simulator.reset([np.random.default_rng([args.seed, i]) for i in episodes])
+            for t in range(length):
+                distribution = team.distribution(torch.as_tensor(states, dtype=torch.float32))
+                noise = torch.randn(distribution.mean.shape, generator=generator)
+                actions = (distribution.mean + distribution.stddev * noise).clamp(-1, 1)
+                columns["observations"][here, t] = states
+                columns["actions"][here, t] = TASK.join_actions(actions)
+                states, columns["rewards"][here, t], _ = simulator.step(actions.numpy())
+                columns["next_observations"][here, t] = states
+            progress.advance(RECORDED_AT_ONCE)
+
+    returns = columns["rewards"].sum(axis=1)
+    options = f"--episodes {args.episodes} --seed {args.seed}"
+    write_dataset(
+        args.output,
+        {name: column.reshape(rows, *column.shape[2:]) for name, column in columns.items()},
+        environment=TASK.environment,
+        source=f"python -m data.collect_reacher dataset {options}",
+        experts_sha256=hashes,
+        mean_return=float(returns.mean()),
+    )
+    spread = f"return {returns.mean():.3f}, from {returns.min():.2f} to {returns.max():.2f}"
+    say(f"{args.output}: {rows} transitions, {spread}")
+
+
+def record(task: Task, path: Path) -> None:
+    """Records the dataset of a task for `load_dataset`, whose caller keeps its random state."""
+    with torch.random.fork_rng(devices=[]):
+        record_dataset(Dataset(output=path))
+
+
+def empty_columns(*shape: int) -> dict[str, np.ndarray]:
+    """D4RL's columns, all zero, for transitions [*shape]."""
+    states, joint_actions = (*shape, TASK.state_dim), (*shape, TASK.num_agents * TASK.action_dim)
+    return {
+        "observations": np.zeros(states, dtype=np.float32),
+        "actions": np.zeros(joint_actions, dtype=np.float32),
+        "rewards": np.zeros(shape, dtype=np.float32),
+        "next_observations": np.zeros(states, dtype=np.float32),
+        "terminals": np.zeros(shape, dtype=bool),
+        "timeouts": np.zeros(shape, dtype=bool),
+    }
+
+
+def size_of_dataset(rows: int) -> int:
+    """Bytes of a file with that many transitions, up to a few kB."""
+    return rows * sum(column.nbytes for column in empty_columns(1).values())
+
+
+def write_dataset(path: Path, columns: dict[str, np.ndarray], **attributes) -> None:
+    """Writes columns [row, ...] and where they come from in D4RL's layout."""
+    with new_file(path) as temporary, h5py.File(temporary, "w") as file:
+        for name, column in columns.items():
+            file.create_dataset(name, data=column)
+        file.attrs.update(attributes)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Runs PyTorch on one thread: sums have one order, so datasets are the same to the bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+# Bookkeeping.
+
+
+def check_positive(args, *names: str) -> None:
+    for name in names:
+        value = getattr(args, name)
+        flag = f"--{name.replace('_', '-')}"
+        require(0 < value < float("inf"), f"{flag} must be above 0 and finite; it is {value}")
+
+
+def check_seed(seed: int) -> None:
+    require(0 <= seed < 2**32, f"--seed must be from 0 to {2**32 - 1}; it is {seed}")
+
+
+def check_output(path: Path, size: float) -> None:
+    """Raises `InputError` unless a new file of `size` bytes can be written to `path`."""
+    folder = path.parent
+    require(not os.path.lexists(path), f"{path} exists; move it away")
+    require(folder.is_dir(), f"no folder {folder} to write {path.name} to; create it")
+    require(os.access(folder, os.W_OK | os.X_OK), f"cannot write to {folder}; change its mode")
+    check_room(path, size)
+
+
+def check_room(path: Path, size: float) -> None:
+    """Raises `InputError` unless `size` more bytes can be written to `path`."""
+    needed, free = size + 1e6, shutil.disk_usage(path.parent).free
+    shortage = f"{path} needs {needed / 1e6:.0f} MB, but only {free / 1e6:.0f} MB are free"
+    require(free >= needed, f"{shortage}; make room")
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary file that becomes `path` when the block is done, or is removed if it fails."""
+    # With the process in its name, scripts that start together may record at once.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        # A full disk is a RuntimeError of PyTorch's, and h5py's OSError has two lines.
+        reason = os.strerror(getattr(error, "errno", None) or errno.ENOSPC)
+        raise InputError(f"cannot write {path} ({reason}); make room and try again") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Progress:
+    """How far a long command is: a bar in a terminal, elsewhere a line at least every 30 s."""
+
+    def __init__(self, total: int, unit: str, done: int = 0):
+        self.total, self.unit, self.done, self.said = total, unit, done, time.monotonic()
+        options = {"unit_scale": True, "mininterval": 1, "miniters": 0, "disable": None}
+        self.bar = tqdm(total=total, initial=done, unit=unit, **options)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def advance(self, count: int, note: str = "") -> None:
+        """Counts `count` more; `note` says what is going on."""
+        self.done += count
+        self.bar.set_postfix_str(note, refresh=False)
+        self.bar.update(count)
+        if self.bar.disable and time.monotonic() - self.said > 20:
+            done, total = (tqdm.format_sizeof(number) for number in (self.done, self.total))
+            say(f"{done} of {total} {self.unit}s{', ' if note else ''}{note}")
+            self.said = time.monotonic()
+
+
+def say(text: str) -> None:
+    """Prints; a closed pipe or a terminal without the characters never costs a result."""
+    try:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
+
+
+def interrupt(number, _) -> None:
+    """Makes SIGTERM end a script as Ctrl-C does, so that it removes its temporary files."""
+    raise KeyboardInterrupt(number)
 
 
 if __name__ == "__main__":
-    pass
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        args = tyro.extras.subcommand_cli_from_dict({"experts": Experts, "dataset": Dataset})
+        if isinstance(args, Experts):
+            train_expert(args)
+        else:
+            record_dataset(args)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt as stop:
+        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))

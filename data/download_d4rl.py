@@ -1,14 +1,20 @@
-"""Downloads D4RL's offline datasets of the ant (Fu et al. 2020), the ones that the paper uses.
+"""Downloads D4RL's ant datasets (Fu et al. 2020, arXiv 2004.07219), which the paper uses.
 
     python -m data.download_d4rl --name medium    # data/ant-medium-d4rl.hdf5
-    python world_model.py --task ant-medium-fo --dataset data/ant-medium-d4rl.hdf5 --output data/ant-medium-d4rl.pt
-    python moma_ppo.py --task ant-medium-fo --dataset data/ant-medium-d4rl.hdf5 --world-model data/ant-medium-d4rl.pt
 
-The same command goes on with a download that broke off. The file is checked before it gets its name, so it is there whole or not
-at all. (Without these files, scripts record datasets of their own by the same protocol: data/collect_ant.py.)
+Scripts use it with `--dataset data/ant-medium-d4rl.hdf5`, and MOMA-PPO needs a world model of it:
+docs/datasets.md has the commands. Without D4RL's files, scripts record datasets of their own by the
+same protocol (data/collect_ant.py).
+
+A download that broke off is kept, and the same command resumes it. The file gets its name only when
+it is whole and checked.
 """
 
+import errno
 import http.client
+import os
+import shutil
+import signal
 import sys
 import time
 import urllib.error
@@ -17,15 +23,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
 import tyro
 from tqdm import tqdm
 
-from data.offline_dataset import FOLDER, OfflineDataset, read_columns
-from mamujoco_envs import InputError, find_task
+from data.offline_dataset import FOLDER, DamagedFile, OfflineDataset, read_columns
+from mamujoco_envs import InputError, find_task, require
 
 HOST = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
 MIRROR = "the dataset imone/D4RL on the Hugging Face hub"
+ATTEMPTS = 5
+CHUNK = 1 << 16  # bytes
 
 
 @dataclass
@@ -33,111 +43,207 @@ class Args:
     name: Literal["random", "medium", "full-replay", "expert"] = "medium"
     """which dataset"""
     output: Path | None = None
-    """file to write; data/ant-NAME-d4rl.hdf5 if not given"""
+    """file to write; by default data/ant-NAME-d4rl.hdf5"""
     host: str = HOST
     """folder of D4RL's files on the web"""
 
 
-def fetch(url: str, part: Path, attempts: int = 5) -> None:
-    """Brings all of `url` into `part`, going on where `part` ends; raises `OSError` or `http.client.HTTPException` if it cannot.
+class Part:
+    """The file that a download writes to, and what is needed to resume it.
 
-    Beside `part` lies the server's name for this version of the file (ETag), so that two versions are never mixed.
+    Next to it lies the server's name for this version of the file (its ETag), so that two versions
+    are never mixed. Without that name a part cannot be resumed.
     """
-    version = part.with_name(part.name + ".version")
-    for attempt in range(1, attempts + 1):
-        have = part.stat().st_size if part.exists() and version.exists() else 0
-        headers = {"Range": f"bytes={have}-", "If-Range": version.read_text()} if have else {}
+
+    def __init__(self, output: Path):
+        self.path = output.with_name(f"{output.name}.part")
+        self.version = output.with_name(f"{output.name}.part.version")
+        self.received = 0  # bytes, by this command
+        self.whole = False
+
+    def size(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def can_be_resumed(self) -> bool:
+        return self.size() > 0 and self.version.exists()
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self.version.unlink(missing_ok=True)
+
+
+def request_rest(url: str, part: Part) -> None:
+    """Asks the server once for what `part` lacks, and writes what it sends.
+
+    Raises `OSError` or `http.client.HTTPException` unless the part is whole then.
+    """
+    have, headers = 0, {}
+    if part.can_be_resumed():
+        have = part.size()
+        headers = {"Range": f"bytes={have}-", "If-Range": part.version.read_text()}
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=20) as response:
+        resumed = response.status == 206
+        if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            raise OSError("the server sent another part than asked for")
+        if response.headers["Content-Length"] is None:
+            raise OSError("the server does not say how long the file is")
+        # The server sends the whole file if it has another version, or if it knows no ranges.
+        have = have if resumed else 0
+        missing = int(response.headers["Content-Length"])
+        check_room(part.path, missing)
+
+        version = response.headers["ETag"] or response.headers["Last-Modified"]
+        part.version.unlink(missing_ok=True)
+        with part.path.open("ab" if resumed else "wb") as file:
+            if version:
+                part.version.write_text(version)
+            with Progress(have + missing, "byte", have) as progress:
+                while chunk := response.read1(CHUNK):
+                    file.write(chunk)
+                    part.received += len(chunk)
+                    progress.advance(len(chunk))
+    part.whole = part.size() == have + missing
+    if not part.whole:
+        raise OSError(f"it broke off after {part.size()} of {have + missing} bytes")
+
+
+def fetch(url: str, part: Part) -> None:
+    """Brings all of `url` into `part`; tries again as long as every attempt brings something.
+
+    Raises `OSError` or `http.client.HTTPException` if that fails.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        received = part.received
         try:
-            with urllib.request.urlopen(
-                urllib.request.Request(url, headers=headers), timeout=30
-            ) as response:
-                if response.status == 206 and not response.headers.get(
-                    "Content-Range", ""
-                ).startswith(f"bytes {have}-"):
-                    raise OSError("the server sent another part than asked for")
-                have = (
-                    have if response.status == 206 else 0
-                )  # another version, or a server without ranges: from the beginning
-                if response.headers["Content-Length"] is None:
-                    raise OSError("the server does not say how long the file is")
-                total = have + int(response.headers["Content-Length"])
-                name = response.headers["ETag"] or response.headers["Last-Modified"]
-                version.write_text(name) if name else version.unlink(missing_ok=True)
-                with part.open("ab" if have else "wb") as file:
-                    with tqdm(
-                        total=total,
-                        initial=have,
-                        unit="B",
-                        unit_scale=True,
-                        mininterval=1,
-                        disable=None,
-                    ) as progress:
-                        while chunk := response.read(1 << 20):
-                            file.write(chunk)
-                            progress.update(len(chunk))
-            if part.stat().st_size == total:
-                version.unlink(missing_ok=True)
-                return
-            raise OSError(f"it broke off after {part.stat().st_size} of {total} bytes")
+            request_rest(url, part)
+            return
         except urllib.error.HTTPError as error:
-            if (
-                error.code == 416
-            ):  # nothing is left to send, although the file was not whole: begin again
-                version.unlink()
-            elif error.code < 500 or attempt == attempts:
+            # 416: there is nothing after the part, which is not the whole file. Start again.
+            if error.code == 416:
+                part.remove()
+            elif error.code < 500 or attempt == ATTEMPTS:
                 raise
-        except (OSError, http.client.HTTPException):
-            if attempt == attempts or have == (
-                part.stat().st_size if part.exists() else 0
-            ):  # nothing came
+        except (OSError, http.client.HTTPException) as error:
+            is_full = getattr(error, "errno", None) == errno.ENOSPC
+            if is_full or attempt == ATTEMPTS or part.received == received:
                 raise
         time.sleep(attempt)
-    raise OSError("the server sent nothing to the end")
+    raise OSError("the server sends no more of it")
 
 
 def download(args: Args) -> Path:
     """The path of the whole, checked file; raises `InputError` with what to do otherwise."""
-    task, output = (
-        find_task(f"ant-{args.name}-fo"),
-        args.output or FOLDER / f"ant-{args.name}-d4rl.hdf5",
-    )
+    task = find_task(f"ant-{args.name}-fo")
+    output = args.output or FOLDER / f"ant-{args.name}-d4rl.hdf5"
+    check_output(output, size=0)
     file_name = f"ant_{args.name.replace('-', '_')}-v2.hdf5"
-    if output.exists():
-        raise InputError(f"{output} exists; move it away to download it again")
-    if not output.parent.is_dir():
-        raise InputError(f"no folder {output.parent} to write {output.name} to")
-    url, part = f"{args.host}/{file_name}", output.with_name(output.name + ".part")
-    print(f"{url} to {output}", flush=True)
+    url, part = f"{args.host}/{file_name}", Part(output)
+    by_hand = f"take {file_name} from {MIRROR} and put it at {output}"
+
+    say(f"downloading {url} to {output}")
     try:
         fetch(url, part)
+    except InputError:
+        raise
     except (OSError, ValueError, http.client.HTTPException) as error:
-        kept = (
-            "; what came is kept, so the same command goes on with it"
-            if part.with_name(part.name + ".version").exists()
-            else ""
-        )
-        raise InputError(
-            f"cannot download {url} ({error}){kept}; or take {file_name} from {MIRROR} and put it at {output}"
-        ) from None
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            part.remove()
+            raise InputError(f"the disk is full; make room for {output} and try again") from None
+        resumable = "; what arrived is kept, and the same command resumes the download"
+        kept = resumable if part.can_be_resumed() else ""
+        raise InputError(f"cannot download {url} ({error}){kept}; or {by_hand}") from None
+    except KeyboardInterrupt:
+        if part.can_be_resumed():
+            say("stopped; the same command resumes the download")
+        raise
+    finally:
+        if not part.whole and not part.can_be_resumed():
+            part.remove()
+
+    say(f"checking {output}")
     try:
-        columns, source = read_columns(task, part)
+        columns, source = read_columns(task, part.path)
+    except DamagedFile as error:
+        part.remove()
+        reason = str(error).replace(str(part.path), url).split(";")[0]
+        raise InputError(f"{reason}; it was removed; {by_hand}") from None
     except InputError as error:
-        part.unlink()
-        reason = str(error).replace(str(part), url).split(";")[0]
-        raise InputError(
-            f"{reason}; it was removed; take {file_name} from {MIRROR} and put it at {output}"
-        ) from None
-    part.replace(output)
+        reason = str(error).replace(str(part.path), url)
+        raise InputError(f"{reason}; the download is kept at {part.path}") from None
+    part.path.replace(output)
+    part.remove()
     dataset = OfflineDataset(task, columns, source=source)
     scores = 100 * task.normalized_score(dataset.episode_returns())
-    print(
-        f"{output}: {dataset.size} transitions, {len(scores)} episodes, score in %: mean {np.mean(scores):.1f}, median {np.median(scores):.1f}"
-    )
+    score = f"score in %: mean {np.mean(scores):.1f}, median {np.median(scores):.1f}"
+    say(f"{output}: {dataset.size} transitions, {len(scores)} episodes, {score}")
     return output
 
 
+# Bookkeeping.
+
+
+def check_output(path: Path, size: float) -> None:
+    """Raises `InputError` unless a new file of `size` bytes can be written to `path`."""
+    folder = path.parent
+    require(not os.path.lexists(path), f"{path} exists; move it away")
+    require(folder.is_dir(), f"no folder {folder} to write {path.name} to; create it")
+    require(os.access(folder, os.W_OK | os.X_OK), f"cannot write to {folder}; change its mode")
+    check_room(path, size)
+
+
+def check_room(path: Path, size: float) -> None:
+    """Raises `InputError` unless `size` more bytes can be written to `path`."""
+    needed, free = size + 1e6, shutil.disk_usage(path.parent).free
+    shortage = f"{path} needs {needed / 1e6:.0f} MB, but only {free / 1e6:.0f} MB are free"
+    require(free >= needed, f"{shortage}; make room")
+
+
+class Progress:
+    """How far a long command is: a bar in a terminal, elsewhere a line at least every 30 s."""
+
+    def __init__(self, total: int, unit: str, done: int = 0):
+        self.total, self.unit, self.done, self.said = total, unit, done, time.monotonic()
+        options = {"unit_scale": True, "mininterval": 1, "miniters": 0, "disable": None}
+        self.bar = tqdm(total=total, initial=done, unit=unit, **options)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def advance(self, count: int, note: str = "") -> None:
+        """Counts `count` more; `note` says what is going on."""
+        self.done += count
+        self.bar.set_postfix_str(note, refresh=False)
+        self.bar.update(count)
+        if self.bar.disable and time.monotonic() - self.said > 20:
+            done, total = (tqdm.format_sizeof(number) for number in (self.done, self.total))
+            say(f"{done} of {total} {self.unit}s{', ' if note else ''}{note}")
+            self.said = time.monotonic()
+
+
+def say(text: str) -> None:
+    """Prints; a closed pipe or a terminal without the characters never costs a result."""
+    try:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
+
+
+def interrupt(number, _) -> None:
+    """Makes SIGTERM end a script as Ctrl-C does, so that it removes its temporary files."""
+    raise KeyboardInterrupt(number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         download(tyro.cli(Args))
     except InputError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt as stop:
+        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))

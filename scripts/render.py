@@ -73,11 +73,12 @@ def open_environment(task: Task) -> ParallelEnv:
         os.environ.setdefault("MUJOCO_GL", "egl")
     backend = os.environ.get("MUJOCO_GL", "glfw")
     try:
-        # A missing backend fails here; gymnasium would add a traceback of its own.
-        importlib.import_module(f"mujoco.{backend}").GLContext(64, 64).free()
-        env = ParallelEnv(task, render_mode="rgb_array")
-        env.reset()
-        env.render()
+        with warnings.catch_warnings(action="ignore"):
+            # A missing backend fails here; gymnasium would add a traceback of its own.
+            importlib.import_module(f"mujoco.{backend}").GLContext(64, 64).free()
+            env = ParallelEnv(task, render_mode="rgb_array")
+            env.reset()
+            env.render()
     except Exception as error:  # each backend fails in its own way
         reason = " ".join(str(error).split())
         advice = "install libegl1 and libegl-mesa0 and set MUJOCO_GL=egl, or libosmesa6 and osmesa"

@@ -1,209 +1,382 @@
-"""Runs the scripts behind one table of the paper and prints it: mean ± standard error over seeds, beside the paper's figure.
+"""Runs what is behind a table of the paper, prints it next to the paper's figures, draws curves.
 
-    python reproduce.py --table 3          # the coordination game: 4 algorithms x 3 datasets x 10 seeds
-    python reproduce.py --table scaling    # MOMA-PPO on the unfavorable dataset with 2, 3, 4 and 8 agents
-    python reproduce.py --table 4a         # two-agent Reacher
-    python reproduce.py --table 4b         # four-agent Ant
-    python reproduce.py --table 4b --tasks ant-medium-fo --algorithms ibc moma_ppo --seeds 1    # two of its cells
+    python scripts/reproduce.py --table 3          # the coordination game, Table 3
+    python scripts/reproduce.py --table scaling    # MOMA-PPO in games of 2, 3, 4 and 8 agents
+    python scripts/reproduce.py --table 4a         # two-agent Reacher, Table 4 (a)
+    python scripts/reproduce.py --table 4b         # four-agent Ant, Table 4 (b)
+    python scripts/reproduce.py --table 4b --tasks ant-medium-fo --algorithms ibc moma_ppo --seeds 1
 
-Each run is a process of its own with one thread, as many at once as there are cores. A run that has a result is not run again,
-so an interrupted table goes on where it stopped; raw returns are in each run's result.json. The learning curves of all runs are
-drawn in table_TABLE.png beside them, those of single cells in a file that names these.
+Every run is a process with one thread, and as many run at once as there are cores. Ctrl-C or
+SIGTERM stops them after saving; the same command then resumes. Finished runs are not run again.
+The curves are FOLDER/table_TABLE.png. --dry-run prints the commands, for a cluster of your own.
 """
 
 import json
 import os
+import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import filelock
 import tyro
 from matplotlib.figure import Figure
-from tqdm import tqdm
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
-import coordination_game  # noqa: F401, its tasks
-from mamujoco_envs import find_task
+from mamujoco_envs import PAPER_SCORES, InputError, all_tasks, available_cores, find_task, require
+from training_run import REPOSITORY, check_positive, say
 
-GAMES = [f"coordination-{behavior}" for behavior in ("favorable", "neutral", "unfavorable")]
-REACHER = [f"reacher-{view}" for view in ("all-observant", "independent", "leader-only")]
-ANT = [
-    f"ant-{behavior}-{view}"
-    for view in ("fo", "po")
-    for behavior in ("random", "medium", "full-replay", "expert")
-]
-TEAMS = [
-    "maiql",
-    "matd3_bc",
-    "ibc",
-    "itd3_bc",
-    "icql",
-    "iomar",
-    "moma_ppo",
-]  # in the order of Table 4
-TABLES = {  # tasks of each algorithm, the number of seeds, and options of every run
-    "3": ({"iql": GAMES, "maiql": GAMES, "ibc": GAMES, "moma_ppo": GAMES}, 10, []),
-    "scaling": (
-        {
-            "moma_ppo": [
-                "coordination-unfavorable",
-                *[f"coordination-unfavorable-{agents}" for agents in (3, 4, 8)],
-            ]
-        },
-        10,
-        [],
-    ),
-    "4b": (
-        {"iql": ANT[:4]} | {algorithm: ANT for algorithm in TEAMS if algorithm != "matd3_bc"},
-        3,
-        ["--compile"],
-    ),
-    "4a": ({"iql": REACHER[:1]} | {algorithm: REACHER for algorithm in TEAMS}, 3, ["--compile"]),
+# In the order of Table 4: the script of each algorithm, and its options.
+ALGORITHMS = {
+    "iql": ["baselines/iql.py"],
+    "maiql": ["baselines/maiql.py"],
+    "maiql_ft": ["baselines/maiql.py", "--finetune"],
+    "matd3_bc": ["baselines/matd3_bc.py"],
+    "ibc": ["baselines/ibc.py"],
+    "itd3_bc": ["baselines/itd3_bc.py"],
+    "icql": ["baselines/icql.py"],
+    "iomar": ["baselines/iomar.py"],
+    "moma_ppo": ["moma_ppo.py"],
+}
+# One thread a run; waiting threads leave a busy core to others.
+JOB_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+
+
+class Table(NamedTuple):
+    tasks: str
+    """how the names of its tasks start"""
+    seeds: int
+    """seeds of the paper"""
+    compile: bool
+    """whether runs are long enough to be worth compiling"""
+
+
+TABLES = {
+    "3": Table("coordination-", seeds=10, compile=False),
+    "scaling": Table("coordination-unfavorable", seeds=10, compile=False),
+    "4a": Table("reacher-", seeds=3, compile=True),
+    "4b": Table("ant-", seeds=3, compile=True),
 }
 
 
 @dataclass
 class Args:
     table: Literal["3", "scaling", "4a", "4b"] = "3"
-    """which table"""
+    """table of the paper, or "scaling", which goes beyond it"""
     seeds: int | None = None
-    """seeds 1, 2, ...; if not given, the paper's 10 for the game and 3 for Reacher and the ant"""
+    """run seeds 1 to this; by default as many as the paper: 10 for the game, 3 for the others"""
     tasks: tuple[str, ...] = ()
-    """only these tasks of the table; all if not given"""
+    """only these tasks of the table"""
     algorithms: tuple[str, ...] = ()
-    """only these algorithms of the table; all if not given"""
-    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    """only these algorithms of the table"""
+    workers: int = field(default_factory=available_cores)
     """runs at once"""
     folder: Path = Path("runs")
-    """where the runs' folders go"""
+    """folder of the run folders and of the curves"""
+    dry_run: bool = False
+    """print the commands that are still to run, one a line, and stop"""
 
 
-def run(algorithm: str, task: str, seed: int, folder: Path, options: list[str]) -> dict | None:
-    """One run's result; None if it failed, after printing its error."""
-    run_dir = folder / f"{task}__{algorithm}__{seed}"
-    if not (run_dir / "result.json").is_file():
-        script = f"{algorithm}.py" if algorithm == "moma_ppo" else f"baselines/{algorithm}.py"
-        arguments = ["--run-dir", str(run_dir), "--task", task, "--seed", str(seed), *options]
-        if (run_dir / "checkpoint.pt").is_file():
-            arguments = ["--resume", str(run_dir)]
-        elif run_dir.exists():  # killed before its first checkpoint
-            shutil.rmtree(run_dir)
-        command = [sys.executable, Path(__file__).parent / script, *arguments]
-        finished = subprocess.run(
-            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-        )
-        if finished.returncode != 0:
-            reason = [f"exit status {finished.returncode}", *finished.stderr.strip().splitlines()][
-                -1
-            ]
-            tqdm.write(f"{algorithm} {task} seed {seed}: {reason}")
-            return None
-    return json.loads((run_dir / "result.json").read_text())
+class Cell(NamedTuple):
+    """One cell of a table."""
+
+    algorithm: str
+    task: str
 
 
-def plot_curves(results: dict[tuple[str, str, int], dict | None], path: Path) -> None:
-    """Scores during training over its seconds, a panel for each task, a line for each run and a colour for each algorithm.
+class Job(NamedTuple):
+    """One run of a cell."""
 
-    Dashed: the mean of the dataset's episodes.
+    cell: Cell
+    seed: int
+    run_dir: Path
+
+
+# What is to run.
+
+
+def table_cells(args: Args) -> list[Cell]:
+    """The cells that the paper has a figure for, less those not asked for."""
+    prefix = TABLES[args.table].tasks
+    names = [name for name in all_tasks() if name.startswith(prefix)]
+    if args.table == "scaling":
+        cells = [Cell("moma_ppo", name) for name in names]
+    else:
+        cells = [
+            Cell(algorithm, name)
+            for algorithm in ALGORITHMS
+            for name in names
+            if name in PAPER_SCORES[algorithm]
+        ]
+    algorithms, tasks = (list(dict.fromkeys(names)) for names in zip(*cells))
+    for asked_for, known in ((args.algorithms, algorithms), (args.tasks, tasks)):
+        unknown = ", ".join(name for name in asked_for if name not in known)
+        require(not unknown, f"table {args.table} has no {unknown}; it has {', '.join(known)}")
+    chosen = [
+        cell
+        for cell in cells
+        if cell.algorithm in (args.algorithms or algorithms) and cell.task in (args.tasks or tasks)
+    ]
+    require(chosen, f"table {args.table} has none of these algorithms on these tasks")
+    return chosen
+
+
+def job_command(job: Job, options: list[str]) -> list[str]:
+    """Starts the run, or resumes it if there is a checkpoint."""
+    script, *own_options = ALGORITHMS[job.cell.algorithm]
+    command = [sys.executable, os.path.relpath(REPOSITORY / script)]
+    if (job.run_dir / "checkpoint.pt").is_file():
+        return [*command, "--resume", str(job.run_dir)]
+    command += ["--task", job.cell.task, "--seed", str(job.seed), "--run-dir", str(job.run_dir)]
+    return [*command, *own_options, *options]
+
+
+def compile_options(environment: dict[str, str]) -> list[str]:
+    """--compile, if there is a C++ compiler, of which torch.compile is told."""
+    compilers = (os.environ.get("CXX"), "g++", "c++", "clang++")
+    found = next(filter(shutil.which, filter(None, compilers)), None)
+    if not found:
+        say("note: runs are not compiled, because there is no C++ compiler; install g++")
+        return []
+    environment["CXX"] = found
+    return ["--compile"]
+
+
+# Running it.
+
+
+def remove_debris(run_dir: Path) -> None:
+    """Empties the folder of a run that died before its first checkpoint.
+
+    A living run, or a world model that it trains in a folder below, holds its lock. Then nothing is
+    removed, and the new run will say that the folder is in use.
     """
-    tasks, algorithms = [list(dict.fromkeys(names)) for names in list(zip(*results))[1::-1]]
-    figure = Figure(figsize=(4 * len(tasks), 3.5), layout="constrained")
-    for axes, task in zip(figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks):
-        for (algorithm, own_task, seed), result in results.items():
-            if own_task == task and result and result["evaluations"]:
-                seconds, scores = zip(
-                    *[
-                        (evaluation["seconds"], evaluation["score"])
-                        for evaluation in result["evaluations"]
-                    ]
-                )
-                label = algorithm if algorithm not in axes.get_legend_handles_labels()[1] else None
-                mean_score = find_task(task).normalized_score(result["dataset"]["mean_return"])
-                axes.axhline(mean_score, color="black", linestyle="--", linewidth=1)
-                axes.plot(
-                    seconds,
-                    scores,
-                    ".-",
-                    color=f"C{algorithms.index(algorithm)}",
-                    label=label,
-                    linewidth=1,
-                    markersize=3,
-                )
-        axes.set(title=task, xlabel="seconds of training", xscale="log")
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("normalised score")
-    figure.axes[0].legend(fontsize=7)
+    if not run_dir.is_dir() or (run_dir / "checkpoint.pt").is_file():
+        return
+    locks = [filelock.FileLock(path, blocking=False) for path in run_dir.rglob(".lock")]
+    try:
+        for lock in locks:
+            lock.acquire()
+        for path in run_dir.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != ".lock":
+                path.unlink()
+    except filelock.Timeout:
+        pass
+    finally:
+        for lock in locks:
+            lock.release()
+
+
+def read_result(job: Job) -> dict | None:
+    path = job.run_dir / "result.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def why_it_failed(output: str, exit_status: int) -> str:
+    """The run's own error line; without one its last line."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error:")]
+    last = lines[-1] if lines else "no output"
+    return errors[-1] if errors else f"exit status {exit_status}: {last}"
+
+
+def run_all(jobs: list[Job], workers: int, options: list[str], environment: dict) -> int | None:
+    """Runs the jobs; returns the signal that stopped it, or None if it came to the end."""
+    waiting, running, finished, stopped_by = list(jobs), {}, 0, None
+
+    def stop(number, _):
+        nonlocal stopped_by
+        stopped_by = number
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while (waiting or running) and not stopped_by:
+            while waiting and len(running) < workers:
+                job = waiting.pop(0)
+                remove_debris(job.run_dir)
+                log = tempfile.TemporaryFile("w+", errors="replace")
+                command = job_command(job, options)
+                redirection = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+                process = subprocess.Popen(command, env=environment, **redirection)
+                running[process] = (job, log)
+            for process in [process for process in running if process.poll() is not None]:
+                job, log = running.pop(process)
+                finished += 1
+                report(job, log, process.returncode, f"{finished} of {len(jobs)}")
+            time.sleep(0.1)
+    finally:
+        # Only a signal or an error leaves runs behind, which save and stop.
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return stopped_by
+
+
+def report(job: Job, log, exit_status: int, progress: str) -> None:
+    """Prints how a run ended."""
+    result = read_result(job)
+    if result:
+        outcome = f"score {result['score']:.3f}, {result['seconds']:.0f} s of training"
+    else:
+        log.seek(0)
+        outcome = why_it_failed(log.read(), exit_status)
+    say(f"{progress}: {job.cell.algorithm} on {job.cell.task}, seed {job.seed}: {outcome}")
+
+
+# Showing it.
+
+
+def score_columns(results: list[dict]) -> tuple[str, str]:
+    """The score and what its error is over."""
+    if not results:
+        return "-", "no run"
+    scores = [result["score"] for result in results]
+    if len(scores) == 1:
+        return f"{scores[0]:.3f}", f"1 run (± {results[0]['score_stderr']:.3f} over its episodes)"
+    error = statistics.stdev(scores) / len(scores) ** 0.5
+    return f"{statistics.mean(scores):.3f} ± {error:.3f}", f"{len(scores)} runs"
+
+
+def print_table(results: dict[Cell, list[dict]], seeds: int) -> None:
+    """A table in Markdown; ± is the standard error over seeds."""
+    rows = [("algorithm", "task", "score", "runs", "the paper", "seconds a run")]
+    for cell, finished in results.items():
+        score, runs = score_columns(finished)
+        if 0 < len(finished) < seeds:
+            runs += f", {seeds - len(finished)} missing"
+        paper = PAPER_SCORES[cell.algorithm].get(cell.task, "-")
+        seconds = [result["seconds"] for result in finished]
+        median = f"{statistics.median(seconds):.0f}" if seconds else "-"
+        rows.append((cell.algorithm, cell.task, score, runs, paper, median))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, tuple("-" * width for width in widths))
+    print()
+    for row in rows:
+        print(f"| {' | '.join(text.ljust(width) for text, width in zip(row, widths))} |")
+    print()
+
+
+def learning_curve(results: list[dict]) -> list[tuple[float, float, float]]:
+    """(seconds, mean score, standard error over seeds) after each step that all runs evaluated."""
+    curves = []
+    for result in results:
+        last = {"step": result["steps"], "seconds": result["seconds"], "score": result["score"]}
+        curves.append({point["step"]: point for point in [*result["evaluations"], last]})
+    points = []
+    for step in sorted(set.intersection(*map(set, curves))):
+        seconds = statistics.mean(curve[step]["seconds"] for curve in curves)
+        scores = [curve[step]["score"] for curve in curves]
+        deviation = statistics.stdev(scores) if len(scores) > 1 else 0.0
+        points.append((seconds, statistics.mean(scores), deviation / len(scores) ** 0.5))
+    return points
+
+
+def plot_panel(axes, task: str, results: dict[str, list[dict]]) -> None:
+    """One task: each algorithm's curve, its score in the paper, and the dataset's mean score."""
+    for algorithm, finished in results.items():
+        color = f"C{list(ALGORITHMS).index(algorithm)}"
+        seconds, mean, error = map(list, zip(*learning_curve(finished)))
+        axes.plot(seconds, mean, ".-", color=color, linewidth=1.5, markersize=5)
+        low = [middle - width for middle, width in zip(mean, error)]
+        high = [middle + width for middle, width in zip(mean, error)]
+        axes.fill_between(seconds, low, high, color=color, alpha=0.2, linewidth=0)
+        paper = PAPER_SCORES[algorithm].get(task)
+        if paper:
+            axes.axhline(float(paper.split()[0]), color=color, linestyle=":", linewidth=1)
+        mean_return = finished[0]["dataset"]["mean_return"]
+    dataset_score = find_task(task).normalized_score(mean_return)
+    axes.axhline(dataset_score, color="black", linestyle="--", linewidth=1)
+    axes.set(title=task, xlabel="seconds of training")
+    axes.set_xlim(left=0)
+    axes.locator_params(axis="x", nbins=5)
+    axes.grid(alpha=0.3)
+
+
+def plot_curves(results: dict[Cell, list[dict]], path: Path) -> None:
+    """Learning curves of all cells with a result, a panel a task."""
+    panels: dict[str, dict[str, list[dict]]] = {}
+    for cell, finished in results.items():
+        if finished:
+            panels.setdefault(cell.task, {})[cell.algorithm] = finished
+    if not panels:
+        return
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(max(6, 4 * columns), 0.7 + 3.5 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False).flat
+    for axes, (task, own_results) in zip(grid, panels.items()):
+        plot_panel(axes, task, own_results)
+    for axes in list(grid)[len(panels) :]:
+        axes.remove()
+    for axes in figure.axes:
+        if axes.get_subplotspec().is_first_col():
+            axes.set_ylabel("normalised score")
+
+    used = [name for name in ALGORITHMS if any(name in own for own in panels.values())]
+    handles = [Line2D([], [], color=f"C{list(ALGORITHMS).index(n)}", label=n) for n in used]
+    dotted = {"color": "grey", "linestyle": ":"}
+    handles.append(Line2D([], [], **dotted, label="the paper's score (colour of its algorithm)"))
+    handles.append(Line2D([], [], color="black", linestyle="--", label="the dataset's mean"))
+    handles.append(Patch(color="grey", alpha=0.2, label="standard error over seeds"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, 2 * columns + 1))
     figure.savefig(path, dpi=120)
 
 
 def main(args: Args) -> None:
-    if args.workers < 1 or args.seeds is not None and args.seeds < 1:
-        sys.exit("error: --workers and --seeds must be above 0")
-    rows, seeds, options = TABLES[args.table]
-    if unknown := {*args.algorithms} - {*rows} | {*args.tasks} - {
-        task for tasks in rows.values() for task in tasks
-    }:
-        sys.exit(f"error: table {args.table} has no {', '.join(sorted(unknown))}")
-    rows = {
-        algorithm: [task for task in tasks if task in (args.tasks or tasks)]
-        for algorithm, tasks in rows.items()
-    }
-    rows = {
-        algorithm: tasks
-        for algorithm, tasks in rows.items()
-        if tasks and algorithm in (args.algorithms or rows)
-    }
+    check_positive(args, "workers")
+    table = TABLES[args.table]
+    seeds = table.seeds if args.seeds is None else args.seeds
+    require(seeds > 0, f"--seeds must be above 0; it is {seeds}")
+    cells, started = table_cells(args), time.perf_counter()
     jobs = [
-        (algorithm, task, seed)
-        for algorithm, tasks in rows.items()
-        for task in tasks
-        for seed in range(1, (args.seeds or seeds) + 1)
+        Job(cell, seed, args.folder / f"{cell.task}__{cell.algorithm}__{seed}")
+        for cell in cells
+        for seed in range(1, seeds + 1)
     ]
-    if not jobs:
-        sys.exit(f"error: table {args.table} has no such cell")
-    started, results = time.perf_counter(), {}
-    with ThreadPoolExecutor(args.workers) as pool:
-        futures = [pool.submit(run, *job, args.folder, options) for job in jobs]
-        try:
-            for job, future in zip(tqdm(jobs, unit="run"), futures):
-                results[job] = future.result()
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            sys.exit("stopped; the same command goes on with this table")
-    print(
-        f"\n{'algorithm':10} {'task':28} {'ours':>16} {'the paper':>14}   seconds of training a run"
-    )
-    for algorithm, tasks in rows.items():
-        for task in tasks:
-            done = [
-                result for job, result in results.items() if job[:2] == (algorithm, task) and result
-            ]
-            if not done:
-                print(f"{algorithm:10} {task:28} {'no run finished':>16}")
-                continue
-            scores = [result["score"] for result in done]
-            # Over seeds, as the paper's; that of a single one is over its episodes.
-            error = (
-                statistics.stdev(scores) / len(scores) ** 0.5
-                if len(scores) > 1
-                else done[0]["score_stderr"]
-            )
-            seconds = statistics.median(result["seconds"] for result in done)
-            ours = f"{statistics.mean(scores):.3f} ± {error:.3f}"
-            print(
-                f"{algorithm:10} {task:28} {ours:>16} {done[0]['paper_score'] or '-':>14}   {seconds:.0f}, {len(scores)} {'seeds' if len(scores) > 1 else 'seed'}"
-            )
-    print(f"{time.perf_counter() - started:.0f} s in all, {args.workers} runs at once")
-    plot_curves(
-        results,
-        args.folder / ("_".join(["table", args.table, *args.tasks, *args.algorithms]) + ".png"),
-    )
+    environment = os.environ | JOB_ENVIRONMENT
+    options = compile_options(environment) if table.compile else []
+    unfinished = [job for job in jobs if not (job.run_dir / "result.json").is_file()]
+    if args.dry_run:
+        prefix = " ".join(f"{name}={value}" for name, value in JOB_ENVIRONMENT.items())
+        for job in unfinished:
+            print(prefix, shlex.join(job_command(job, options)))
+        return
+
+    args.folder.mkdir(parents=True, exist_ok=True)
+    stopped_by = run_all(unfinished, args.workers, options, environment)
+    if stopped_by:
+        say("stopped; the same command resumes")
+        sys.exit(128 + stopped_by)
+    results = {cell: [] for cell in cells}
+    for job in jobs:
+        result = read_result(job)
+        if result:
+            results[job.cell].append(result)
+    print_table(results, seeds)
+    name = "_".join(["table", args.table, *args.tasks, *args.algorithms])
+    plot_curves(results, args.folder / f"{name}.png")
+    failed = len(jobs) - sum(map(len, results.values()))
+    say(f"{time.perf_counter() - started:.0f} s, {args.workers} runs at once")
+    require(not failed, f"{failed} of {len(jobs)} runs failed; their errors are above")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    try:
+        main(tyro.cli(Args))
+    except InputError as error:
+        sys.exit(f"error: {error}")
