@@ -179,7 +179,7 @@ def save(data, path: Path) -> None:
 
 def load_checkpoint(run_dir: Path) -> dict:
     path = Path(run_dir) / "checkpoint.pt"
-    require(path.is_file(), f"no checkpoint at {path}; --resume takes the folder of a run")
+    require(path.is_file(), f"no checkpoint at {path}; give the folder of a run")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         for name in ("script", "args", "step", "seconds", "evaluations", "random_states", "state"):
@@ -199,12 +199,16 @@ def load_team(run_dir: Path):
     checkpoint = load_checkpoint(run_dir)
     script, saved = checkpoint["script"], checkpoint["args"]
     require("team" in checkpoint["state"], f"{run_dir} is a run of {script}.py and has no team")
-    sys.path.append(str(REPOSITORY))
+    if str(REPOSITORY) not in sys.path:
+        sys.path.append(str(REPOSITORY))
     module = importlib.import_module(script if script == "moma_ppo" else f"baselines.{script}")
     task = find_task(saved["task"])
-    # The statistics that standardise observations come with the weights.
-    team = module.Team(task, torch.zeros(2, task.state_dim), module.Args(**saved))
-    team.load_state_dict(checkpoint["state"]["team"])
+    try:
+        # The statistics that standardise observations come with the weights.
+        team = module.Team(task, torch.zeros(2, task.state_dim), module.Args(**saved))
+        team.load_state_dict(checkpoint["state"]["team"])
+    except (TypeError, RuntimeError):
+        raise InputError(f"{run_dir} is a run of another version of {script}.py") from None
     return team.eval()
 
 

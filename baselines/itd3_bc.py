@@ -211,6 +211,7 @@ class Team(nn.Module):
         obs_mean, obs_std = observation_statistics(task, states)
         self.register_buffer("obs_mean", obs_mean)
         self.register_buffer("obs_std", obs_std)
+        # Deviation 5.
         self.memory = make_memory(task, args.memory, obs_mean, obs_std)
         memory_dim = 128 if self.memory else 0
         in_dims = [memory_dim + width for width in task.obs_dims]

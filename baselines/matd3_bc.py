@@ -228,11 +228,13 @@ class Team(nn.Module):
         self.register_buffer("obs_std", obs_std)
         self.register_buffer("state_mean", states.mean(0))
         self.register_buffer("state_std", torch.where(states.std(0) < 1e-6, 1, states.std(0)))
+        # Deviation 7.
         self.memory = make_memory(task, args.memory, obs_mean, obs_std)
         memory_dim = 128 if self.memory else 0
         in_dims = [memory_dim + width for width in task.obs_dims]
         critic_dims = [memory_dim + width for width in task.pair_dims]
-        mixer_dim = task.state_dim + task.num_agents * task.action_dim  # Deviation 5
+        # Deviation 5.
+        mixer_dim = task.state_dim + task.num_agents * task.action_dim
         self.policy = MLP(in_dims, [256, 256], task.action_dim)
         # The first critics of all agents, then their twins, which start from other weights.
         self.critics = MixedValues(critic_dims * 2, mixer_dim, task.num_agents)

@@ -186,7 +186,7 @@ def download(args: Args) -> Path:
 def check_output(path: Path, size: float) -> None:
     """Raises `InputError` unless a new file of `size` bytes can be written to `path`."""
     folder = path.parent
-    require(not os.path.lexists(path), f"{path} exists; move it away")
+    require(not os.path.lexists(path), f"{path} exists; move it away or give another --output")
     require(folder.is_dir(), f"no folder {folder} to write {path.name} to; create it")
     require(os.access(folder, os.W_OK | os.X_OK), f"cannot write to {folder}; change its mode")
     check_room(path, size)

@@ -118,7 +118,7 @@ def serve(cell: Cell, run_dir: Path, pipe) -> None:
         module.train(replace(default_args(module.DEFAULTS, cell.task), **own))
     except InputError as error:
         pipe.send(str(error))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, EOFError):  # stopped, or nobody asks any more
         pass
 
 

@@ -170,10 +170,10 @@ def test_cloning_loss_is_the_likelihood_of_the_data(task, float64):
 
 def test_cloning_finds_each_agents_own_actions():
     """Greedy actions become those of the data, which depend on an agent's own observation."""
-    dataset_batch, states = made_up_batch(REACHER, 256), made_up_states(256)
+    batch, states = made_up_batch(REACHER, 64), made_up_states(64)
     x = (states - states.mean(0)) / states.std(0)
     actions = 0.5 * torch.stack([x[:, 4:5].tanh(), -x[:, 1:2].tanh()], dim=1)  # target; elbow
-    batch = dataset_batch._replace(observations=REACHER.observe(states), actions=actions)
+    batch = batch._replace(observations=REACHER.observe(states), actions=actions)
     team = ibc.Team(REACHER, states, ibc.Args())
     optimizer = torch.optim.Adam(team.parameters(), lr=1e-3)
 
