@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 PATTERNS = ("moma_ppo.py", "world_model.py", "baselines/*.py", "data/collect_*.py")
 SCRIPTS = [path for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))]
 # What an algorithm or a dataset is: each script's own.
-OWN = {"Args", "Team", "check", "main", "record", "train"}
+OWN = {"Args", "Dataset", "Team", "check", "main", "record", "record_dataset", "train"}
 HELPERS = {"mamujoco_envs", "coordination_game", "data.offline_dataset", "training_run"}
 PROJECT = {path.stem for path in ROOT.rglob("*.py")} | {"baselines", "data", "scripts", "tests"}
 

@@ -1,0 +1,266 @@
+"""What runs, scores and films the scripts' runs: scripts/."""
+
+import dataclasses
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import filelock
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+from made_up import import_script
+
+import mamujoco_envs
+from mamujoco_envs import InputError, find_task
+from training_run import load_checkpoint, save
+
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+benchmark, evaluate, render, reproduce = map(
+    importlib.import_module, ("benchmark", "evaluate", "render", "reproduce")
+)
+
+
+def can_render():
+    backend = os.environ.get("MUJOCO_GL")
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    try:
+        mamujoco_envs.parallel_env("reacher-leader-only", render_mode="rgb_array").render()
+        return True
+    except Exception:  # each backend fails in its own way
+        return False
+    finally:
+        if backend is None:  # the other tests run as on the user's machine
+            del os.environ["MUJOCO_GL"]
+
+
+where_it_renders = pytest.mark.skipif(not can_render(), reason="this machine cannot render")
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """Writes the checkpoint of an untrained team."""
+
+    def make_run(script, task_name):
+        module, task = import_script(script), find_task(task_name)
+        args = module.Args(task=task_name)
+        team = module.Team(task, torch.randn(20, task.state_dim), args)
+        checkpoint = {"script": script, "args": vars(args), "step": 7, "seconds": 1.0}
+        checkpoint |= {"evaluations": [], "random_states": {}, "state": {"team": team.state_dict()}}
+        save(checkpoint, tmp_path / "checkpoint.pt")
+        return team
+
+    return make_run
+
+
+def assert_refused(module, args, *parts):
+    with pytest.raises(InputError) as error:
+        module.main(args)
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert str(part) in message, message
+
+
+# Scoring a run again.
+
+
+@pytest.mark.parametrize("script", ["ibc", "iql", "moma_ppo"])
+def test_a_run_is_scored_as_its_own_evaluations_do_it(script, make_run, tmp_path, capsys):
+    team = make_run(script, "reacher-all-observant")
+    args = evaluate.Args(tmp_path, episodes=4, output=tmp_path / "scores.json")
+    record = evaluate.main(args)
+    expected = mamujoco_envs.evaluate(team.task, team.act_greedily, 4).returns
+    np.testing.assert_allclose(record["returns"], expected)
+    assert "after 7 steps" in capsys.readouterr().out
+    written = json.loads(args.output.read_text())
+    assert written["returns"] == record["returns"] and written["step"] == 7
+    other = evaluate.main(evaluate.Args(tmp_path, episodes=4, seed=3))
+    assert other["returns"] != record["returns"]
+    assert_refused(evaluate, args, "exists")
+
+
+def test_bad_input_of_scoring(make_run, tmp_path):
+    assert_refused(evaluate, evaluate.Args(tmp_path), "no checkpoint at", tmp_path)
+    make_run("ibc", "coordination-neutral")
+    evaluate.main(evaluate.Args(tmp_path, episodes=1))  # has no standard error
+    assert_refused(evaluate, evaluate.Args(tmp_path, episodes=0), "--episodes")
+    assert_refused(evaluate, evaluate.Args(tmp_path, seed=-1), "--seed")
+    for output in ("scores.txt", "nowhere/scores.json"):
+        assert_refused(
+            evaluate, evaluate.Args(tmp_path, output=tmp_path / output), "--output|folder"[0]
+        )
+    checkpoint = load_checkpoint(tmp_path)
+    checkpoint["state"] = {"ensemble": checkpoint["state"]["team"]}
+    save(checkpoint | {"script": "world_model"}, tmp_path / "checkpoint.pt")
+    assert_refused(evaluate, evaluate.Args(tmp_path), "world_model.py and has no team")
+    (tmp_path / "checkpoint.pt").write_text("nothing")
+    assert_refused(evaluate, evaluate.Args(tmp_path), "damaged")
+
+
+# Films.
+
+
+@where_it_renders
+@pytest.mark.parametrize(
+    "script, task", [("moma_ppo", "ant-medium-po"), ("ibc", "reacher-leader-only")]
+)
+def test_films_and_strips(script, task, make_run, tmp_path):
+    make_run(script, task)
+    render.main(render.Args(run=tmp_path, steps=6))
+    render.main(render.Args(run=tmp_path, steps=6, output=tmp_path / "strip.png"))
+    assert imageio.imread(tmp_path / "film.gif").shape[0] == 4
+    height, width, _ = imageio.imread(tmp_path / "strip.png").shape
+    assert width > height > 400
+
+
+@where_it_renders
+def test_the_filmed_episode_is_the_evaluations(make_run, tmp_path):
+    team = make_run("iql", "reacher-all-observant")
+    evaluation = mamujoco_envs.evaluate(team.task, team.act_greedily, 1)
+    film = render.film(render.Args(run=tmp_path, steps=100))
+    assert len(film.frames) == 51
+    assert film.episode_return == pytest.approx(evaluation.returns[0], abs=1e-4)
+    assert np.ptp(film.frames[0]) > 0
+
+
+def test_bad_input_of_filming(make_run, tmp_path):
+    args = render.Args(run=tmp_path)
+    assert_refused(render, args, "no checkpoint at")
+    assert_refused(render, dataclasses.replace(args, output=tmp_path / "x.mov"), ".gif or .png")
+    assert_refused(render, dataclasses.replace(args, output=tmp_path / "a" / "x.gif"), "no folder")
+    assert_refused(render, dataclasses.replace(args, steps=0), "--steps")
+    assert_refused(render, dataclasses.replace(args, seed=-1), "--seed")
+    (tmp_path / "film.png").write_text("precious")
+    assert_refused(render, dataclasses.replace(args, output=tmp_path / "film.png"), "exists")
+    make_run("ibc", "coordination-neutral")
+    assert_refused(render, args, "coordination-neutral cannot be filmed")
+
+
+# Tables.
+
+
+def made_up_result(score, seconds=2.0):
+    curve = [{"step": 0, "seconds": 0.0, "score": 0.1}, {"step": 5, "seconds": 1.0, "score": 0.2}]
+    result = {"score": score, "score_stderr": 0.1, "seconds": seconds, "steps": 10}
+    return result | {"evaluations": curve, "dataset": {"mean_return": 4.0}}
+
+
+@pytest.fixture
+def stub(monkeypatch, tmp_path):
+    """Stands for the scripts: keeps the commands, and writes results of the scores given."""
+
+    def stub(body):
+        script = tmp_path / "stub.py"
+        script.write_text(body)
+        commands = []
+
+        def job_command(job, options):
+            commands.append(real(job, options)[1:])
+            return [sys.executable, "-S", str(script), str(job.run_dir)]
+
+        real = reproduce.job_command
+        monkeypatch.setattr(reproduce, "job_command", job_command)
+        return commands
+
+    return stub
+
+
+def test_a_table_is_run_printed_and_drawn(stub, tmp_path, capsys):
+    """A finished run is read, one with a checkpoint is resumed, debris is started again."""
+    result = json.dumps(made_up_result(0.5))
+    commands = stub(
+        "import pathlib, sys\nfolder = pathlib.Path(sys.argv[1])\n"
+        f"folder.mkdir(exist_ok=True)\n(folder / 'result.json').write_text({result!r})\n"
+    )
+    folder, files = tmp_path / "runs", {1: "result.json", 2: "checkpoint.pt", 3: "events"}
+    for seed, name in files.items():
+        run_dir = folder / f"ant-medium-fo__ibc__{seed}"
+        run_dir.mkdir(parents=True)
+        (run_dir / name).write_text(json.dumps(made_up_result(1.0)))
+    cell = {"tasks": ("ant-medium-fo",), "algorithms": ("ibc",)}
+    reproduce.main(reproduce.Args("4b", 3, **cell, workers=1, folder=folder))
+    assert [command[1] for command in commands] == ["--resume", "--task"]
+    assert "ant-medium-fo__ibc__2" in commands[0][2] and "--seed" in commands[1]
+    assert not (folder / "ant-medium-fo__ibc__3" / "events").exists()
+    output = capsys.readouterr().out
+    assert "0.667 ± 0.167" in output and "3 runs" in output and "0.84 ± 0.01" in output
+    drawn = folder / "table_4b_ant-medium-fo_ibc.png"
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_fails_in_a_table_is_named(stub, tmp_path, capsys):
+    stub("import sys\nprint('first line')\nsys.exit('error: no luck')\n")
+    cell = {"tasks": ("coordination-neutral",), "algorithms": ("ibc",)}
+    args = reproduce.Args("3", 1, **cell, workers=1, folder=tmp_path / "runs")
+    assert_refused(reproduce, args, "1 of 1 runs failed")
+    assert "error: no luck" in capsys.readouterr().out
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path):
+    (tmp_path / "events").write_text("keep")
+    with filelock.FileLock(tmp_path / ".lock"):
+        reproduce.remove_debris(tmp_path)
+        assert (tmp_path / "events").exists()
+    reproduce.remove_debris(tmp_path)
+    assert not (tmp_path / "events").exists()
+
+
+def test_why_a_run_failed():
+    assert reproduce.why_it_failed("a\nerror: no luck\nb\n", 1) == "error: no luck"
+    assert "137" in reproduce.why_it_failed("", 137)
+
+
+def test_the_cells_of_the_tables_are_those_with_a_figure():
+    for table in reproduce.TABLES:
+        for cell in reproduce.table_cells(reproduce.Args(table)):
+            known = mamujoco_envs.PAPER_SCORES[cell.algorithm]
+            assert table == "scaling" or cell.task in known
+
+
+def test_bad_input_of_tables(tmp_path):
+    args = reproduce.Args("4b", folder=tmp_path)
+    for options, part in [
+        ({"tasks": ("ant-medium",)}, "table 4b has no ant-medium"),
+        ({"algorithms": ("matd3_bc",)}, "table 4b has no matd3_bc"),
+        ({"tasks": ("ant-medium-po",), "algorithms": ("iql",)}, "table 4b has none"),
+        ({"seeds": 0}, "--seeds"),
+        ({"workers": 0}, "--workers"),
+    ]:
+        assert_refused(reproduce, dataclasses.replace(args, **options), part)
+
+
+def test_a_dry_run_prints_commands_that_a_shell_understands(tmp_path, capsys):
+    reproduce.main(reproduce.Args("3", 1, folder=tmp_path / "runs", dry_run=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 12 and all("--task coordination-" in line for line in lines)
+    assert subprocess.run(["bash", "-n", "-c", "\n".join(lines)]).returncode == 0
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_stopped_table_stops_its_runs(stub, tmp_path, monkeypatch):
+    stub("import time\ntime.sleep(60)\n")
+    sleep, processes = reproduce.time.sleep, []
+
+    def sleep_and_stop(seconds):
+        os.kill(os.getpid(), signal.SIGTERM)
+        sleep(0)
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        reproduce.subprocess,
+        "Popen",
+        lambda *a, **o: processes.append(popen(*a, **o)) or processes[-1],
+    )
+    monkeypatch.setattr(reproduce.time, "sleep", sleep_and_stop)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(reproduce.Args("3", 1, workers=2, folder=tmp_path / "runs"))
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert [process.poll() for process in processes] == [-signal.SIGTERM] * 2
+    assert signal.getsignal(signal.SIGTERM) == before
