@@ -22,6 +22,7 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import signal
 import sys
 import threading
@@ -155,6 +156,9 @@ def compiled(function: Callable, args, device: torch.device) -> Callable:
     """
     if not args.compile:
         return function
+    compilers = (os.environ.get("CXX"), "g++", "c++", "clang++")
+    found = any(shutil.which(name) for name in compilers if name)
+    require(found, "--compile needs a C++ compiler; install one (Debian: g++) or leave it out")
     torch._inductor.config.fallback_random = True
     return torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)
 
@@ -324,6 +328,10 @@ class Run:
             self.checkpoint = None  # lets go of its memory
         if not resumed:
             self.save()
+        size = (self.dir / "checkpoint.pt").stat().st_size
+        enough = shutil.disk_usage(self.dir).free > 4 * size  # old, new, result and logs
+        advice = f"make room for {4 * size / 1e6:.0f} MB, or give another --run-dir"
+        require(enough, f"the disk of {self.dir} is almost full; {advice}")
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)
         arguments = "\n".join(f"- {name}: {value}" for name, value in vars(self.args).items())
         self.writer.add_text("arguments", arguments)
@@ -375,7 +383,7 @@ class Run:
             if not interactive and (
                 due and self.step < total or time.perf_counter() - last_said > 30
             ):
-                speed = self.step / max(self.seconds, 1e-9)
+                speed = self.step / (self.seconds + time.perf_counter() - started)
                 say(f"step {self.step} of {total}: {progress}, {speed:.3g} steps/s")
                 last_said = time.perf_counter()
             bar.set_postfix_str(progress, refresh=False)

@@ -435,6 +435,7 @@ def train(args: Args) -> dict:
         require(not args.output.exists(), message)
         folder = args.output.absolute().parent
         require(folder.is_dir(), f"no folder {folder} to write {args.output.name} to")
+        require(os.access(folder, os.W_OK), f"{folder} is not writable; give another --output")
     with Run(args, "world_model") as run:
         task, device = find_task(args.task), run.device
         dataset = load_dataset(task, args.dataset, device)
