@@ -134,18 +134,15 @@ def test_each_loss_of_the_iql_family_trains_its_own_networks_only(task, module):
 @modules(*TD3_FAMILY)
 @each(REACHER, ANT)
 def test_each_loss_of_the_td3_family_trains_its_own_networks_only(task, module):
-    team, batch, noise = made_up_team(module, task), made_up_batch(task), noise_of(module, task)
-    losses = td3_losses(module, team, batch, noise)
-    assert len(losses) == 2
-    losses[0].backward(retain_graph=True)
+    team, batch, noise = made_up_team(module, task), made_up_batch(task), noise_of(task)
+    *critic_losses, policy_loss = td3_losses(module, team, batch, noise)
+    sum(critic_losses).backward(retain_graph=True)
     assert gradients(team) == {"critics", "memory"}
     team.zero_grad()
-    losses[1].backward()
+    policy_loss.backward()
     assert gradients(team) == {"policy", "memory"}
     team.zero_grad()
-    only_critics = td3_losses(module, team, batch, noise, learn_policy=False)
-    assert len(only_critics) == 1
-    only_critics[0].backward()
+    sum(td3_losses(module, team, batch, noise, learn_policy=False)).backward()
     # So that Adam leaves the policies where they are.
     assert all(parameter.grad is None for parameter in team.policy.parameters())
 
@@ -359,23 +356,26 @@ def test_online_data_end_at_a_terminal(online_data, monkeypatch):
 # The TD3 family.
 
 
-def noise_of(module, task, size=7):
-    """What the script draws for a batch of this size."""
-    actions = torch.zeros(size, task.num_agents, task.action_dim)
-    if module in (itd3_bc, matd3_bc):
-        return 2 * torch.randn_like(actions)
-    return module.draw_noise(made_up_batch(task, size), module.Args(**conservative_options(module)))
+def noise_of(task, size=7):
+    """Standard normal in the scripts; twice that reaches the clip."""
+    return 2 * torch.randn(size, task.num_agents, task.action_dim)
 
 
-def conservative_options(module):
-    return {"cql_samples": 3, "cql_alpha": 0.5}
+OWN_OPTIONS = {
+    itd3_bc: {"alpha": 2.5},
+    matd3_bc: {"alpha": 2.5},
+    icql: {"cql_alpha": 0.5, "cql_batch_size": 5},
+    iomar: {"cql_alpha": 0.5, "cql_batch_size": 5, "omega": 0.5},
+}
 
 
-def td3_losses(module, team, batch, noise, learn_policy=True, **options):
-    losses = getattr(module, f"{name_of(module)}_losses")
-    common = {"alpha": 2.5} if module in (itd3_bc, matd3_bc) else conservative_options(module)
-    options = common | options
-    return losses(team, batch, noise, module.Args(gamma=0.9, **options), learn_policy)
+def td3_losses(module, team, batch, noise, learn_policy=True, sampler_noise=None):
+    args, losses = module.Args(gamma=0.9, **OWN_OPTIONS[module]), f"{name_of(module)}_losses"
+    noises = [noise]
+    if module is iomar:
+        shape = (args.omar_iterations, args.omar_samples, *batch.actions.shape)
+        noises.append(torch.randn(shape) if sampler_noise is None else sampler_noise)
+    return getattr(module, losses)(team, batch, *noises, args, learn_policy)
 
 
 def literal_q(team, twin, agent, action, x, target=False):
@@ -417,7 +417,7 @@ def literal_td_loss(team, batch, smoothing):
 @torch.no_grad()
 def test_itd3_bc_losses_equal_the_equations_agent_by_agent(task, float64):
     team, batch = made_up_team(itd3_bc, task), made_up_batch(task)
-    noise, policy_loss = noise_of(itd3_bc, task), torch.zeros(())
+    noise, policy_loss = noise_of(task), torch.zeros(())
     inputs, _ = inputs_of(team, batch)
     for i in range(task.num_agents):
         actions = [literal_action(team, i, x) for x in inputs[i]]
@@ -433,7 +433,7 @@ def test_itd3_bc_losses_equal_the_equations_agent_by_agent(task, float64):
 @torch.no_grad()
 def test_matd3_bc_losses_equal_the_equations_with_mixed_values(task, float64):
     team, batch = made_up_team(matd3_bc, task), made_up_batch(task)
-    noise, agents = noise_of(matd3_bc, task), range(task.num_agents)
+    noise, agents = noise_of(task), range(task.num_agents)
     inputs, next_inputs = inputs_of(team, batch)
 
     def team_q(twin, state, actions, own_inputs, target=False):
@@ -459,3 +459,111 @@ def test_matd3_bc_losses_equal_the_equations_with_mixed_values(task, float64):
     expected = torch.stack([critic_loss / len(qs), policy_loss])
     got = torch.stack(td3_losses(matd3_bc, team, batch, noise))
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_quadrature_integrates_polynomials_and_exponentials(dims):
+    nodes, log_weights = icql.quadrature(8, dims)
+    assert nodes.shape == (8**dims, dims) and nodes.abs().max() < 1
+    weights = log_weights.double().exp()
+    assert weights.sum().item() == pytest.approx(2**dims, rel=1e-5)
+    x = nodes.double()
+    assert (weights * x.pow(14).prod(-1)).sum().item() == pytest.approx((2 / 15) ** dims, rel=1e-4)
+    expected = (2 * math.sinh(3) / 3) ** dims
+    assert (weights * (3 * x).exp().prod(-1)).sum().item() == pytest.approx(expected, rel=1e-4)
+
+
+def literal_log_integral(team, twin, agent, x):
+    """log of the integral of exp Q over [-1, 1]^action, by the trapezoidal rule on a fine grid."""
+    points, dims = torch.linspace(-1, 1, 201), team.task.action_dim
+    weights = torch.full((201,), 0.01)
+    weights[[0, -1]] = 0.005
+    grid = torch.cartesian_prod(*[points] * dims).view(-1, dims)
+    weights = torch.cartesian_prod(*[weights] * dims).view(-1, dims).prod(-1)
+    row = twin * team.task.num_agents + agent
+    inputs = torch.cat([grid, x.expand(len(grid), -1)], dim=-1)
+    q = literal_mlp(team.critics, row, inputs)[:, 0]
+    return (weights.log() + q).logsumexp(0)
+
+
+@modules(icql, iomar)
+@each(REACHER, ANT)
+@torch.no_grad()
+def test_critics_learn_td_targets_and_conservatism(task, module, float64):
+    """The conservative loss uses the first five of the seven transitions."""
+    team, batch, noise = made_up_team(module, task), made_up_batch(task), noise_of(task)
+    inputs, _ = inputs_of(team, batch)
+    conservative = torch.zeros(())
+    for b in range(5):
+        for i in range(task.num_agents):
+            for twin in range(2):
+                x, action = inputs[i][b], batch.actions[b, i]
+                conservative += literal_log_integral(team, twin, i, x)
+                conservative -= literal_q(team, twin, i, action, x)
+    td_loss, conservative_loss, _ = td3_losses(module, team, batch, noise)
+    torch.testing.assert_close(td_loss, literal_td_loss(team, batch, noise), rtol=1e-6, atol=0)
+    expected = 0.5 * conservative / 5
+    torch.testing.assert_close(conservative_loss, expected, rtol=1e-3, atol=1e-4)
+
+
+@each(REACHER, ANT)
+@torch.no_grad()
+def test_icql_policies_climb_their_first_critics(task, float64):
+    team, batch = made_up_team(icql, task), made_up_batch(task)
+    inputs, _ = inputs_of(team, batch)
+    expected = -sum(
+        literal_q(team, 0, i, literal_action(team, i, x), x) / len(batch.rewards)
+        for i in range(task.num_agents)
+        for x in inputs[i]
+    )
+    got = td3_losses(icql, team, batch, noise_of(task))[-1]
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+
+
+@each(REACHER, ANT)
+@torch.no_grad()
+def test_omar_sampler_equals_a_search_for_each_agent_and_state(task, float64):
+    team, batch = made_up_team(iomar, task), made_up_batch(task)
+    args = iomar.Args(omar_iterations=3, omar_samples=6, omar_elites=3)
+    sampler_noise = torch.randn(3, 6, *batch.actions.shape)
+    stacked = team.inputs(batch.observations, batch.histories)
+    own_actions = team.act(stacked)
+    got = iomar.best_sampled_actions(team, stacked, own_actions, sampler_noise, args)
+    (inputs, _), sampled = inputs_of(team, batch), 0
+    for b in range(len(batch.rewards)):
+        for i in range(task.num_agents):
+
+            def q(action, i=i, b=b):
+                return literal_q(team, 0, i, action, inputs[i][b]).item()
+
+            mean, std = torch.zeros(task.action_dim), torch.full((task.action_dim,), args.omar_std)
+            elites = []
+            for z in sampler_noise[:, :, b, i]:
+                pool = [(mean + std * x).clamp(-1, 1) for x in z] + elites
+                elites = sorted(pool, key=q, reverse=True)[:3]
+                mean, std = torch.stack(elites).mean(0), torch.stack(elites).std(0) + 1e-6
+            own = literal_action(team, i, inputs[i][b])
+            best = own if q(own) >= q(elites[0]) else elites[0]
+            sampled += best is not own
+            # Samples that are clamped to the same action tie, so values are compared.
+            assert q(got[b, i]) == pytest.approx(q(best), rel=1e-9)
+    assert sampled
+
+
+@each(REACHER, ANT)
+@torch.no_grad()
+def test_iomar_policies_follow_the_sampler_and_the_critic(task, float64):
+    team, batch = made_up_team(iomar, task), made_up_batch(task)
+    args = iomar.Args()
+    shape = (args.omar_iterations, args.omar_samples, *batch.actions.shape)
+    sampler_noise, expected = torch.randn(shape), torch.zeros(())
+    stacked, (inputs, _) = team.inputs(batch.observations, batch.histories), inputs_of(team, batch)
+    best = iomar.best_sampled_actions(team, stacked, team.act(stacked), sampler_noise, args)
+    for b in range(len(batch.rewards)):
+        for i in range(task.num_agents):
+            own = literal_action(team, i, inputs[i][b])
+            expected += 0.5 * (own - best[b, i]).square().mean()
+            expected += 1e-3 * own.square().mean()
+            expected -= 0.5 * literal_q(team, 0, i, own, inputs[i][b])
+    got = td3_losses(iomar, team, batch, noise_of(task), sampler_noise=sampler_noise)[-1]
+    torch.testing.assert_close(got, expected / len(batch.rewards), rtol=1e-6, atol=0)

@@ -91,10 +91,8 @@ def test_bad_input_of_scoring(make_run, tmp_path):
     evaluate.main(evaluate.Args(tmp_path, episodes=1))  # has no standard error
     assert_refused(evaluate, evaluate.Args(tmp_path, episodes=0), "--episodes")
     assert_refused(evaluate, evaluate.Args(tmp_path, seed=-1), "--seed")
-    for output in ("scores.txt", "nowhere/scores.json"):
-        assert_refused(
-            evaluate, evaluate.Args(tmp_path, output=tmp_path / output), "--output|folder"[0]
-        )
+    for output, part in {"scores.txt": "--output", "nowhere/scores.json": "no folder"}.items():
+        assert_refused(evaluate, evaluate.Args(tmp_path, output=tmp_path / output), part)
     checkpoint = load_checkpoint(tmp_path)
     checkpoint["state"] = {"ensemble": checkpoint["state"]["team"]}
     save(checkpoint | {"script": "world_model"}, tmp_path / "checkpoint.pt")
