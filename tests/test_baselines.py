@@ -44,7 +44,8 @@ def modules(*names):
 def made_up_team(module, task, **options):
     """Moved off its start, with targets unlike the networks that they follow."""
     states = made_up_states(50, task)
-    return scramble(module.Team(task, states, module.Args(**options)))
+    team = scramble(module.Team(task, states, module.Args(**options)))
+    return team.to(torch.get_default_dtype())
 
 
 def literal_log_prob(team, agent, x, action):
@@ -475,9 +476,9 @@ def test_quadrature_integrates_polynomials_and_exponentials(dims):
 
 def literal_log_integral(team, twin, agent, x):
     """log of the integral of exp Q over [-1, 1]^action, by the trapezoidal rule on a fine grid."""
-    points, dims = torch.linspace(-1, 1, 201), team.task.action_dim
-    weights = torch.full((201,), 0.01)
-    weights[[0, -1]] = 0.005
+    points, dims = torch.linspace(-1, 1, 41), team.task.action_dim
+    weights = torch.full((41,), 0.05)
+    weights[[0, -1]] = 0.025
     grid = torch.cartesian_prod(*[points] * dims).view(-1, dims)
     weights = torch.cartesian_prod(*[weights] * dims).view(-1, dims).prod(-1)
     row = twin * team.task.num_agents + agent
