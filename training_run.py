@@ -335,7 +335,7 @@ class Run:
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)
         arguments = "\n".join(f"- {name}: {value}" for name, value in vars(self.args).items())
         self.writer.add_text("arguments", arguments)
-        self.started_at = time.perf_counter()
+        self.clock = time.perf_counter()  # training time counts from here
         say(f"{self.dir}: {self.args.task}, seed {self.args.seed}, on {self.device}")
 
     def save(self) -> None:
@@ -364,37 +364,42 @@ class Run:
         self.started, total = True, total or self.args.total_steps
         interactive = sys.stderr.isatty()
         bar = tqdm(total=total, initial=self.step, unit="step", disable=not interactive)
-        started, last_said = self.started_at, time.perf_counter()
+        last_said = time.perf_counter()
         while True:
-            evaluated = self.evaluations and self.evaluations[-1]["step"] == self.step
-            due = self.step % self.args.eval_every == 0 and not evaluated
-            if due or self.step % self.log_every == 0 or self.step == total or self.signal:
-                self._write_logs()
-                self.seconds += time.perf_counter() - started
-                if due and self.step < total:
-                    self.save()
-                    self._evaluate(evaluate)
-                if due or self.step == total:
-                    self.save()
-                started = time.perf_counter()
-            if self.signal:
-                raise KeyboardInterrupt(self.signal)
-            progress = self._headline()
-            if not interactive and (
-                due and self.step < total or time.perf_counter() - last_said > 30
-            ):
-                speed = self.step / (self.seconds + time.perf_counter() - started)
-                say(f"step {self.step} of {total}: {progress}, {speed:.3g} steps/s")
-                last_said = time.perf_counter()
-            bar.set_postfix_str(progress, refresh=False)
+            evaluated = self._between_updates(evaluate, total)
+            bar.set_postfix_str(self._headline(), refresh=False)
             if self.step >= total:
                 bar.close()
                 return
+            quiet = time.perf_counter() - last_said
+            if not interactive and (evaluated or quiet > 30):
+                speed = self.step / (self.seconds + time.perf_counter() - self.clock)
+                say(f"step {self.step} of {total}: {self._headline()}, {speed:.3g} steps/s")
+                last_said = time.perf_counter()
+
             self.updating = True
             yield self.step + 1
             self.step += 1
             self.updating = False
             bar.update()
+
+    def _between_updates(self, evaluate: Callable, total: int) -> bool:
+        """Logs, evaluates, saves or stops, where it is time to; whether it evaluated."""
+        last = self.step >= total
+        already = self.evaluations and self.evaluations[-1]["step"] == self.step
+        due = self.step % self.args.eval_every == 0 and not already
+        if due or last or self.signal or self.step % self.log_every == 0:
+            self._write_logs()
+            self.seconds += time.perf_counter() - self.clock
+            if due or last:
+                self.save()
+            if due and not last:
+                self._evaluate(evaluate)
+                self.save()
+            self.clock = time.perf_counter()
+        if self.signal:
+            raise KeyboardInterrupt(self.signal)
+        return due and not last
 
     def log(self, values: dict[str, torch.Tensor | float]) -> None:
         """Adds to the means that go to TensorBoard now and then; does not wait for the values."""
