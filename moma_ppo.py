@@ -16,7 +16,7 @@ Where it differs from the paper, why, and by how much: docs/moma_ppo.md.
 import hashlib
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -619,19 +619,20 @@ def model_returns(team, model, first_states):
 
 
 def make_model(task, args, run):
-    """The world model or simulator to roll out in; sets the calibrated lambda_g and l_eps."""
+    """The world model or simulator to roll out in."""
     if args.ground_truth:
-        model = GroundTruth(task, args.transitions // args.rollout_length)
-    else:
-        path = args.world_model or WEIGHTS / f"{task.dataset}.pt"
-        if task.environment == "coordination" and not args.world_model:
-            path = coordination_game.train_world_model(task, args.seed, run.dir / "world_model")
-        model = WorldModel(task, path, run.device)
-    if args.lambda_g is None:
-        args.lambda_g = model.lambda_g
-    if args.max_uncertainty is None:
-        args.max_uncertainty = model.max_uncertainty
-    return model
+        return GroundTruth(task, args.transitions // args.rollout_length)
+    path = args.world_model or WEIGHTS / f"{task.dataset}.pt"
+    if task.environment == "coordination" and not args.world_model:
+        path = coordination_game.train_world_model(task, args.seed, run.dir / "world_model")
+    return WorldModel(task, path, run.device)
+
+
+def calibrated(args, model):
+    """The arguments with the model's lambda_g and l_eps where none are given."""
+    lambda_g = model.lambda_g if args.lambda_g is None else args.lambda_g
+    l_epsilon = model.max_uncertainty if args.max_uncertainty is None else args.max_uncertainty
+    return replace(args, lambda_g=lambda_g, max_uncertainty=l_epsilon)
 
 
 def check(args):
@@ -654,6 +655,7 @@ def train(args: Args) -> dict:
         task, device = find_task(args.task), run.device
         dataset = load_dataset(task, args.dataset, device)
         model = make_model(task, args, run)
+        args = run.args = calibrated(args, model)
         torch.manual_seed(args.seed)
         # Initialize the MAPPO policies and the value function.
         team = Team(task, dataset.states, args).to(device)

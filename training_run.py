@@ -234,6 +234,7 @@ class Run:
         check_range(args, 0, 2**32 - 1, "seed")
         self.args, self.script, self.device = args, script, find_device(args.device)
         self.log_every = log_every
+        self.algorithm = script  # as PAPER_SCORES names it
         self.task = find_task(args.task)
         self.checkpoint = load_checkpoint(args.resume) if args.resume else None
         self.step, self.seconds, self.evaluations = 0, 0.0, []
@@ -291,7 +292,7 @@ class Run:
         consistent = self.started and not self.updating
         self.updating = True  # a second signal waits for the checkpoint
         try:
-            if kind is KeyboardInterrupt:
+            if kind is KeyboardInterrupt and self.writer:
                 if consistent:
                     self.save()
                 say(f"stopped at step {self.step}; continue with --resume {self.dir}")
@@ -299,6 +300,8 @@ class Run:
             if self.writer:
                 self.writer.close()
             self.lock.release()
+            if not any(path.name != ".lock" for path in self.dir.iterdir()):
+                shutil.rmtree(self.dir)  # nothing has begun yet
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
 
@@ -444,7 +447,7 @@ class Run:
         self._log_evaluation(final)
         result = final | {
             "best_score": max([final["score"], *(old["score"] for old in self.evaluations)]),
-            "paper_score": self.task.paper_score(self.script),
+            "paper_score": self.task.paper_score(self.algorithm),
             "steps": self.step,
             "evaluations": self.evaluations,
         }

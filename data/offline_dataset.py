@@ -263,8 +263,8 @@ def read_column(task: Task, path: Path, file: h5py.File, name: str) -> np.ndarra
 def check_rows(values: np.ndarray, good: np.ndarray, name: str, path: Path, fault: str) -> None:
     """Raises `InputError` with the first row of `values` that is not `good`."""
     if not good.all():
-        row = int(np.argwhere(~good)[0, 0])
-        raise InputError(f"row {row} of '{name}' in {path} {fault}: {values[row]}")
+        index = tuple(np.argwhere(~good)[0])
+        raise InputError(f"row {index[0]} of '{name}' in {path} {fault}: {values[index]}")
 
 
 def check_columns(task: Task, path: Path, columns: dict[str, np.ndarray]) -> None:

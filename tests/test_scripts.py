@@ -72,7 +72,7 @@ def run_tiny(run_script, reacher_file, ant_file, world_models, tmp_path, monkeyp
             arguments += ["--dataset", ant_file if kind == "ant" else reacher_file]
             if script == "moma_ppo" and not flags:
                 arguments += ["--world-model", world_models[kind]]
-        if variant == "moma_ppo" and kind == "ant":
+        if script == "moma_ppo" and kind == "ant":
             arguments += ["--cloning-steps", 3]
         status, output = run_script(path_of(script), *arguments, *options)
         return status, output, tmp_path / name
@@ -280,7 +280,9 @@ def test_rollouts_in_the_true_simulator(run_tiny):
 def test_seeds_differ_and_repeat(run_tiny):
     returns = []
     for name, seed in (("a", 2), ("b", 2), ("c", 3)):
-        status, output, run_dir = run_tiny("moma_ppo", "--seed", seed, name=name)
+        status, output, run_dir = run_tiny(
+            "moma_ppo", "--seed", seed, "--total-steps", 1, name=name
+        )
         assert status == 0, output
         returns.append(result_of(run_dir)["returns"])
     assert returns[0] == returns[1] != returns[2]
@@ -543,6 +545,7 @@ def test_documented_commands_parse(line, run_script, monkeypatch):
 )
 def test_who_agrees_in_the_coordination_game(name, behavior, score, run_script, tmp_path):
     options = ["--task", f"coordination-{behavior}", "--total-steps", 250, "--eval-every", 250]
+    options += ["--batch-size", 64]
     status, output = run_script(path_of(name), *options, "--run-dir", tmp_path / "run")
     assert status == 0, output
     assert result_of(tmp_path / "run")["score"] == score
