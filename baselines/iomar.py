@@ -76,9 +76,9 @@ class Args:
     """largest size of that noise"""
     cql_alpha: float = 1.0
     """weight of the conservative loss"""
-    cql_points: int = 16
+    cql_points: int = 24
     """quadrature points per action dimension in the conservative loss"""
-    cql_batch_size: int = 64
+    cql_batch_size: int = 32
     """transitions per gradient step that the conservative loss uses"""
     omega: float = 1.0
     """weight of the sampler's action in the policy loss; the value's is 1 - omega"""
@@ -98,8 +98,8 @@ class Args:
 
 DEFAULTS = {
     None: Args(),
-    "Ant-v4": Args(eval_episodes=10, cql_points=5),
-    "ant-expert": Args(eval_episodes=10, cql_points=5, cql_alpha=5.0),
+    "Ant-v4": Args(eval_episodes=10, cql_points=6),
+    "ant-expert": Args(eval_episodes=10, cql_points=6, cql_alpha=5.0),
 }
 
 

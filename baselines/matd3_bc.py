@@ -41,7 +41,7 @@ class Args:
     """seed of networks, minibatches and noise"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses a CUDA GPU if there is one"""
-    total_steps: int = 10_000
+    total_steps: int = 5000
     """gradient steps (the paper: 1,000,000)"""
     eval_every: int = 1000
     """gradient steps between evaluations; each is followed by a checkpoint"""
