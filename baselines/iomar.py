@@ -77,7 +77,7 @@ class Args:
     cql_alpha: float = 1.0
     """weight of the conservative loss"""
     cql_points: int = 24
-    """quadrature points per action dimension in the conservative loss"""
+    """points per action dimension of the quadrature in the conservative loss"""
     cql_batch_size: int = 32
     """transitions per gradient step that the conservative loss uses"""
     omega: float = 1.0
@@ -138,6 +138,7 @@ class Critics(MLP):
     def forward(self, inputs, actions):
         """[agent, batch, in], [agent, sample, batch or 1, action] -> [agent, sample, batch]."""
         first, *others = self
+        # Actions come first, so that the padding of inputs stays last.
         action_weight, input_weight = first.weight.split([actions.shape[-1], inputs.shape[-1]], 1)
         from_actions = (actions.flatten(1, 2) @ action_weight).unflatten(1, actions.shape[1:3])
         x = from_actions + torch.baddbmm(first.bias, inputs, input_weight)[:, None]
@@ -326,8 +327,8 @@ def critic_losses(team: Team, batch: Batch, inputs, noise, args: Args):
     q = team.q_values(inputs, batch.actions[None])[:, :, 0]  # [twin, agent, batch]
     td_loss = (q - td_targets).square().mean(-1).sum()
 
-    # They are pushed down on all actions and up on the data's: log of the integral of exp Q(h, a)
-    # over a, minus Q(h, a_data) (CQL, Eq. 4). Deviations 6 and 7.
+    # They are pushed down on all actions and up on the data's: the logarithm of the integral of
+    # exp Q_ij(h_i, a) over a, minus Q_ij(h_i, a_i) (CQL, Eq. 4). Deviations 6 and 7.
     rows = slice(args.cql_batch_size)
     node_q = team.q_values(inputs[:, rows], team.nodes)  # [twin, agent, node, row]
     log_integral = (node_q + team.log_weights[:, None]).logsumexp(2)
@@ -361,10 +362,7 @@ def best_sampled_actions(team: Team, inputs, policy_actions, noise, args: Args):
 
 
 def iomar_losses(team: Team, batch: Batch, noise, sampler_noise, args: Args, learn_policy: bool):
-    """Losses of the critics and, with `learn_policy`, of the policies, summed over agents.
-
-    Agents share no parameters, so each learns for itself.
-    """
+    """Losses of the critics and, with `learn_policy`, of the policies, summed over agents."""
     inputs = team.inputs(batch.observations, batch.histories)
     losses = critic_losses(team, batch, inputs, noise, args)
     if not learn_policy:
@@ -426,11 +424,9 @@ def train(args: Args) -> dict:
             batch = dataset.batch(rows, with_histories=bool(team.memory))
             # The noise is drawn here, so that compiling the losses changes no random number.
             noise = torch.randn_like(batch.actions)
+            sampler_shape = (args.omar_iterations, args.omar_samples, *batch.actions.shape)
+            sampler_noise = torch.randn(sampler_shape, device=device)
             learn_policy = step % args.policy_delay == 0
-            sampler_noise = None
-            if learn_policy:
-                sampler_shape = (args.omar_iterations, args.omar_samples, *batch.actions.shape)
-                sampler_noise = torch.randn(sampler_shape, device=device)
             losses = loss_function(team, batch, noise, sampler_noise, args, learn_policy)
             optimizer.zero_grad()
             sum(losses).backward()
