@@ -430,7 +430,9 @@ class Run:
         return f"{name.replace('_', ' ')} {self.evaluations[-1][name]:.3g}"
 
     def _evaluate(self, evaluate: Callable) -> None:
-        record = evaluate(getattr(self.args, "eval_episodes", None))
+        # An evaluation that is stopped half-way and repeated must not change what comes after it.
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            record = evaluate(getattr(self.args, "eval_episodes", None))
         record = record.record() if isinstance(record, Evaluation) else record
         self._log_evaluation(record)
         self.evaluations.append({"step": self.step, "seconds": self.seconds} | record)
