@@ -335,6 +335,8 @@ class Run:
         enough = shutil.disk_usage(self.dir).free > 4 * size  # old, new, result and logs
         advice = f"make room for {4 * size / 1e6:.0f} MB, or give another --run-dir"
         require(enough, f"the disk of {self.dir} is almost full; {advice}")
+        if resumed:
+            time.sleep(1)  # TensorBoard orders event files by the second in which they were made
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)
         arguments = "\n".join(f"- {name}: {value}" for name, value in vars(self.args).items())
         self.writer.add_text("arguments", arguments)
