@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads leave a busy core to others
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads spin only briefly
 
 import torch
 import torch.nn as nn
