@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads leave a busy core to others
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads spin only briefly
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import h5py
