@@ -449,12 +449,8 @@ def rollout_step(team, model, dataset, args, states, histories, age):
         team.team_value(inputs, states), step.next_states, step.rewards - penalty, step.masks,
         1 - time_out.float(),
     )  # fmt: skip
-    report = {
-        "reward": step.rewards.mean(),
-        "penalty": penalty.mean(),
-        "epsilon_g": step.epsilon_g.mean(),
-        "uncertain": uncertain.float().mean(),
-    }
+    report = {"reward": step.rewards.mean(), "penalty": penalty.mean()}
+    report |= {"epsilon_g": step.epsilon_g.mean(), "uncertain": uncertain.float().mean()}
 
     # A rollout that ended is replaced by a new one, so that shapes never change.
     ended = time_out | (step.masks == 0)

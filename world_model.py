@@ -92,14 +92,10 @@ DEFAULTS = {
     None: Args(),
     "Ant-v4": Args(total_steps=27_000, eval_every=3000),
     "coordination": Args(
-        total_steps=500,
-        eval_every=250,
-        hidden=(64, 64),
-        mask_hidden=(64,),
-        learning_rate=3e-3,
+        total_steps=500, eval_every=250, hidden=(64, 64), mask_hidden=(64,), learning_rate=3e-3,
         reward_weight_decay=0.0,
     ),
-}
+}  # fmt: skip
 PAPER = {
     "total_steps": 3_000_000,
     "target": "absolute",
@@ -477,9 +473,8 @@ def train(args: Args) -> dict:
 
         for _ in run.steps(evaluate):
             # Each member draws its own minibatch from the same training rows.
-            picks = torch.randint(
-                len(training_rows), (args.members, args.batch_size), device=device
-            )
+            shape = args.members, args.batch_size
+            picks = torch.randint(len(training_rows), shape, device=device)
             rows = training_rows[picks]
             batch = [column[rows] for column in columns]
             losses = loss_function(ensemble, batch, changes, args.beta)
