@@ -40,7 +40,7 @@ from mamujoco_envs import (
     find_task,
     require,
 )
-from training_run import FINAL_EPISODES, Run, check_positive, check_range, compiled, main
+from training_run import FINAL_EPISODES, Run, check_positive, check_range, compiled, load, main
 
 
 @dataclass
@@ -319,7 +319,7 @@ class WorldModel:
         require(path.is_file(), f"no world model at {path}; make it with: {command}")
         self.task = task
         try:
-            self.model = torch.load(path, map_location=device, weights_only=True)
+            self.model = load(path, device)
             self.lambda_g, self.max_uncertainty = self.model["lambda_g"], self.model["l_epsilon"]
             self.description = {"dataset": self.model["dataset"], **self.model["description"]}
             self.description["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -28,6 +28,7 @@ import sys
 import threading
 import time
 import typing
+import zipfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -181,11 +182,20 @@ def save(data, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def load(path: Path, device="cpu"):
+    """Reads what `save` wrote; raises an error if a byte of it has changed since."""
+    with zipfile.ZipFile(path) as archive:  # PyTorch itself compares no checksums
+        changed = archive.testzip()
+        if changed:
+            raise zipfile.BadZipFile(changed)
+    return torch.load(path, map_location=device, weights_only=True)
+
+
 def load_checkpoint(run_dir: Path) -> dict:
     path = Path(run_dir) / "checkpoint.pt"
     require(path.is_file(), f"no checkpoint at {path}; give the folder of a run")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load(path)
         for name in ("script", "args", "step", "seconds", "evaluations", "random_states", "state"):
             checkpoint[name]
     except Exception as error:

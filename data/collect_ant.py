@@ -40,6 +40,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from mamujoco_envs import InputError, Simulator, Task, find_task, require
+from training_run import check_positive, load, say
 
 TASK = find_task("ant-expert-fo")
 FOLDER = Path(__file__).resolve().parent
@@ -359,7 +360,7 @@ def choose_policies(args: Dataset) -> tuple[list[MLP], dict]:
     command = f"python -m data.collect_ant snapshots --output {args.snapshots}"
     require(args.snapshots.is_file(), f"no policies at {args.snapshots}; make them with: {command}")
     try:
-        saved = torch.load(args.snapshots, map_location="cpu", weights_only=True)
+        saved = load(args.snapshots)
         scores = TASK.normalized_score(np.array(saved["returns"]))
         policies = [make_policy() for _ in scores]
         for i, policy in enumerate(policies):
@@ -472,13 +473,6 @@ def one_thread() -> Iterator[None]:
 # Bookkeeping.
 
 
-def check_positive(args, *names: str) -> None:
-    for name in names:
-        value = getattr(args, name)
-        flag = f"--{name.replace('_', '-')}"
-        require(0 < value < float("inf"), f"{flag} must be above 0 and finite; it is {value}")
-
-
 def check_seed(seed: int) -> None:
     require(0 <= seed < 2**32, f"--seed must be from 0 to {2**32 - 1}; it is {seed}")
 
@@ -538,16 +532,6 @@ class Progress:
             done, total = (tqdm.format_sizeof(number) for number in (self.done, self.total))
             say(f"{done} of {total} {self.unit}s{', ' if note else ''}{note}")
             self.said = time.monotonic()
-
-
-def say(text: str) -> None:
-    """Prints; a closed pipe or a terminal without the characters never costs a result."""
-    try:
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")
-        print(text, flush=True)
-    except OSError:
-        sys.stdout = open(os.devnull, "w")
 
 
 def interrupt(number, _) -> None:

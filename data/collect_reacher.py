@@ -39,6 +39,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from mamujoco_envs import InputError, Simulator, Task, evaluate, find_task, require
+from training_run import check_positive, load, say
 
 TASK = find_task("reacher-all-observant")
 FOLDER = Path(__file__).resolve().parent
@@ -276,7 +277,7 @@ def load_experts(paths) -> list[Team]:
         command = f"python -m data.collect_reacher experts --seed {seed} --output {path}"
         require(path.is_file(), f"no expert at {path}; make it with: {command}")
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            saved = load(path)
             teams.append(Team())
             teams[-1].policy.load_state_dict(saved["policy"])
             shares.append(float(saved["share_of_positive_bends"]))
@@ -382,13 +383,6 @@ def one_thread() -> Iterator[None]:
 # Bookkeeping.
 
 
-def check_positive(args, *names: str) -> None:
-    for name in names:
-        value = getattr(args, name)
-        flag = f"--{name.replace('_', '-')}"
-        require(0 < value < float("inf"), f"{flag} must be above 0 and finite; it is {value}")
-
-
 def check_seed(seed: int) -> None:
     require(0 <= seed < 2**32, f"--seed must be from 0 to {2**32 - 1}; it is {seed}")
 
@@ -448,16 +442,6 @@ class Progress:
             done, total = (tqdm.format_sizeof(number) for number in (self.done, self.total))
             say(f"{done} of {total} {self.unit}s{', ' if note else ''}{note}")
             self.said = time.monotonic()
-
-
-def say(text: str) -> None:
-    """Prints; a closed pipe or a terminal without the characters never costs a result."""
-    try:
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")
-        print(text, flush=True)
-    except OSError:
-        sys.stdout = open(os.devnull, "w")
 
 
 def interrupt(number, _) -> None:

@@ -186,3 +186,9 @@ def assert_pairs_are_padded(histories, task):
 
 def clamped(actions):
     return actions.clamp(-ACTION_LIMIT, ACTION_LIMIT)
+
+
+def with_a_bit_changed(content):
+    """The bytes of a file of PyTorch's with one bit of one weight changed."""
+    place = len(content) // 2
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]

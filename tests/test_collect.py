@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from made_up import ANT, REACHER
+from made_up import ANT, REACHER, with_a_bit_changed
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
 from data import collect_ant, collect_reacher
@@ -160,7 +160,8 @@ def test_bad_input_of_the_recording_of_reacher(few_at_once, tmp_path):
     assert not list(tmp_path.glob("*.hdf5*"))
 
 
-FAULTS = ["missing", "same side", "empty", "text", "truncated", "no policy", "other shapes"]
+FAULTS = ["missing", "same side", "empty", "text", "truncated", "a bit"]
+FAULTS += ["no policy", "other shapes"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -173,6 +174,7 @@ def test_a_bad_expert_is_one_line(fault, tmp_path):
         saved["policy"]["0.weight"] = torch.zeros(2, 5, 64)
     torch.save(saved, path)
     contents = {"empty": b"", "text": b"not weights", "truncated": path.read_bytes()[:5000]}
+    contents["a bit"] = with_a_bit_changed(path.read_bytes())
     if fault in contents:
         path.write_bytes(contents[fault])
     if fault == "missing":

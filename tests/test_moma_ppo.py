@@ -18,6 +18,7 @@ from made_up import (
     made_up_states,
     recorded_columns,
     scramble,
+    with_a_bit_changed,
 )
 from torch.distributions import Normal
 
@@ -246,8 +247,9 @@ def test_the_mask_is_a_majority_vote(votes, mask, saved, tmp_path):
     assert model.step(torch.zeros(1, 11), torch.zeros(1, 2, 1)).masks.tolist() == [mask]
 
 
-FAULTS = ["empty", "text", "half", "a list", "other shapes", "nan weights", "nan scale", "nan box"]
-FAULTS += ["no state", "no scale", "no l_epsilon", "no description", "no state_min", "no dataset"]
+FAULTS = ["empty", "text", "half", "a bit", "a list", "other shapes"]
+FAULTS += ["nan weights", "nan scale", "nan box", "no state", "no scale", "no l_epsilon"]
+FAULTS += ["no description", "no state_min", "no dataset"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -264,6 +266,7 @@ def test_a_bad_world_model_is_one_line(fault, saved, tmp_path):
     elif fault.startswith("no "):
         del saved[fault.removeprefix("no ")]
     broken = {"empty": b"", "text": b"not a world model", "half": content[: len(content) // 2]}
+    broken["a bit"] = with_a_bit_changed(content)
     torch.save([saved] if fault == "a list" else saved, path)
     if fault in broken:
         path.write_bytes(broken[fault])

@@ -21,8 +21,8 @@ from mamujoco_envs import InputError, find_task
 from training_run import load_checkpoint, save
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
-benchmark, evaluate, render, reproduce = map(
-    importlib.import_module, ("benchmark", "evaluate", "render", "reproduce")
+benchmark, evaluate, render, report, reproduce = map(
+    importlib.import_module, ("benchmark", "evaluate", "render", "report", "reproduce")
 )
 
 
@@ -262,3 +262,47 @@ def test_a_stopped_table_stops_its_runs(stub, tmp_path, monkeypatch):
     assert stop.value.code == 128 + signal.SIGTERM
     assert [process.poll() for process in processes] == [-signal.SIGTERM] * 2
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+# Published results.
+
+
+def test_published_tables_are_those_of_the_published_runs():
+    cells = report.read_runs()
+    for page in report.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert report.with_tables(text, cells) == text, f"run scripts/report.py for {page.name}"
+
+
+def test_a_published_score_is_the_mean_of_its_raw_returns():
+    for runs in report.read_runs().values():
+        for run in runs:
+            task = find_task(run["task"])
+            score = task.normalized_score(np.mean(run["returns"]))
+            assert score == pytest.approx(run["score"], abs=1e-3)
+
+
+def test_a_run_is_added_to_the_published_ones(tmp_path):
+    result = made_up_result(0.25) | {"returns": [1.23456789], "args": {"gamma": 0.99}, "more": 1}
+    for seed, score in ((1, 0.25), (2, 0.75), (2, 0.35)):  # the last replaces the one before
+        run_dir = tmp_path / f"ant-medium-fo__ibc__{seed}"
+        run_dir.mkdir(exist_ok=True)
+        (run_dir / "result.json").write_text(json.dumps(result | {"score": score}))
+        report.add_run(run_dir, tmp_path)
+    (runs,) = report.read_runs(tmp_path).values()
+    assert runs[0]["returns"] == [1.2346] and "more" not in runs[0]
+    assert report.score(runs) == "0.30 ± 0.05" and report.score(runs[:1]) == "0.25 ± 0.10*"
+    page = "before\n<!-- table ibc -->\nold\n<!-- end -->\nafter"
+    made = report.with_tables(page, {("ibc", "ant-medium-fo"): runs})
+    row = "| `ant-medium-fo` | 10 | 2 | 0.30 ± 0.05 | 0.84 ± 0.01 | 2 |"
+    assert row in made and "old" not in made and made.endswith("<!-- end -->\nafter")
+
+
+def test_bad_input_of_adding_runs(tmp_path):
+    with pytest.raises(InputError, match="no result at"):
+        report.add_run(tmp_path)
+    for name in ("run", "ant-medium-fo__nothing__1", "ant-medium-fo__ibc"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text("{}")
+        with pytest.raises(InputError, match="must be named TASK__ALGORITHM__SEED"):
+            report.add_run(tmp_path / name)

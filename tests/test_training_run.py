@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_up import REACHER, recorded_columns, write_dataset
+from made_up import REACHER, recorded_columns, with_a_bit_changed, write_dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import training_run
@@ -447,13 +447,18 @@ def test_resuming_without_a_checkpoint_is_refused(folder, ibc_script, tmp_path):
     assert not (tmp_path / "nowhere").exists() and not list((tmp_path / "empty").iterdir())
 
 
-@pytest.mark.parametrize("fault", ["empty", "half", "almost whole", "text", "a list", "no state"])
+FAULTS = ["empty", "half", "almost whole", "a bit", "text", "a list", "no state"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_damaged_checkpoint_is_one_line(fault, ibc_script, copy_of_whole):
     path = copy_of_whole / "checkpoint.pt"
     content, checkpoint = path.read_bytes(), load_checkpoint(copy_of_whole)
     kept = {"empty": 0, "half": 0.5, "almost whole": 0.99}
     if fault in kept:
         path.write_bytes(content[: int(kept[fault] * len(content))])
+    elif fault == "a bit":
+        path.write_bytes(with_a_bit_changed(content))
     elif fault == "text":
         path.write_text("not a checkpoint")
     else:

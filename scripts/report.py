@@ -1,0 +1,201 @@
+"""Keeps the results of finished runs in docs/results/ and writes the tables of README and docs.
+
+    python scripts/report.py --runs runs/*     # adds these runs, then writes the tables
+    python scripts/report.py                   # writes the tables again
+
+docs/results/TABLE.json has, for every run, its raw returns, evaluations, arguments, versions and
+machine. Tables stand between <!-- table NAME --> and <!-- end --> in README.md and docs/*.md, and
+are made from these files alone; a test checks that they agree.
+"""
+
+import json
+import re
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import tyro
+
+from mamujoco_envs import PAPER_SCORES, InputError, all_tasks, require
+from training_run import REPOSITORY, say
+
+RESULTS = REPOSITORY / "docs" / "results"
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+NAMES = {
+    "iql": "IQL (centralised)",
+    "maiql": "MAIQL",
+    "maiql_ft": "MAIQL, fine-tuned online",
+    "matd3_bc": "MATD3+BC",
+    "ibc": "IBC",
+    "itd3_bc": "ITD3+BC",
+    "icql": "ICQL",
+    "iomar": "IOMAR",
+    "moma_ppo": "MOMA-PPO",
+}
+TABLES = {"coordination": "table-3", "reacher": "table-4a", "ant": "table-4b"}
+README_TASKS = (
+    *("reacher-all-observant", "reacher-independent", "reacher-leader-only"),
+    *("coordination-favorable", "coordination-neutral", "coordination-unfavorable"),
+    "ant-medium-fo",
+)
+KEPT = ("score", "score_stderr", "returns", "steps", "seconds", "evaluations", "args", "dataset")
+KEPT += ("world_model", "versions", "machine", "model_return")
+
+
+@dataclass
+class Args:
+    runs: tuple[Path, ...] = ()
+    """folders of finished runs to add, named TASK__ALGORITHM__SEED as reproduce.py does"""
+
+
+def rounded(value):
+    """Floats in five digits, which is more than a score's error has."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def add_run(run_dir: Path, folder: Path = RESULTS) -> None:
+    """Adds a run to its table's file, in the place of an older one of its task and seed."""
+    path = run_dir / "result.json"
+    require(path.is_file(), f"no result at {path}; give folders of finished runs")
+    task, algorithm, seed = (run_dir.name.split("__") + ["", ""])[:3]
+    known = task in all_tasks() and algorithm in NAMES and seed.isdigit()
+    require(known, f"{run_dir} must be named TASK__ALGORITHM__SEED, as reproduce.py names runs")
+    table = folder / f"{TABLES[task.split('-')[0]]}.json"
+    runs = json.loads(table.read_text(encoding="utf-8")) if table.is_file() else {}
+    result = json.loads(path.read_text(encoding="utf-8"))
+    kept = {name: rounded(result[name]) for name in KEPT if name in result}
+    runs[run_dir.name] = {"task": task, "algorithm": algorithm, "seed": int(seed)} | kept
+    lines = (f"{json.dumps(name)}: {json.dumps(run)}" for name, run in sorted(runs.items()))
+    table.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def read_runs(folder: Path = RESULTS) -> dict[tuple[str, str], list[dict]]:
+    """All runs that are kept, by algorithm and task."""
+    cells = {}
+    for path in sorted(folder.glob("table-*.json")):
+        for run in json.loads(path.read_text(encoding="utf-8")).values():
+            cells.setdefault((run["algorithm"], run["task"]), []).append(run)
+    return cells
+
+
+def score(runs: list[dict]) -> str:
+    """Mean and standard error over seeds; the error of one run, over its episodes, is starred."""
+    if not runs:
+        return "not run"
+    scores = [run["score"] for run in runs]
+    if len(runs) == 1:
+        return f"{scores[0]:.2f} ± {runs[0]['score_stderr']:.2f}*"
+    return f"{statistics.mean(scores):.2f} ± {statistics.stdev(scores) / len(runs) ** 0.5:.2f}"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def span(values) -> str:
+    """The values that differ, as "3" or "1 to 3"."""
+    low_and_high = sorted({min(values), max(values)})
+    return " to ".join(f"{value:,}" for value in low_and_high)
+
+
+def table_of_paper(prefix: str, cells) -> str:
+    """A row for each algorithm, a column for each task, the paper's scores in brackets."""
+    columns = [
+        task
+        for task in all_tasks()
+        if task.startswith(prefix) and any(task in PAPER_SCORES[name] for name in NAMES)
+    ]
+    rows = []
+    for algorithm, name in NAMES.items():
+        paper = PAPER_SCORES[algorithm]
+        finished = {task: cells[algorithm, task] for task in columns if (algorithm, task) in cells}
+        if not finished and not any(task in paper for task in columns):
+            continue
+        row = [
+            f"{score(finished.get(task, []))} ({paper[task]})" if task in paper else "-"
+            for task in columns
+        ]
+        runs = [run for task in finished for run in finished[task]]
+        steps = span([run["steps"] for run in runs]) if runs else "-"
+        seeds = span([len(finished[task]) for task in finished]) if runs else "-"
+        rows.append([name, steps, seeds, *row])
+    views = [task.removeprefix(f"{prefix}-") for task in columns]
+    return markdown(["algorithm", "steps", "seeds", *views], rows)
+
+
+def table_of_algorithm(algorithm: str, cells) -> str:
+    """All tasks of an algorithm."""
+    rows = []
+    for task in all_tasks():
+        runs = cells.get((algorithm, task), [])
+        if runs:
+            seconds = f"{statistics.median(run['seconds'] for run in runs):,.0f}"
+            paper = PAPER_SCORES[algorithm].get(task, "-")
+            row = [f"`{task}`", f"{runs[0]['steps']:,}", str(len(runs)), score(runs), paper]
+            rows.append([*row, seconds])
+    if not rows:
+        return "No run of this version yet."
+    return markdown(["task", "steps", "seeds", "score", "paper", "seconds"], rows)
+
+
+def table_of_readme(cells) -> str:
+    """MOMA-PPO and the best of the decentralised offline baselines, on seven tasks."""
+    rows = []
+    for task in README_TASKS:
+        baselines = {
+            algorithm: cells[algorithm, task]
+            for algorithm in NAMES
+            if algorithm not in ("moma_ppo", "maiql_ft", "iql") and (algorithm, task) in cells
+        }
+        best = "not run"
+        if baselines:
+            means = {a: statistics.mean(r["score"] for r in runs) for a, runs in baselines.items()}
+            winner = max(means, key=means.get)
+            best = f"{score(baselines[winner])} ({NAMES[winner]})"
+        own = score(cells.get(("moma_ppo", task), []))
+        rows.append([f"`{task}`", own, best, PAPER_SCORES["moma_ppo"][task]])
+    return markdown(["task", "MOMA-PPO", "best baseline", "MOMA-PPO in the paper"], rows)
+
+
+def make_table(name: str, cells) -> str:
+    """The table behind <!-- table NAME -->."""
+    if name == "readme":
+        return table_of_readme(cells)
+    if name in NAMES:
+        return table_of_algorithm(name, cells)
+    require(name in TABLES, f"no table is called '{name}'")
+    return table_of_paper(name, cells)
+
+
+def with_tables(text: str, cells) -> str:
+    """A page with its tables made anew."""
+
+    def replaced(match):
+        return f"{match[1]}\n{make_table(match[2], cells)}\n{match[3]}"
+
+    return re.sub(r"(<!-- table (\w+) -->).*?(<!-- end -->)", replaced, text, flags=re.DOTALL)
+
+
+def main(args: Args) -> None:
+    for run_dir in args.runs:
+        add_run(run_dir)
+    cells = read_runs()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        page.write_text(with_tables(text, cells), encoding="utf-8")
+    say(f"{sum(map(len, cells.values()))} runs in {RESULTS}; tables written")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except InputError as error:
+        sys.exit(f"error: {error}")
