@@ -487,9 +487,9 @@ def plot_team_strategy(evaluation: Evaluation, path: Path) -> None:
     colors |= {"edgecolors": "grey", "linewidths": 0.5}
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    points = left.scatter(last[:, 4], last[:, 5], **colors)
-    left.set(xlabel="target x (m)", ylabel="target y (m)", aspect="equal", title="targets")
-    figure.colorbar(points, ax=left, label="final bend θ2 (°)")
+    left.scatter(last[:, 4], last[:, 5], **colors)
+    left.set(xlabel="target x (m)", ylabel="target y (m)", aspect="equal")
+    left.set_title("targets in the colour of the final bend")
     right.scatter(direction, bend, **colors)
     right.axhline(0, color="grey", linewidth=0.8)
     right.set(xlabel="direction of the target (°)", ylabel="final bend θ2 (°)", ylim=(-185, 185))
