@@ -22,6 +22,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -69,6 +70,7 @@ def main(train: Callable, defaults: dict) -> None:
 
     `defaults` holds an `Args` for each environment; that of None is for any other.
     """
+    args = None
     try:
         which, _ = tyro.cli(Which, return_unknown_args=True, add_help=False)
         if which.resume:
@@ -79,8 +81,23 @@ def main(train: Callable, defaults: dict) -> None:
         train(args)
     except InputError as error:
         sys.exit(f"error: {error}")
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch reports an allocation that fails on the CPU as a RuntimeError.
+        if not (isinstance(error, MemoryError) or re.search("allocate|memory|Storage", str(error))):
+            raise
+        sys.exit(f"error: {too_large(args, default_args(defaults, args.task))}")
     except KeyboardInterrupt as stop:
         sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
+
+
+def too_large(args, usual) -> str:
+    """What to do when memory runs out: names the options that are larger than usual."""
+    names = [
+        f"--{name.replace('_', '-')}"
+        for name, value in vars(args).items()
+        if isinstance(value, (int, tuple)) and value > getattr(usual, name)
+    ]
+    return f"out of memory; use a smaller {', '.join(names) or '--batch-size, or a larger machine'}"
 
 
 def resumed_args(args_type: type, run_dir: Path, words: list[str]):
@@ -120,7 +137,9 @@ def check_positive(args, *names: str) -> None:
     for name in names:
         value = getattr(args, name)
         flag = f"--{name.replace('_', '-')}"
-        require(0 < value < float("inf"), f"{flag} must be above 0 and finite; it is {value}")
+        bound = "at most 1e9" if isinstance(value, int) else "finite"
+        good = 0 < value <= 1e9 if isinstance(value, int) else 0 < value < float("inf")
+        require(good, f"{flag} must be above 0 and {bound}; it is {value}")
 
 
 def check_range(args, low: float, high: float, *names: str) -> None:
@@ -150,6 +169,12 @@ def keep_freed_memory() -> None:
         mallopt(mmap_threshold, 2**30)
 
 
+def check_compiler() -> None:
+    compilers = (os.environ.get("CXX"), "g++", "c++", "clang++")
+    found = any(shutil.which(name) for name in compilers if name)
+    require(found, "--compile needs a C++ compiler; install one (Debian: g++) or leave it out")
+
+
 def compiled(function: Callable, args, device: torch.device) -> Callable:
     """The fastest form of a function of tensors on this device, if --compile is given.
 
@@ -157,9 +182,6 @@ def compiled(function: Callable, args, device: torch.device) -> Callable:
     """
     if not args.compile:
         return function
-    compilers = (os.environ.get("CXX"), "g++", "c++", "clang++")
-    found = any(shutil.which(name) for name in compilers if name)
-    require(found, "--compile needs a C++ compiler; install one (Debian: g++) or leave it out")
     torch._inductor.config.fallback_random = True
     return torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)
 
@@ -242,6 +264,10 @@ class Run:
     def __init__(self, args, script: str, log_every: int = 100):
         """Logged values are averaged over `log_every` steps."""
         check_range(args, 0, 2**32 - 1, "seed")
+        if hasattr(args, "eval_episodes"):  # a simulator each
+            check_range(args, 1, 10_000, "eval_episodes")
+        if args.compile:
+            check_compiler()
         self.args, self.script, self.device = args, script, find_device(args.device)
         self.log_every = log_every
         self.algorithm = script  # as PAPER_SCORES names it

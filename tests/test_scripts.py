@@ -376,6 +376,8 @@ NONSENSE = [
     *[(name, "gamma", "nan") for name in (*BASELINES[1:], "moma_ppo")],
     *[(name, "learning_rate", value) for name in TRAINING for value in (-1, "nan", "inf")],
     *[(name, option, 0) for name in TRAINING for option in ("total_steps", "eval_every")],
+    *[(name, "eval_episodes", 10**6) for name in (*BASELINES, "moma_ppo")],
+    *[(name, "batch_size", 10**12) for name in (*BASELINES, "world_model")],
     *[(name, "seed", value) for name in TRAINING for value in (-1, 2**32)],
     *[("maiql --finetune", name, 0) for name in ("rollout_every", "rollout_length")],
     *[(name, "policy_delay", 0) for name in ("itd3_bc", "matd3_bc", "icql", "iomar")],

@@ -502,12 +502,25 @@ def test_hyperparameters_that_make_no_sense_name_their_flag(name, value, ibc_scr
     assert not (tmp_path / "run").exists()
 
 
+def test_sizes_beyond_the_memory_name_their_flag(ibc_script, tmp_path):
+    status, _ = ibc_script("--batch-size", 10**9)
+    assert_one_line(status, "out of memory; use a smaller --batch-size")
+
+
 def test_a_missing_dataset_is_one_line(ibc_script, tmp_path):
     status, _ = ibc_script("--dataset", tmp_path / "nowhere.hdf5")
     assert_one_line(status, tmp_path / "nowhere.hdf5")
 
 
 @without_gpu
+def test_a_missing_compiler_is_one_line(ibc_script, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    status, _ = ibc_script("--compile")
+    assert_one_line(status, "--compile needs a C++ compiler; install one")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_missing_gpu_is_one_line(ibc_script):
     status, _ = ibc_script("--device", "cuda")
     assert_one_line(status, "--device cuda", "--device cpu")
