@@ -17,6 +17,7 @@ A run writes `runs/{task}__{script}__{seed}__{time}/`: TensorBoard events, `chec
 
 import ctypes
 import dataclasses
+import errno
 import importlib
 import itertools
 import json
@@ -199,7 +200,8 @@ def save(data, path: Path) -> None:
             torch.save(data, temporary)
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # RuntimeError: PyTorch's for a full disk
-        raise InputError(f"cannot write {path} ({error}); make room and resume the run") from None
+        reason = os.strerror(getattr(error, "errno", None) or errno.ENOSPC)
+        raise InputError(f"cannot write {path} ({reason}); make room and resume the run") from None
     finally:
         temporary.unlink(missing_ok=True)
 
