@@ -273,9 +273,10 @@ class Reacher:
         """[B]; Reacher-v4 rewards the state before the step."""
         return -np.linalg.norm(states[:, 8:], axis=1) - np.square(actions).sum(1)
 
-    def terminal(self, next_states: np.ndarray) -> np.ndarray:
+    @staticmethod
+    def terminal(next_states):
         """[B] bool; an episode of Reacher ends by time-out only."""
-        return np.zeros(len(next_states), dtype=bool)
+        return abs(next_states[:, 0]) > np.inf
 
 
 class Ant:
@@ -313,10 +314,12 @@ class Ant:
         speed = (next_xpos[:, self.torso, 0] - xpos[:, self.torso, 0]) / self.dt
         return speed + 1 - 0.5 * np.square(actions).sum(1)
 
-    def terminal(self, next_states: np.ndarray) -> np.ndarray:
-        """[B] bool: the torso is too low or too high, or the state is not finite."""
+    @staticmethod
+    def terminal(next_states):
+        """[B] bool, of an array or a tensor: the torso is too low or too high, or the state is not
+        finite."""
         height = next_states[:, 0]
-        return ~(np.isfinite(next_states).all(1) & (height >= 0.2) & (height <= 1.0))
+        return ~((abs(next_states) < np.inf).all(1) & (height >= 0.2) & (height <= 1.0))
 
 
 ENVIRONMENTS = {"Reacher-v4": Reacher, "Ant-v4": Ant}
@@ -433,6 +436,7 @@ class Evaluation(NamedTuple):
     lengths: np.ndarray  # [episode]
     first_states: np.ndarray  # [episode, state]
     last_states: np.ndarray  # [episode, state]
+    transitions: dict[str, np.ndarray]  # states, actions, ... of all steps, [N, ...]
     extra: dict = {}  # figures of a script's own
 
     def record(self) -> dict:
@@ -461,19 +465,25 @@ def evaluate(task: Task, act: Callable, episodes: int, seed=EVALUATION_SEED, dev
     first_states = last_states = states
     histories = torch.zeros(episodes, *task.history_shape, device=device)
     returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=int)
-    alive = np.ones(episodes, dtype=bool)
+    alive, transitions = np.ones(episodes, dtype=bool), []
     for _ in range(task.episode_length):
+        before = states
         observations = task.observe(torch.as_tensor(states, dtype=torch.float32, device=device))
         actions = act(observations, histories)
         histories = append_to_histories(histories, observations, actions)
-        states, rewards, terminals = simulator.step(actions.cpu().numpy(), alive)
+        actions = actions.cpu().numpy()
+        states, rewards, terminals = simulator.step(actions, alive)
+        step = before, actions, rewards, states, terminals
+        transitions.append([column[alive].astype(np.float32) for column in step])
         returns += np.where(alive, rewards, 0)
         lengths += alive
         last_states = np.where(alive[:, None], states, last_states)
         alive &= ~terminals
         if not alive.any():
             break
-    return Evaluation(task, returns, lengths, first_states, last_states)
+    names = ("states", "actions", "rewards", "next_states", "terminals")
+    columns = dict(zip(names, map(np.concatenate, zip(*transitions))))
+    return Evaluation(task, returns, lengths, first_states, last_states, columns)
 
 
 def plot_team_strategy(evaluation: Evaluation, path: Path) -> None:

@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads spin only briefly
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from tqdm import tqdm
 import coordination_game
 from data.offline_dataset import WEIGHTS, load_dataset
 from mamujoco_envs import (
+    ENVIRONMENTS,
     HISTORY_LENGTH,
     InputError,
     Task,
@@ -71,6 +73,10 @@ class Args:
     """history encoder; auto leaves it out where every agent sees the whole state"""
     ground_truth: bool = False
     """roll out in the true simulator instead of the world model (Table 5)"""
+    next_states: Literal["sample", "mean"] = "sample"
+    """a next state is a sample, or the mean, of a random member's Gaussian (the release: mean)"""
+    terminals: Literal["learned", "rule"] = "learned"
+    """absorbing next states: what the elites vote for, or the environment's own rule"""
     start_states: Literal["first", "any"] = "first"
     """start rollouts from first states of episodes, or from any state (the paper)"""
     rollout_length: int = 50
@@ -314,10 +320,10 @@ class Step(NamedTuple):
 class WorldModel:
     """An exported ensemble. Networks map standardised inputs to standardised outputs."""
 
-    def __init__(self, task: Task, path: Path, device):
+    def __init__(self, task: Task, path: Path, device, terminals="learned", next_states="sample"):
         command = f"python world_model.py --task {task.name} --output {path}"
         require(path.is_file(), f"no world model at {path}; make it with: {command}")
-        self.task = task
+        self.task, self.terminals, self.next_states = task, terminals, next_states
         try:
             self.model = load(path, device)
             self.lambda_g, self.max_uncertainty = self.model["lambda_g"], self.model["l_epsilon"]
@@ -366,14 +372,25 @@ class WorldModel:
         stds = torch.cat([state_std, reward_std], dim=-1) / m["scale"]
         epsilon_a = stds.pow(4).sum(-1).sqrt().amax(0)
 
-        # A random member gives each next state, all members the reward, a majority the mask.
+        # A random member's Gaussian gives each next state, all members the reward.
         batch = torch.arange(len(states), device=x.device)
         member = torch.randint(self.members, (len(states),), device=x.device, generator=generator)
-        votes = (self.network("mask", x, F.relu)[..., 0] > 0).float().mean(0)
+        next_states = next_states[member, batch]
+        if self.next_states == "sample":
+            shape, device = next_states.shape, x.device
+            noise = torch.randn(shape, device=device, generator=generator)
+            next_states = next_states + state_std[member, batch] * noise
+
+        # The mask is a majority vote.
+        if self.terminals == "rule":
+            masks = 1 - ENVIRONMENTS[self.task.environment].terminal(next_states).float()
+        else:
+            votes = (self.network("mask", x, F.relu)[..., 0] > 0).float().mean(0)
+            masks = (votes > 0.5).float()
         return Step(
-            next_states[member, batch].clamp(m["state_min"], m["state_max"]),
+            next_states.clamp(m["state_min"], m["state_max"]),
             rewards.mean(0)[:, 0].clamp(m["reward_min"], m["reward_max"]),
-            (votes > 0.5).float(),
+            masks,
             rewards.var(0)[:, 0],
             epsilon_g,
             epsilon_a,
@@ -531,6 +548,14 @@ def make_batch(team, rollouts, args, reward_scale):
     return Minibatch(*[None if x is None else x.flatten(0, 1) for x in fields])
 
 
+@torch.no_grad()
+def surrogate_gain(team, batch):
+    """What an update has gained on transitions of the policy before it: E[(ratio - 1) A]."""
+    distribution = team.distribution(team.inputs(batch.observations, batch.histories))
+    ratio = (distribution.log_prob(batch.actions) - batch.log_probs).clamp(max=10).exp()
+    return ((ratio - 1) * batch.advantages).mean()
+
+
 def ppo_loss(team, batch, args):
     """Actor, critic, entropy bonus and action penalty (Appendix A.1)."""
     inputs = team.inputs(batch.observations, batch.histories)
@@ -614,6 +639,25 @@ def model_returns(team, model, first_states):
     return returns
 
 
+@torch.no_grad()
+def visited_errors(task, model, transitions):
+    """How far the world model can be trusted where the team goes: on its own true transitions."""
+    count = len(transitions["rewards"])
+    rows = np.linspace(0, count - 1, min(count, 10_000)).astype(int)
+    device = model.model["state_min"].device
+    true = {name: torch.as_tensor(column[rows], device=device) for name, column in transitions.items()}
+    generator = torch.Generator(device).manual_seed(0)
+    step = model.step(true["states"], true["actions"], generator)
+    low, high = model.model["state_min"], model.model["state_max"]
+    outside = (true["next_states"] < low) | (true["next_states"] > high)
+    return {
+        "visited/state_error": (step.next_states - true["next_states"]).norm(dim=-1).mean().item(),
+        "visited/reward_error": (step.rewards - true["rewards"]).abs().mean().item(),
+        "visited/epsilon_g": step.epsilon_g.mean().item(),
+        "visited/outside_box": outside.any(-1).float().mean().item(),
+    }
+
+
 def make_model(task, args, run):
     """The world model or simulator to roll out in."""
     if args.ground_truth:
@@ -621,7 +665,7 @@ def make_model(task, args, run):
     path = args.world_model or WEIGHTS / f"{task.dataset}.pt"
     if task.environment == "coordination" and not args.world_model:
         path = coordination_game.train_world_model(task, args.seed, run.dir / "world_model")
-    return WorldModel(task, path, run.device)
+    return WorldModel(task, path, run.device, args.terminals, args.next_states)
 
 
 def calibrated(args, model):
@@ -662,6 +706,8 @@ def train(args: Args) -> dict:
 
         # Deviation 7. Values are about 1, because a learning step moves them by at most 0.2.
         reward_scale = (1 - args.gamma) / max(float(dataset.rewards.abs().mean()), 1e-3)
+        reward_scale = float(os.environ.get("REWARD_SCALE", reward_scale))
+        if os.environ.get("LG"): args = run.args = replace(args, lambda_g=args.lambda_g*float(os.environ["LG"]), max_uncertainty=args.max_uncertainty*float(os.environ["LE"]))
         if args.cloning_steps and not team.cloned:
             clone(team, dataset, args, reward_scale)
         step_function = compiled(rollout_step, args, device)
@@ -672,17 +718,21 @@ def train(args: Args) -> dict:
             if args.ground_truth:
                 return evaluation
             model_return = model_returns(team, model, evaluation.first_states).mean().item()
-            return evaluation._replace(extra={"model_return": model_return})
+            errors = visited_errors(task, model, evaluation.transitions)
+            return evaluation._replace(extra={"model_return": model_return, **errors})
 
         for _ in run.steps(evaluate_team):
             # Generate synthetic data.
             rollouts, report = generate_rollouts(step_function, team, model, dataset, args)
             run.log({f"world_model/{name}": value for name, value in report.items()})
 
-            # Train agents.
+            # Train agents, on nine rollouts of ten.
             batch = make_batch(team, rollouts, args, reward_scale)
+            rollout = torch.arange(len(batch.states), device=device) % len(rollouts.states[0])
+            held_out = rollout >= len(rollouts.states[0]) * 9 // 10
+            training_rows, held_out_rows = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
             for _ in range(args.epochs):
-                order = torch.randperm(len(batch.states), device=device)
+                order = training_rows[torch.randperm(len(training_rows), device=device)]
                 for rows in order.split(args.minibatch_size)[: len(order) // args.minibatch_size]:
                     loss, metrics = loss_function(team, batch.rows(rows), args)
                     optimizer.zero_grad()
@@ -691,6 +741,8 @@ def train(args: Args) -> dict:
                     optimizer.step()
                     run.log({f"losses/{name}": value for name, value in metrics.items()})
             schedule.step()
+            for name, rows in {"gain": order[: len(held_out_rows)], "held_out_gain": held_out_rows}.items():
+                run.log({f"losses/{name}": surrogate_gain(team, batch.rows(rows))})
 
         return run.finish(evaluate_team(FINAL_EPISODES))
 

@@ -381,11 +381,11 @@ def test_evaluate_equals_episodes_by_hand(dies, monkeypatch):
 def test_a_record_keeps_scores_and_raw_returns():
     returns = np.array([-4.2370844, -11.144625, -4.2370844])
     lengths = np.array([50, 50, 50])
-    record = mamujoco_envs.Evaluation(REACHER, returns, lengths, None, None).record()
+    record = mamujoco_envs.Evaluation(REACHER, returns, lengths, None, None, {}).record()
     assert record["score"] == pytest.approx(2 / 3)
     assert record["score_stderr"] == pytest.approx(np.std([1, 0, 1], ddof=1) / 3**0.5)
     assert record["returns"] == returns.tolist() and record["lengths"] == lengths.tolist()
-    one = mamujoco_envs.Evaluation(REACHER, returns[:1], lengths[:1], None, None).record()
+    one = mamujoco_envs.Evaluation(REACHER, returns[:1], lengths[:1], None, None, {}).record()
     assert one["score_stderr"] is None
 
 
