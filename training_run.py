@@ -302,10 +302,10 @@ class Run:
             except OSError as error:
                 advice = "give another --run-dir"
                 raise InputError(f"cannot use {run_dir} ({error.strerror}); {advice}") from None
+            for half_written in [*run_dir.glob("*.pt.*.tmp"), *run_dir.glob("*.json.*.tmp")]:
+                half_written.unlink()  # by a process that was killed
             taken = not args.resume and any(path.name != ".lock" for path in run_dir.iterdir())
             if not taken:
-                for debris in run_dir.glob("*.tmp"):
-                    debris.unlink()
                 return run_dir, lock
             lock.release()
             advice = f"continue that run with --resume {run_dir}, or give another --run-dir"

@@ -496,6 +496,9 @@ def check_room(path: Path, size: float) -> None:
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary file that becomes `path` when the block is done, or is removed if it fails."""
+    for debris in path.parent.glob(f"{path.name}.*.tmp"):
+        if time.time() - debris.stat().st_mtime > 3600:  # of a process that was killed
+            debris.unlink(missing_ok=True)
     # With the process in its name, scripts that start together may record at once.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:

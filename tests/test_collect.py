@@ -1,5 +1,6 @@
 """Recorded datasets, and the online learners behind them."""
 
+import os
 from dataclasses import replace
 
 import h5py
@@ -148,6 +149,17 @@ def test_recording_for_a_script_leaves_its_random_numbers_alone(few_at_once, tmp
     before = torch.get_rng_state()
     collect_reacher.record(REACHER, tmp_path / "reacher.hdf5")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_a_killed_recording_left_behind_goes(tmp_path):
+    old, new = tmp_path / "data.hdf5.1.tmp", tmp_path / "data.hdf5.2.tmp"
+    for path in (old, new):
+        path.write_bytes(b"half of")
+    os.utime(old, (0, 0))
+    with collect_reacher.new_file(tmp_path / "data.hdf5") as temporary:
+        temporary.write_bytes(b"whole")
+    assert not old.exists() and new.exists()  # another process may be writing that one
+    assert (tmp_path / "data.hdf5").read_bytes() == b"whole"
 
 
 def test_bad_input_of_the_recording_of_reacher(few_at_once, tmp_path):

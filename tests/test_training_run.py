@@ -310,6 +310,15 @@ def test_a_run_killed_while_it_saves_resumes(args, whole, monkeypatch):
     assert_same_run(args.run_dir, whole)
 
 
+def test_a_run_killed_in_its_first_checkpoint_starts_again(args, whole):
+    args.run_dir.mkdir()
+    (args.run_dir / ".lock").touch()
+    (args.run_dir / "checkpoint.pt.123.tmp").write_bytes(b"half of")
+    ibc.train(args)
+    assert not list(args.run_dir.glob("*.tmp"))
+    assert_same_run(args.run_dir, whole)
+
+
 def test_a_full_disk_is_one_line(args, monkeypatch):
     def full(data, path):
         raise OSError(28, "No space left on device")
