@@ -73,8 +73,6 @@ class Args:
     """history encoder; auto leaves it out where every agent sees the whole state"""
     ground_truth: bool = False
     """roll out in the true simulator instead of the world model (Table 5)"""
-    next_states: Literal["sample", "mean"] = "sample"
-    """a next state is a sample, or the mean, of a random member's Gaussian (the release: mean)"""
     terminals: Literal["learned", "rule"] = "learned"
     """absorbing next states: what the elites vote for, or the environment's own rule"""
     start_states: Literal["first", "any"] = "first"
@@ -120,7 +118,7 @@ class Args:
 DEFAULTS = {
     None: Args(),
     "Ant-v4": Args(
-        total_steps=200, eval_every=25, eval_episodes=20, start_states="any",
+        total_steps=200, eval_every=25, eval_episodes=20, start_states="any", terminals="rule",
         cloning_steps=3000, learning_rate=1e-4, gamma=0.99,
     ),
     # The game is played in single steps and has no uncertainty (Section 5.2).
@@ -320,10 +318,10 @@ class Step(NamedTuple):
 class WorldModel:
     """An exported ensemble. Networks map standardised inputs to standardised outputs."""
 
-    def __init__(self, task: Task, path: Path, device, terminals="learned", next_states="sample"):
+    def __init__(self, task: Task, path: Path, device, terminals="learned"):
         command = f"python world_model.py --task {task.name} --output {path}"
         require(path.is_file(), f"no world model at {path}; make it with: {command}")
-        self.task, self.terminals, self.next_states = task, terminals, next_states
+        self.task, self.terminals = task, terminals
         try:
             self.model = load(path, device)
             self.lambda_g, self.max_uncertainty = self.model["lambda_g"], self.model["l_epsilon"]
@@ -349,9 +347,9 @@ class WorldModel:
             x = activation(torch.baddbmm(hidden_bias, x, hidden_weight))
         return torch.baddbmm(bias, x, weight)
 
-    @torch.no_grad()
-    def step(self, states, actions, generator=None):
-        """One step from [batch, state] and [batch, agent, action] (Section 3.1)."""
+    def predict(self, states, actions):
+        """Means and standard deviations of (next state, reward) [member, batch, state + 1], and
+        mask logits [member, batch], from [batch, state] and [batch, agent, action]."""
         m = self.model
         x = torch.cat([states, self.task.join_actions(actions.clamp(-1, 1))], dim=-1)
         x = ((x - m["input_mean"]) / m["input_std"]).expand(self.members, -1, -1)
@@ -359,39 +357,42 @@ class WorldModel:
         reward, reward_log_std = self.network("reward", x, F.relu).chunk(2, dim=-1)
         next_states = self.delta * states + change * m["target_std"] + m["target_mean"]
         rewards = reward * m["reward_std"] + m["reward_mean"]
+        state_std = log_std.clamp(-6, 2).exp() * m["target_std"]
+        reward_std = reward_log_std.clamp(-6, 2).exp() * m["reward_std"]
+        means = torch.cat([next_states, rewards], dim=-1)
+        stds = torch.cat([state_std, reward_std], dim=-1)
+        return means, stds, self.network("mask", x, F.relu)[..., 0]
+
+    @torch.no_grad()
+    def step(self, states, actions, generator=None):
+        """One step from [batch, state] and [batch, agent, action] (Section 3.1)."""
+        means, stds, mask_logits = self.predict(states, actions)
+        m, count, device = self.model, len(states), states.device
 
         # eps_g = ||cov||_F over members = ||X X^T||_F / (N - 1) for centred predictions X.
-        outputs = torch.cat([next_states, rewards], dim=-1) / m["scale"]
-        centred = (outputs - outputs.mean(0)).transpose(0, 1)  # [batch, member, state + 1]
-        gram = centred @ centred.transpose(1, 2)
+        centred = ((means - means.mean(0)) / m["scale"]).transpose(0, 1)
+        gram = centred @ centred.transpose(1, 2)  # [batch, member, member]
         epsilon_g = gram.square().sum((1, 2)).sqrt() / (self.members - 1)
 
         # eps_a = max over members of ||diag(sigma^2)||_F (MOPO).
-        state_std = log_std.clamp(-6, 2).exp() * m["target_std"]
-        reward_std = reward_log_std.clamp(-6, 2).exp() * m["reward_std"]
-        stds = torch.cat([state_std, reward_std], dim=-1) / m["scale"]
-        epsilon_a = stds.pow(4).sum(-1).sqrt().amax(0)
+        epsilon_a = (stds / m["scale"]).pow(4).sum(-1).sqrt().amax(0)
 
-        # A random member's Gaussian gives each next state, all members the reward.
-        batch = torch.arange(len(states), device=x.device)
-        member = torch.randint(self.members, (len(states),), device=x.device, generator=generator)
-        next_states = next_states[member, batch]
-        if self.next_states == "sample":
-            shape, device = next_states.shape, x.device
-            noise = torch.randn(shape, device=device, generator=generator)
-            next_states = next_states + state_std[member, batch] * noise
+        # A random member's Gaussian gives each next state, all members the reward (Deviation 12).
+        member = torch.randint(self.members, (count,), device=device, generator=generator)
+        chosen = member, torch.arange(count, device=device)
+        noise = torch.randn(states.shape, device=device, generator=generator)
+        next_states = means[chosen][:, :-1] + stds[chosen][:, :-1] * noise
+        rewards = means[..., -1]
 
-        # The mask is a majority vote.
+        # The mask is a majority vote, or the environment's rule (Deviation 13).
+        masks = ((mask_logits > 0).float().mean(0) > 0.5).float()
         if self.terminals == "rule":
             masks = 1 - ENVIRONMENTS[self.task.environment].terminal(next_states).float()
-        else:
-            votes = (self.network("mask", x, F.relu)[..., 0] > 0).float().mean(0)
-            masks = (votes > 0.5).float()
         return Step(
             next_states.clamp(m["state_min"], m["state_max"]),
-            rewards.mean(0)[:, 0].clamp(m["reward_min"], m["reward_max"]),
+            rewards.mean(0).clamp(m["reward_min"], m["reward_max"]),
             masks,
-            rewards.var(0)[:, 0],
+            rewards.var(0),
             epsilon_g,
             epsilon_a,
         )
@@ -548,9 +549,20 @@ def make_batch(team, rollouts, args, reward_scale):
     return Minibatch(*[None if x is None else x.flatten(0, 1) for x in fields])
 
 
+def split_rollouts(rollouts):
+    """Rows of nine rollouts in ten, which an update learns from, and of the others."""
+    steps, count = rollouts.rewards.shape
+    rollout = torch.arange(steps * count, device=rollouts.rewards.device) % count
+    held_out = rollout >= count - max(count // 10, 1)
+    return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+
+
 @torch.no_grad()
 def surrogate_gain(team, batch):
-    """What an update has gained on transitions of the policy before it: E[(ratio - 1) A]."""
+    """What an update has gained on these transitions of the policy before it: E[(ratio - 1) A].
+
+    On transitions that it has not learned from, this shows how much of an update is signal.
+    """
     distribution = team.distribution(team.inputs(batch.observations, batch.histories))
     ratio = (distribution.log_prob(batch.actions) - batch.log_probs).clamp(max=10).exp()
     return ((ratio - 1) * batch.advantages).mean()
@@ -640,21 +652,20 @@ def model_returns(team, model, first_states):
 
 
 @torch.no_grad()
-def visited_errors(task, model, transitions):
-    """How far the world model can be trusted where the team goes: on its own true transitions."""
-    count = len(transitions["rewards"])
-    rows = np.linspace(0, count - 1, min(count, 10_000)).astype(int)
-    device = model.model["state_min"].device
-    true = {name: torch.as_tensor(column[rows], device=device) for name, column in transitions.items()}
-    generator = torch.Generator(device).manual_seed(0)
-    step = model.step(true["states"], true["actions"], generator)
+def errors_on(model, transitions):
+    """One-step errors of the world model on the team's own true transitions, and how many of these
+    lie outside the data's bounding box."""
+    rows = np.linspace(0, len(transitions["rewards"]) - 1, 10_000).astype(int)
     low, high = model.model["state_min"], model.model["state_max"]
-    outside = (true["next_states"] < low) | (true["next_states"] > high)
+    states, actions, rewards, next_states, _ = (
+        torch.as_tensor(column[rows], device=low.device) for column in transitions.values()
+    )
+    means, _, _ = model.predict(states, actions)
+    outside = ((next_states < low) | (next_states > high)).any(dim=-1)
     return {
-        "visited/state_error": (step.next_states - true["next_states"]).norm(dim=-1).mean().item(),
-        "visited/reward_error": (step.rewards - true["rewards"]).abs().mean().item(),
-        "visited/epsilon_g": step.epsilon_g.mean().item(),
-        "visited/outside_box": outside.any(-1).float().mean().item(),
+        "model_state_error": (means[..., :-1] - next_states).norm(dim=-1).mean().item(),
+        "model_reward_error": (means[..., -1] - rewards).abs().mean().item(),
+        "outside_box": outside.float().mean().item(),
     }
 
 
@@ -665,7 +676,7 @@ def make_model(task, args, run):
     path = args.world_model or WEIGHTS / f"{task.dataset}.pt"
     if task.environment == "coordination" and not args.world_model:
         path = coordination_game.train_world_model(task, args.seed, run.dir / "world_model")
-    return WorldModel(task, path, run.device, args.terminals, args.next_states)
+    return WorldModel(task, path, run.device, args.terminals)
 
 
 def calibrated(args, model):
@@ -706,8 +717,6 @@ def train(args: Args) -> dict:
 
         # Deviation 7. Values are about 1, because a learning step moves them by at most 0.2.
         reward_scale = (1 - args.gamma) / max(float(dataset.rewards.abs().mean()), 1e-3)
-        reward_scale = float(os.environ.get("REWARD_SCALE", reward_scale))
-        if os.environ.get("LG"): args = run.args = replace(args, lambda_g=args.lambda_g*float(os.environ["LG"]), max_uncertainty=args.max_uncertainty*float(os.environ["LE"]))
         if args.cloning_steps and not team.cloned:
             clone(team, dataset, args, reward_scale)
         step_function = compiled(rollout_step, args, device)
@@ -718,7 +727,7 @@ def train(args: Args) -> dict:
             if args.ground_truth:
                 return evaluation
             model_return = model_returns(team, model, evaluation.first_states).mean().item()
-            errors = visited_errors(task, model, evaluation.transitions)
+            errors = errors_on(model, evaluation.transitions)
             return evaluation._replace(extra={"model_return": model_return, **errors})
 
         for _ in run.steps(evaluate_team):
@@ -726,11 +735,9 @@ def train(args: Args) -> dict:
             rollouts, report = generate_rollouts(step_function, team, model, dataset, args)
             run.log({f"world_model/{name}": value for name, value in report.items()})
 
-            # Train agents, on nine rollouts of ten.
+            # Train agents.
             batch = make_batch(team, rollouts, args, reward_scale)
-            rollout = torch.arange(len(batch.states), device=device) % len(rollouts.states[0])
-            held_out = rollout >= len(rollouts.states[0]) * 9 // 10
-            training_rows, held_out_rows = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+            training_rows, held_out_rows = split_rollouts(rollouts)
             for _ in range(args.epochs):
                 order = training_rows[torch.randperm(len(training_rows), device=device)]
                 for rows in order.split(args.minibatch_size)[: len(order) // args.minibatch_size]:
@@ -741,8 +748,9 @@ def train(args: Args) -> dict:
                     optimizer.step()
                     run.log({f"losses/{name}": value for name, value in metrics.items()})
             schedule.step()
-            for name, rows in {"gain": order[: len(held_out_rows)], "held_out_gain": held_out_rows}.items():
-                run.log({f"losses/{name}": surrogate_gain(team, batch.rows(rows))})
+            gain = surrogate_gain(team, batch.rows(order[: len(held_out_rows)]))
+            held_out_gain = surrogate_gain(team, batch.rows(held_out_rows))
+            run.log({"losses/gain": gain, "losses/held_out_gain": held_out_gain})
 
         return run.finish(evaluate_team(FINAL_EPISODES))
 

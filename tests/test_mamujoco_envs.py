@@ -378,6 +378,19 @@ def test_evaluate_equals_episodes_by_hand(dies, monkeypatch):
     assert any((histories[..., 0].abs() == ACTION_LIMIT).any() for histories in by_hand)
 
 
+def test_transitions_of_an_evaluation_are_those_of_the_simulator():
+    evaluation = evaluate(REACHER, made_up_team([]), episodes=3)
+    states, actions, rewards, next_states, terminals = evaluation.transitions.values()
+    assert len(rewards) == evaluation.lengths.sum() and not terminals.any()
+    np.testing.assert_allclose(rewards.sum(), evaluation.returns.sum(), rtol=1e-5)
+    np.testing.assert_allclose(states[:3], evaluation.first_states, atol=1e-6)
+    np.testing.assert_allclose(next_states[-3:], evaluation.last_states, atol=1e-5)
+    np.testing.assert_array_equal(next_states[:-3], states[3:])  # copies take turns
+    simulator = mamujoco_envs.Simulator(REACHER, len(states))
+    simulator.set_states(states)
+    np.testing.assert_allclose(simulator.step(actions)[0], next_states, atol=0.01)
+
+
 def test_a_record_keeps_scores_and_raw_returns():
     returns = np.array([-4.2370844, -11.144625, -4.2370844])
     lengths = np.array([50, 50, 50])

@@ -33,12 +33,15 @@ from moma_ppo import (
     WorldModel,
     clone,
     cloning_and_value_loss,
+    errors_on,
     generalized_advantages,
     generate_rollouts,
     make_batch,
     model_returns,
     ppo_loss,
     rollout_step,
+    split_rollouts,
+    surrogate_gain,
 )
 
 
@@ -194,7 +197,11 @@ def literal_prediction(saved, member, state, joint_action):
 
 
 @pytest.mark.parametrize("target, activation", [("delta", "silu"), ("absolute", "relu")])
-def test_a_step_of_the_world_model_equals_section_3_1(target, activation, saved, tmp_path, float64):
+def test_a_step_of_the_world_model_equals_section_3_1(
+    target, activation, saved, tmp_path, float64, monkeypatch
+):
+    """Next states are compared without the noise around a member's mean."""
+    draw = torch.randn
     saved["description"] = {"target": target, "activation": activation}
     saved = {k: v.double() if torch.is_tensor(v) else v for k, v in saved.items()}
     for name in ("state", "reward", "mask"):
@@ -202,7 +209,9 @@ def test_a_step_of_the_world_model_equals_section_3_1(target, activation, saved,
     model = read(saved, tmp_path)
     assert (model.lambda_g, model.max_uncertainty) == (0.1, 2.0)
     states, actions = torch.randn(40, 11), 3 * torch.rand(40, 2, 1) - 1.5
+    monkeypatch.setattr(torch, "randn", lambda shape, **options: torch.zeros(shape))
     step, chosen = model.step(states, actions), set()
+    monkeypatch.setattr(torch, "randn", draw)
     for i in range(40):
         joint_action = actions[i, :, 0].clamp(-1, 1)
         elites = [literal_prediction(saved, m, states[i], joint_action) for m in range(ELITES)]
@@ -228,6 +237,44 @@ def test_a_step_of_the_world_model_equals_section_3_1(target, activation, saved,
     assert chosen == set(range(ELITES))
     assert {0, 1} == set(step.masks.tolist())
     assert not torch.equal(model.step(states, actions).next_states, step.next_states)
+
+
+def test_next_states_are_samples_of_a_members_gaussian(saved, tmp_path):
+    saved["state_min"], saved["state_max"] = -torch.full((11,), 1e9), torch.full((11,), 1e9)
+    model = read(saved, tmp_path)
+    state, action = torch.randn(11), torch.rand(2, 1)
+    means, stds, _ = model.predict(state[None], action[None])
+    for member in range(ELITES):
+        next_state, reward, std, reward_std, _ = literal_prediction(
+            saved, member, state, action[:, 0]
+        )
+        torch.testing.assert_close(means[member, 0], torch.cat([next_state, reward]))
+        torch.testing.assert_close(stds[member, 0], torch.cat([std, reward_std]))
+    samples = model.step(state.expand(50_000, -1), action.expand(50_000, -1, -1)).next_states
+    means, stds = means[:, 0, :-1], stds[:, 0, :-1]
+    variance = stds.square().mean(0) + means.var(0, correction=0)
+    assert ((samples.mean(0) - means.mean(0)).abs() < 5 * (variance / 50_000).sqrt()).all()
+    torch.testing.assert_close(samples.var(0), variance, rtol=0.05, atol=0)
+
+
+def test_terminals_by_the_environments_rule(saved, tmp_path):
+    """Of the sampled next state, before the box hides it."""
+    path = tmp_path / "ant.pt"
+    layers = [(torch.zeros(ELITES, 35, 54), torch.zeros(ELITES, 1, 54))]
+    layers[0][1][..., 27:] = -10.0  # hardly any noise
+    saved |= {"state": layers, "mask": [(torch.zeros(ELITES, 35, 1), torch.ones(ELITES, 1, 1))]}
+    saved |= {"reward": [(torch.zeros(ELITES, 35, 2), torch.zeros(ELITES, 1, 2))]}
+    saved |= {"input_mean": torch.zeros(35), "input_std": torch.ones(35)}
+    saved |= {"target_mean": torch.zeros(27), "target_std": torch.full((27,), 1e-3)}
+    saved |= {"state_min": torch.full((27,), -0.9), "state_max": torch.full((27,), 0.9)}
+    saved["scale"], saved["dataset"] = torch.ones(28), {"name": ANT.dataset, "source": "made up"}
+    torch.save(saved, path)
+    states = torch.zeros(4, 27)
+    states[:, 0] = torch.tensor([0.1, 0.5, 0.95, 1.1])
+    for terminals, masks in (("rule", [0, 1, 1, 0]), ("learned", [1, 1, 1, 1])):
+        step = WorldModel(ANT, path, "cpu", terminals).step(states, torch.zeros(4, 4, 2))
+        assert step.masks.tolist() == masks
+        assert step.next_states.max() <= 0.9
 
 
 @pytest.mark.parametrize("votes, mask", [([1, 1, 0, 0], 0), ([1, 1, 1, 0], 1), ([1, 0, 0, 0], 0)])
@@ -565,6 +612,43 @@ def test_the_batch_bootstraps_from_each_transitions_own_next_state(task, reward_
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-3)
     torch.testing.assert_close(batch.returns, returns.flatten(), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(batch.advantages, advantages.flatten(), rtol=1e-3, atol=1e-3)
+
+
+def test_whole_rollouts_are_held_out():
+    args = make_args(transitions=2000, rollout_length=50)
+    _, _, rollouts, _ = made_up_rollouts(args, MadeUpModel())
+    training_rows, held_out_rows = split_rollouts(rollouts)
+    assert len(held_out_rows) == 200 and len(training_rows) == 1800
+    rows = torch.arange(2000).view(50, 40)  # as make_batch flattens them
+    assert torch.equal(held_out_rows.sort().values, rows[:, 36:].flatten().sort().values)
+    assert not set(training_rows.tolist()) & set(held_out_rows.tolist())
+
+
+def test_gain_of_an_update_is_the_importance_weighted_advantage():
+    team = made_up_team()
+    batch = made_up_minibatch(team)
+    mean, log_std, _ = literal_team(team, batch.states, batch.observations, batch.histories)
+    log_probs = Normal(mean, log_std.exp()).log_prob(batch.actions).sum((1, 2))
+    ratios = (log_probs - batch.log_probs).exp()
+    expected = sum((r - 1) * a for r, a in zip(ratios, batch.advantages)) / len(ratios)
+    torch.testing.assert_close(surrogate_gain(team, batch), expected.detach())
+
+
+def test_errors_of_the_model_where_the_team_goes(saved, tmp_path):
+    model, states, actions = read(saved, tmp_path), made_up_states(30), torch.rand(30, 2, 1)
+    next_states, rewards = made_up_states(30), torch.randn(30)
+    columns = (states, actions, rewards, next_states, torch.zeros(30))
+    names = ("states", "actions", "rewards", "next_states", "terminals")
+    transitions = {name: column.numpy() for name, column in zip(names, columns)}
+    errors = errors_on(model, transitions)
+    means, _, _ = model.predict(states, actions)
+    state_errors = [(means[m, i, :-1] - next_states[i]).norm() for m in range(5) for i in range(30)]
+    reward_errors = [(means[m, i, -1] - rewards[i]).abs() for m in range(5) for i in range(30)]
+    low, high = saved["state_min"], saved["state_max"]
+    outside = [any(x < low) or any(x > high) for x in next_states]
+    assert errors["model_state_error"] == pytest.approx(np.mean(state_errors), rel=0.05)
+    assert errors["model_reward_error"] == pytest.approx(np.mean(reward_errors), rel=0.05)
+    assert errors["outside_box"] == pytest.approx(np.mean(outside), abs=0.05)
 
 
 def made_up_minibatch(team, size=24):
