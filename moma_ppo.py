@@ -93,8 +93,8 @@ class Args:
     """gradient steps of behavioural cloning before the first learning step (the paper: 0)"""
     transitions: int = 2000
     """transitions per learning step"""
-    epochs: int = 5
-    """passes over these transitions"""
+    epochs: int = 2
+    """passes over these transitions (the paper: 5)"""
     minibatch_size: int = 256
     """transitions per gradient step"""
     learning_rate: float = 1e-3
@@ -118,7 +118,7 @@ class Args:
 DEFAULTS = {
     None: Args(),
     "Ant-v4": Args(
-        total_steps=200, eval_every=25, eval_episodes=20, start_states="any", terminals="rule",
+        total_steps=2000, eval_every=200, eval_episodes=20, start_states="any", terminals="rule",
         cloning_steps=3000, learning_rate=1e-4, gamma=0.99,
     ),
     # The game is played in single steps and has no uncertainty (Section 5.2).
@@ -553,7 +553,7 @@ def split_rollouts(rollouts):
     """Rows of nine rollouts in ten, which an update learns from, and of the others."""
     steps, count = rollouts.rewards.shape
     rollout = torch.arange(steps * count, device=rollouts.rewards.device) % count
-    held_out = rollout >= count - max(count // 10, 1)
+    held_out = rollout >= count - count // 10
     return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
 
 
@@ -695,9 +695,10 @@ def check(args):
     check_range(args, 0, 0.999999, "gamma")
     check_range(args, 0, 1, "gae_lambda")
     check_range(args, 0, math.inf, "max_uncertainty")
-    filled = args.transitions // args.rollout_length * args.rollout_length
+    count = args.transitions // args.rollout_length  # of rollouts; a tenth is held out
+    trained = (count - count // 10) * args.rollout_length
     message = "--transitions must fill a --minibatch-size with rollouts of --rollout-length"
-    require(filled >= args.minibatch_size, message)
+    require(trained >= args.minibatch_size, message)
 
 
 def train(args: Args) -> dict:
@@ -748,9 +749,10 @@ def train(args: Args) -> dict:
                     optimizer.step()
                     run.log({f"losses/{name}": value for name, value in metrics.items()})
             schedule.step()
-            gain = surrogate_gain(team, batch.rows(order[: len(held_out_rows)]))
-            held_out_gain = surrogate_gain(team, batch.rows(held_out_rows))
-            run.log({"losses/gain": gain, "losses/held_out_gain": held_out_gain})
+            if len(held_out_rows):
+                seen = surrogate_gain(team, batch.rows(order[: len(held_out_rows)]))
+                unseen = surrogate_gain(team, batch.rows(held_out_rows))
+                run.log({"losses/gain": seen, "losses/held_out_gain": unseen})
 
         return run.finish(evaluate_team(FINAL_EPISODES))
 

@@ -23,7 +23,7 @@ from training_run import load_checkpoint, load_team
 ROOT = Path(__file__).parents[1]
 TRAINING = [*BASELINES, "moma_ppo", "world_model"]
 TINY = {name: ["--batch-size", 16, "--total-steps", 4, "--eval-every", 2] for name in BASELINES}
-TINY["moma_ppo"] = ["--transitions", 300, "--epochs", 1, "--total-steps", 4, "--eval-every", 2]
+TINY["moma_ppo"] = ["--transitions", 500, "--epochs", 1, "--total-steps", 4, "--eval-every", 2]
 TINY["world_model"] = ["--hidden", 16, 16, "--reward-hidden", 16, "--mask-hidden", 16]
 TINY["world_model"] += ["--total-steps", 40, "--eval-every", 20]
 # Runs that go through other code than the script's default.
@@ -387,7 +387,7 @@ NONSENSE = [
     *[("iomar", "omar_elites", value) for value in (1, 21)],  # no variance; of twenty samples
     ("iomar", "omega", 1.1),
     *[("moma_ppo", "transitions", value) for value in (-400, 0, 200)],
-    *[("moma_ppo", "rollout_length", value) for value in (-1, 0, 301)],
+    *[("moma_ppo", "rollout_length", value) for value in (-1, 0, 501)],
     *[("moma_ppo", name, 0) for name in ("minibatch_size", "epochs", "eval_episodes")],
     *[("moma_ppo", name, -1) for name in ("cloning_steps", "clip", "lambda_g", "lambda_r")],
     *[("moma_ppo", "max_uncertainty", value) for value in (-1, "nan")],
