@@ -93,8 +93,8 @@ class Args:
     """gradient steps of behavioural cloning before the first learning step (the paper: 0)"""
     transitions: int = 2000
     """transitions per learning step"""
-    epochs: int = 2
-    """passes over these transitions (the paper: 5)"""
+    epochs: int = 5
+    """passes over these transitions"""
     minibatch_size: int = 256
     """transitions per gradient step"""
     learning_rate: float = 1e-3
@@ -119,7 +119,7 @@ DEFAULTS = {
     None: Args(),
     "Ant-v4": Args(
         total_steps=2000, eval_every=200, eval_episodes=20, start_states="any", terminals="rule",
-        cloning_steps=3000, learning_rate=1e-4, gamma=0.99,
+        cloning_steps=3000, epochs=2, learning_rate=1e-4, gamma=0.99,
     ),
     # The game is played in single steps and has no uncertainty (Section 5.2).
     "coordination": Args(
