@@ -148,7 +148,8 @@ def check_range(args, low: float, high: float, *names: str) -> None:
         value = getattr(args, name)
         flag = f"--{name.replace('_', '-')}"
         value = low if value is None else value  # a default that is found out later
-        require(low <= value <= high, f"{flag} must be from {low} to {high}; it is {value}")
+        bounds = f"from {low:.10g} to {high:.10g}"
+        require(low <= value <= high, f"{flag} must be {bounds}; it is {value}")
 
 
 def find_device(name: str) -> torch.device:
