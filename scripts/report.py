@@ -70,6 +70,7 @@ def add_run(run_dir: Path, folder: Path = RESULTS) -> None:
     table = folder / f"{TABLES[task.split('-')[0]]}.json"
     runs = json.loads(table.read_text(encoding="utf-8")) if table.is_file() else {}
     result = json.loads(path.read_text(encoding="utf-8"))
+    result["args"].pop("run_dir", None)  # a place on somebody's machine
     kept = {name: rounded(result[name]) for name in KEPT if name in result}
     runs[run_dir.name] = {"task": task, "algorithm": algorithm, "seed": int(seed)} | kept
     lines = (f"{json.dumps(name)}: {json.dumps(run)}" for name, run in sorted(runs.items()))
