@@ -673,6 +673,8 @@ def make_model(task, args, run):
     """The world model or simulator to roll out in."""
     if args.ground_truth:
         return GroundTruth(task, args.transitions // args.rollout_length)
+    has_rule = args.terminals == "learned" or task.environment in ENVIRONMENTS
+    require(has_rule, f"{task.name} has no rule for terminals; use --terminals learned")
     path = args.world_model or WEIGHTS / f"{task.dataset}.pt"
     if task.environment == "coordination" and not args.world_model:
         path = coordination_game.train_world_model(task, args.seed, run.dir / "world_model")
