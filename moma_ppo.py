@@ -73,6 +73,8 @@ class Args:
     """history encoder; auto leaves it out where every agent sees the whole state"""
     ground_truth: bool = False
     """roll out in the true simulator instead of the world model (Table 5)"""
+    next_states: Literal["sample", "mean"] = "sample"
+    """a next state is a sample of a random member's Gaussian, or its mean (the release)"""
     terminals: Literal["learned", "rule"] = "learned"
     """absorbing next states: what the elites vote for, or the environment's own rule"""
     start_states: Literal["first", "any"] = "first"
@@ -117,9 +119,10 @@ class Args:
 
 DEFAULTS = {
     None: Args(),
+    "Reacher-v4": Args(next_states="mean"),
     "Ant-v4": Args(
-        total_steps=2000, eval_every=200, eval_episodes=20, start_states="any", terminals="rule",
-        cloning_steps=3000, epochs=2, learning_rate=1e-4, gamma=0.99,
+        total_steps=2000, eval_every=200, eval_episodes=20, start_states="any",
+        terminals="rule", cloning_steps=3000, epochs=2, learning_rate=1e-4, gamma=0.99,
     ),
     # The game is played in single steps and has no uncertainty (Section 5.2).
     "coordination": Args(
@@ -318,10 +321,10 @@ class Step(NamedTuple):
 class WorldModel:
     """An exported ensemble. Networks map standardised inputs to standardised outputs."""
 
-    def __init__(self, task: Task, path: Path, device, terminals="learned"):
+    def __init__(self, task: Task, path: Path, device, next_states="sample", terminals="learned"):
         command = f"python world_model.py --task {task.name} --output {path}"
         require(path.is_file(), f"no world model at {path}; make it with: {command}")
-        self.task, self.terminals = task, terminals
+        self.task, self.next_states, self.terminals = task, next_states, terminals
         try:
             self.model = load(path, device)
             self.lambda_g, self.max_uncertainty = self.model["lambda_g"], self.model["l_epsilon"]
@@ -377,12 +380,13 @@ class WorldModel:
         # eps_a = max over members of ||diag(sigma^2)||_F (MOPO).
         epsilon_a = (stds / m["scale"]).pow(4).sum(-1).sqrt().amax(0)
 
-        # A random member's Gaussian gives each next state, all members the reward (Deviation 12).
+        # A random member gives each next state, all members the reward (Deviation 12).
         member = torch.randint(self.members, (count,), device=device, generator=generator)
         chosen = member, torch.arange(count, device=device)
-        noise = torch.randn(states.shape, device=device, generator=generator)
-        next_states = means[chosen][:, :-1] + stds[chosen][:, :-1] * noise
-        rewards = means[..., -1]
+        next_states, rewards = means[chosen][:, :-1], means[..., -1]
+        if self.next_states == "sample":
+            noise = torch.randn(states.shape, device=device, generator=generator)
+            next_states = next_states + stds[chosen][:, :-1] * noise
 
         # The mask is a majority vote, or the environment's rule (Deviation 13).
         masks = ((mask_logits > 0).float().mean(0) > 0.5).float()
@@ -678,7 +682,7 @@ def make_model(task, args, run):
     path = args.world_model or WEIGHTS / f"{task.dataset}.pt"
     if task.environment == "coordination" and not args.world_model:
         path = coordination_game.train_world_model(task, args.seed, run.dir / "world_model")
-    return WorldModel(task, path, run.device, args.terminals)
+    return WorldModel(task, path, run.device, args.next_states, args.terminals)
 
 
 def calibrated(args, model):
