@@ -275,7 +275,7 @@ class Reacher:
 
     @staticmethod
     def terminal(next_states):
-        """[B] bool; an episode of Reacher ends by time-out only."""
+        """[B] bool, of an array or a tensor: never, episodes of Reacher end by time-out only."""
         return abs(next_states[:, 0]) > np.inf
 
 

@@ -561,17 +561,6 @@ def split_rollouts(rollouts):
     return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
 
 
-@torch.no_grad()
-def surrogate_gain(team, batch):
-    """What an update has gained on these transitions of the policy before it: E[(ratio - 1) A].
-
-    On transitions that it has not learned from, this shows how much of an update is signal.
-    """
-    distribution = team.distribution(team.inputs(batch.observations, batch.histories))
-    ratio = (distribution.log_prob(batch.actions) - batch.log_probs).clamp(max=10).exp()
-    return ((ratio - 1) * batch.advantages).mean()
-
-
 def ppo_loss(team, batch, args):
     """Actor, critic, entropy bonus and action penalty (Appendix A.1)."""
     inputs = team.inputs(batch.observations, batch.histories)
@@ -636,6 +625,17 @@ def clone(team, dataset, args, reward_scale):
 
 
 # Running it.
+
+
+@torch.no_grad()
+def surrogate_gain(team, batch):
+    """What an update has gained on these transitions of the policy before it: E[(ratio - 1) A].
+
+    On transitions that it has not learned from, this shows how much of an update is signal.
+    """
+    distribution = team.distribution(team.inputs(batch.observations, batch.histories))
+    ratio = (distribution.log_prob(batch.actions) - batch.log_probs).clamp(max=10).exp()
+    return ((ratio - 1) * batch.advantages).mean()
 
 
 @torch.no_grad()

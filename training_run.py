@@ -84,7 +84,8 @@ def main(train: Callable, defaults: dict) -> None:
         sys.exit(f"error: {error}")
     except (MemoryError, RuntimeError) as error:
         # PyTorch reports an allocation that fails on the CPU as a RuntimeError.
-        if not (isinstance(error, MemoryError) or re.search("allocate|memory|Storage", str(error))):
+        known = re.search("allocate memory|out of memory|Storage size", str(error))
+        if args is None or not (known or isinstance(error, MemoryError)):
             raise
         sys.exit(f"error: {too_large(args, default_args(defaults, args.task))}")
     except KeyboardInterrupt as stop:
@@ -171,10 +172,10 @@ def keep_freed_memory() -> None:
         mallopt(mmap_threshold, 2**30)
 
 
-def check_compiler() -> None:
+def find_compiler() -> str | None:
+    """A C++ compiler, which --compile needs."""
     compilers = (os.environ.get("CXX"), "g++", "c++", "clang++")
-    found = any(shutil.which(name) for name in compilers if name)
-    require(found, "--compile needs a C++ compiler; install one (Debian: g++) or leave it out")
+    return next(filter(shutil.which, filter(None, compilers)), None)
 
 
 def compiled(function: Callable, args, device: torch.device) -> Callable:
@@ -269,8 +270,9 @@ class Run:
         check_range(args, 0, 2**32 - 1, "seed")
         if hasattr(args, "eval_episodes"):  # a simulator each
             check_range(args, 1, 10_000, "eval_episodes")
-        if args.compile:
-            check_compiler()
+        advice = "install one (Debian: g++) or leave it out"
+        missing = args.compile and not find_compiler()
+        require(not missing, f"--compile needs a C++ compiler; {advice}")
         self.args, self.script, self.device = args, script, find_device(args.device)
         self.log_every = log_every
         self.algorithm = script  # as PAPER_SCORES names it
@@ -303,8 +305,9 @@ class Run:
             except OSError as error:
                 advice = "give another --run-dir"
                 raise InputError(f"cannot use {run_dir} ({error.strerror}); {advice}") from None
-            for half_written in [*run_dir.glob("*.pt.*.tmp"), *run_dir.glob("*.json.*.tmp")]:
-                half_written.unlink()  # by a process that was killed
+            for name in ("checkpoint.pt", "result.json", "world_model.pt"):
+                for half_written in run_dir.glob(f"{name}.*.tmp"):  # by a process that was killed
+                    half_written.unlink()
             taken = not args.resume and any(path.name != ".lock" for path in run_dir.iterdir())
             if not taken:
                 return run_dir, lock

@@ -34,7 +34,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from mamujoco_envs import PAPER_SCORES, InputError, all_tasks, available_cores, find_task, require
-from training_run import REPOSITORY, check_positive, say
+from training_run import REPOSITORY, check_positive, find_compiler, say
 
 # In the order of Table 4: the script of each algorithm, and its options.
 ALGORITHMS = {
@@ -143,8 +143,7 @@ def job_command(job: Job, options: list[str]) -> list[str]:
 
 def compile_options(environment: dict[str, str]) -> list[str]:
     """--compile, if there is a C++ compiler, of which torch.compile is told."""
-    compilers = (os.environ.get("CXX"), "g++", "c++", "clang++")
-    found = next(filter(shutil.which, filter(None, compilers)), None)
+    found = find_compiler()
     if not found:
         say("note: runs are not compiled, because there is no C++ compiler; install g++")
         return []
