@@ -350,26 +350,39 @@ class WorldModel:
             x = activation(torch.baddbmm(hidden_bias, x, hidden_weight))
         return torch.baddbmm(bias, x, weight)
 
-    def predict(self, states, actions):
-        """Means and standard deviations of (next state, reward) [member, batch, state + 1], and
-        mask logits [member, batch], from [batch, state] and [batch, agent, action]."""
-        m = self.model
+    def inputs(self, states, actions):
+        """Standardised state and joint action [batch, state + joint]."""
         x = torch.cat([states, self.task.join_actions(actions.clamp(-1, 1))], dim=-1)
-        x = ((x - m["input_mean"]) / m["input_std"]).expand(self.members, -1, -1)
+        return (x - self.model["input_mean"]) / self.model["input_std"]
+
+    def predict(self, states, actions):
+        """Means and standard deviations of (next state, reward) [member, batch, state + 1] from
+        [batch, state] and [batch, agent, action]."""
+        m = self.model
+        x = self.inputs(states, actions).expand(self.members, -1, -1)
         change, log_std = self.network("state", x, self.activation).chunk(2, dim=-1)
         reward, reward_log_std = self.network("reward", x, F.relu).chunk(2, dim=-1)
         next_states = self.delta * states + change * m["target_std"] + m["target_mean"]
         rewards = reward * m["reward_std"] + m["reward_mean"]
-        state_std = log_std.clamp(-6, 2).exp() * m["target_std"]
-        reward_std = reward_log_std.clamp(-6, 2).exp() * m["reward_std"]
+        state_std = log_std.clamp(-10, 2).exp() * m["target_std"]
+        reward_std = reward_log_std.clamp(-10, 2).exp() * m["reward_std"]
         means = torch.cat([next_states, rewards], dim=-1)
         stds = torch.cat([state_std, reward_std], dim=-1)
-        return means, stds, self.network("mask", x, F.relu)[..., 0]
+        return means, stds
+
+    def masks(self, states, actions, next_states):
+        """A majority vote on whether next states are not absorbing: [batch]."""
+        m = self.model
+        state_dim = states.shape[-1]
+        mean, std = m["input_mean"][:state_dim], m["input_std"][:state_dim]
+        x = torch.cat([self.inputs(states, actions), (next_states - mean) / std], dim=-1)
+        logits = self.network("mask", x.expand(self.members, -1, -1), F.relu)[..., 0]
+        return ((logits > 0).float().mean(0) > 0.5).float()
 
     @torch.no_grad()
     def step(self, states, actions, generator=None):
         """One step from [batch, state] and [batch, agent, action] (Section 3.1)."""
-        means, stds, mask_logits = self.predict(states, actions)
+        means, stds = self.predict(states, actions)
         m, count, device = self.model, len(states), states.device
 
         # eps_g = ||cov||_F over members = ||X X^T||_F / (N - 1) for centred predictions X.
@@ -389,7 +402,7 @@ class WorldModel:
             next_states = next_states + stds[chosen][:, :-1] * noise
 
         # The mask is a majority vote, or the environment's rule (Deviation 13).
-        masks = ((mask_logits > 0).float().mean(0) > 0.5).float()
+        masks = self.masks(states, actions, next_states)
         if self.terminals == "rule":
             masks = 1 - ENVIRONMENTS[self.task.environment].terminal(next_states).float()
         return Step(
@@ -664,7 +677,7 @@ def errors_on(model, transitions):
     states, actions, rewards, next_states, _ = (
         torch.as_tensor(column[rows], device=low.device) for column in transitions.values()
     )
-    means, _, _ = model.predict(states, actions)
+    means, _ = model.predict(states, actions)
     outside = ((next_states < low) | (next_states > high)).any(dim=-1)
     return {
         "model_state_error": (means[..., :-1] - next_states).norm(dim=-1).mean().item(),

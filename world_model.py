@@ -154,7 +154,7 @@ class Ensemble(nn.Module):
         activation = {"silu": nn.SiLU, "relu": nn.ReLU}[args.activation]
         self.state = MLP(in_dims, args.hidden, 2 * task.state_dim, activation)
         self.reward = MLP(in_dims, args.reward_hidden, 2)
-        self.mask = MLP(in_dims, args.mask_hidden, 1)
+        self.mask = MLP([in_dims[0] + task.state_dim] * args.members, args.mask_hidden, 1)
         sizes = {"input": in_dims[0], "target": task.state_dim, "reward": 1}
         for name, size in sizes.items():
             self.register_buffer(f"{name}_mean", torch.zeros(size))
@@ -180,22 +180,29 @@ class Ensemble(nn.Module):
 
     def forward(self, states, joint_actions):
         """[member, batch, state], [member, batch, joint]: means and log standard deviations of
-        state [member, batch, state] and reward [member, batch, 1], and mask logits."""
+        state [member, batch, state] and reward [member, batch, 1]."""
         x = torch.cat([states, joint_actions], dim=-1)
         x = (x - self.input_mean) / self.input_std
         mean, log_std = self.state(x).chunk(2, dim=-1)
         reward, reward_log_std = self.reward(x).chunk(2, dim=-1)
-        mask_logits = self.mask(x)[..., 0]
-        return mean, log_std.clamp(-6, 2), reward, reward_log_std.clamp(-6, 2), mask_logits
+        return mean, log_std.clamp(-10, 2), reward, reward_log_std.clamp(-10, 2)
+
+    def mask_logits(self, states, joint_actions, next_states):
+        """Logits [member, batch] of the next state's not being absorbing."""
+        x = torch.cat([states, joint_actions, next_states], dim=-1)
+        state_dim = states.shape[-1]
+        mean = torch.cat([self.input_mean, self.input_mean[:state_dim]])
+        std = torch.cat([self.input_std, self.input_std[:state_dim]])
+        return self.mask((x - mean) / std)[..., 0]
 
     def predict(self, states, joint_actions):
-        """[batch, state], [batch, joint]: each member's mean next state [member, batch, state],
-        mean reward [member, batch] and mask logit, in the units of the data."""
+        """[batch, state], [batch, joint]: each member's mean next state [member, batch, state] and
+        its standard deviation, and mean reward [member, batch], in the units of the data."""
         inputs = (x.expand(self.members, -1, -1) for x in (states, joint_actions))
-        mean, _, reward, _, mask_logits = self(*inputs)
+        mean, log_std, reward, _ = self(*inputs)
         next_states = self.delta * states + mean * self.target_std + self.target_mean
         rewards = (reward * self.reward_std + self.reward_mean)[..., 0]
-        return next_states, rewards, mask_logits
+        return next_states, log_std.exp() * self.target_std, rewards
 
     def select(self, task: Task, args: Args, members: list[int]) -> "Ensemble":
         """A copy with these members alone."""
@@ -220,20 +227,22 @@ def gaussian_nll(target, mean, log_std, beta=0.0):
     return (2 * beta * log_std).exp().detach() * likelihood
 
 
-def member_losses(ensemble, batch, changes, beta):
+def member_losses(ensemble, batch, mask_batch, changes, beta):
     """Losses of next state, reward and mask of every member [3, member] (Section 3.1).
 
-    `batch` is states, joint actions, next states, rewards and masks, each [member, batch, ...];
+    A batch is states, joint actions, next states, rewards and masks, each [member, batch, ...];
     `changes` [state] are the dimensions that ever change.
     """
-    states, joint_actions, next_states, rewards, masks = batch
-    mean, log_std, reward, reward_log_std, mask_logits = ensemble(states, joint_actions)
+    states, joint_actions, next_states, rewards, _ = batch
+    mean, log_std, reward, reward_log_std = ensemble(states, joint_actions)
     target = next_states - ensemble.delta * states - ensemble.target_mean
     target = target[..., changes] / ensemble.target_std[changes]
     state_loss = gaussian_nll(target, mean[..., changes], log_std[..., changes], beta)
     reward_target = (rewards[..., None] - ensemble.reward_mean) / ensemble.reward_std
     reward_loss = gaussian_nll(reward_target, reward, reward_log_std)
-    mask_loss = F.binary_cross_entropy_with_logits(mask_logits, masks, reduction="none")
+    *mask_inputs, _, masks = mask_batch
+    logits = ensemble.mask_logits(*mask_inputs)
+    mask_loss = F.binary_cross_entropy_with_logits(logits, masks, reduction="none")
     return torch.stack([state_loss.mean((1, 2)), reward_loss.mean((1, 2)), mask_loss.mean(1)])
 
 
@@ -254,13 +263,14 @@ def held_out_errors(ensemble, dataset: OfflineDataset, rows, scale) -> dict:
     """Errors of each member's mean predictions [member].
 
     State (L2) and reward (absolute) in their own units and in standard deviations of the data, and
-    the share of wrong masks.
+    the share of wrong masks, given the true next state.
     """
     sums = 0
     for part in rows.split(4096):
-        joint_actions = dataset.task.join_actions(dataset.actions[part])
-        predicted = ensemble.predict(dataset.states[part], joint_actions)
-        next_states, rewards, mask_logits = predicted
+        states, joint_actions = dataset.states[part], dataset.task.join_actions(dataset.actions[part])
+        next_states, _, rewards = ensemble.predict(states, joint_actions)
+        inputs = (x.expand(ensemble.members, -1, -1) for x in (states, joint_actions, dataset.next_states[part]))
+        mask_logits = ensemble.mask_logits(*inputs)
         state_error = next_states - dataset.next_states[part]
         reward_error = (rewards - dataset.rewards[part]).abs()
         errors = [
@@ -314,7 +324,7 @@ def open_loop(ensemble, dataset: OfflineDataset, rows, scale, behavior) -> dict:
     for t in range(OPEN_LOOP_STEPS):
         actions = disturb(task, dataset.actions[rows + t].cpu(), behavior, generator)
         joint_actions = task.join_actions(actions).to(device)
-        next_states, rewards, _ = ensemble.predict(states, joint_actions)
+        next_states, _, rewards = ensemble.predict(states, joint_actions)
         epsilons.append(epistemic_uncertainty(next_states, rewards, scale).cpu()[alive])
         member = torch.randint(ensemble.members, (count,), generator=generator).to(device)
         states = next_states[member, torch.arange(count, device=device)]
@@ -359,7 +369,7 @@ def retargeting_error(ensemble, dataset: OfflineDataset, rows) -> float:
     states, other = dataset.states[rows].clone(), dataset.states[rows.roll(1)]
     states[:, 8:10] += states[:, 4:6] - other[:, 4:6]
     states[:, 4:6] = other[:, 4:6]
-    _, rewards, _ = ensemble.predict(states, states.new_zeros(len(rows), 2))
+    _, _, rewards = ensemble.predict(states, states.new_zeros(len(rows), 2))
     return (rewards.mean(0) + states[:, 8:10].norm(dim=1)).abs().mean().item()
 
 
@@ -460,6 +470,7 @@ def train(args: Args) -> dict:
         run.restore(inputs, ensemble=ensemble, optimizer=optimizer, schedule=schedule)
         loss_function = compiled(member_losses, args, device)
         joint_actions = task.join_actions(dataset.actions)
+        absorbing_rows = training_rows[dataset.masks[training_rows] == 0]
         columns = (
             dataset.states,
             joint_actions,
@@ -477,7 +488,14 @@ def train(args: Args) -> dict:
             picks = torch.randint(len(training_rows), shape, device=device)
             rows = training_rows[picks]
             batch = [column[rows] for column in columns]
-            losses = loss_function(ensemble, batch, changes, args.beta)
+            # The masks see one absorbing state in sixteen, because data have hardly any.
+            mask_batch = batch
+            if len(absorbing_rows):
+                rows = rows.clone()
+                picks = torch.randint(len(absorbing_rows), picks[:, ::16].shape, device=device)
+                rows[:, ::16] = absorbing_rows[picks]
+                mask_batch = [column[rows] for column in columns]
+            losses = loss_function(ensemble, batch, mask_batch, changes, args.beta)
             optimizer.zero_grad()
             losses.sum().backward()
             clip_each_agent(list(ensemble.parameters()), args.members, args.max_grad_norm)
