@@ -33,7 +33,6 @@ from tqdm import tqdm
 import coordination_game
 from data.offline_dataset import WEIGHTS, load_dataset
 from mamujoco_envs import (
-    ENVIRONMENTS,
     HISTORY_LENGTH,
     InputError,
     Task,
@@ -75,8 +74,6 @@ class Args:
     """roll out in the true simulator instead of the world model (Table 5)"""
     next_states: Literal["sample", "mean"] = "sample"
     """a next state is a sample of a random member's Gaussian, or its mean (the release)"""
-    terminals: Literal["learned", "rule"] = "learned"
-    """absorbing next states: what the elites vote for, or the environment's own rule"""
     start_states: Literal["first", "any"] = "first"
     """start rollouts from first states of episodes, or from any state (the paper)"""
     rollout_length: int = 50
@@ -122,7 +119,7 @@ DEFAULTS = {
     "Reacher-v4": Args(next_states="mean"),
     "Ant-v4": Args(
         total_steps=2000, eval_every=200, eval_episodes=20, start_states="any",
-        terminals="rule", cloning_steps=3000, epochs=2, learning_rate=1e-4, gamma=0.99,
+        cloning_steps=3000, epochs=2, learning_rate=1e-4, gamma=0.99,
     ),
     # The game is played in single steps and has no uncertainty (Section 5.2).
     "coordination": Args(
@@ -321,10 +318,10 @@ class Step(NamedTuple):
 class WorldModel:
     """An exported ensemble. Networks map standardised inputs to standardised outputs."""
 
-    def __init__(self, task: Task, path: Path, device, next_states="sample", terminals="learned"):
+    def __init__(self, task: Task, path: Path, device, next_states="sample"):
         command = f"python world_model.py --task {task.name} --output {path}"
         require(path.is_file(), f"no world model at {path}; make it with: {command}")
-        self.task, self.next_states, self.terminals = task, next_states, terminals
+        self.task, self.next_states = task, next_states
         try:
             self.model = load(path, device)
             self.lambda_g, self.max_uncertainty = self.model["lambda_g"], self.model["l_epsilon"]
@@ -350,16 +347,12 @@ class WorldModel:
             x = activation(torch.baddbmm(hidden_bias, x, hidden_weight))
         return torch.baddbmm(bias, x, weight)
 
-    def inputs(self, states, actions):
-        """Standardised state and joint action [batch, state + joint]."""
-        x = torch.cat([states, self.task.join_actions(actions.clamp(-1, 1))], dim=-1)
-        return (x - self.model["input_mean"]) / self.model["input_std"]
-
     def predict(self, states, actions):
         """Means and standard deviations of (next state, reward) [member, batch, state + 1] from
         [batch, state] and [batch, agent, action]."""
         m = self.model
-        x = self.inputs(states, actions).expand(self.members, -1, -1)
+        x = torch.cat([states, self.task.join_actions(actions.clamp(-1, 1))], dim=-1)
+        x = ((x - m["input_mean"]) / m["input_std"]).expand(self.members, -1, -1)
         change, log_std = self.network("state", x, self.activation).chunk(2, dim=-1)
         reward, reward_log_std = self.network("reward", x, F.relu).chunk(2, dim=-1)
         next_states = self.delta * states + change * m["target_std"] + m["target_mean"]
@@ -370,13 +363,11 @@ class WorldModel:
         stds = torch.cat([state_std, reward_std], dim=-1)
         return means, stds
 
-    def masks(self, states, actions, next_states):
-        """A majority vote on whether next states are not absorbing: [batch]."""
-        m = self.model
-        state_dim = states.shape[-1]
-        mean, std = m["input_mean"][:state_dim], m["input_std"][:state_dim]
-        x = torch.cat([self.inputs(states, actions), (next_states - mean) / std], dim=-1)
-        logits = self.network("mask", x.expand(self.members, -1, -1), F.relu)[..., 0]
+    def masks(self, next_states):
+        """A majority vote: 0 where a next state is absorbing [batch]."""
+        mean, std = (self.model[f"input_{x}"][: self.task.state_dim] for x in ("mean", "std"))
+        x = ((next_states - mean) / std).expand(self.members, -1, -1)
+        logits = self.network("mask", x, F.relu)[..., 0]
         return ((logits > 0).float().mean(0) > 0.5).float()
 
     @torch.no_grad()
@@ -401,14 +392,11 @@ class WorldModel:
             noise = torch.randn(states.shape, device=device, generator=generator)
             next_states = next_states + stds[chosen][:, :-1] * noise
 
-        # The mask is a majority vote, or the environment's rule (Deviation 13).
-        masks = self.masks(states, actions, next_states)
-        if self.terminals == "rule":
-            masks = 1 - ENVIRONMENTS[self.task.environment].terminal(next_states).float()
+        # The masks judge it before the box could hide that it is absorbing (Deviation 13).
         return Step(
             next_states.clamp(m["state_min"], m["state_max"]),
             rewards.mean(0).clamp(m["reward_min"], m["reward_max"]),
-            masks,
+            self.masks(next_states),
             rewards.var(0),
             epsilon_g,
             epsilon_a,
@@ -690,12 +678,10 @@ def make_model(task, args, run):
     """The world model or simulator to roll out in."""
     if args.ground_truth:
         return GroundTruth(task, args.transitions // args.rollout_length)
-    has_rule = args.terminals == "learned" or task.environment in ENVIRONMENTS
-    require(has_rule, f"{task.name} has no rule for terminals; use --terminals learned")
     path = args.world_model or WEIGHTS / f"{task.dataset}.pt"
     if task.environment == "coordination" and not args.world_model:
         path = coordination_game.train_world_model(task, args.seed, run.dir / "world_model")
-    return WorldModel(task, path, run.device, args.next_states, args.terminals)
+    return WorldModel(task, path, run.device, args.next_states)
 
 
 def calibrated(args, model):

@@ -154,7 +154,7 @@ class Ensemble(nn.Module):
         activation = {"silu": nn.SiLU, "relu": nn.ReLU}[args.activation]
         self.state = MLP(in_dims, args.hidden, 2 * task.state_dim, activation)
         self.reward = MLP(in_dims, args.reward_hidden, 2)
-        self.mask = MLP([in_dims[0] + task.state_dim] * args.members, args.mask_hidden, 1)
+        self.mask = MLP([task.state_dim] * args.members, args.mask_hidden, 1)
         sizes = {"input": in_dims[0], "target": task.state_dim, "reward": 1}
         for name, size in sizes.items():
             self.register_buffer(f"{name}_mean", torch.zeros(size))
@@ -187,22 +187,20 @@ class Ensemble(nn.Module):
         reward, reward_log_std = self.reward(x).chunk(2, dim=-1)
         return mean, log_std.clamp(-10, 2), reward, reward_log_std.clamp(-10, 2)
 
-    def mask_logits(self, states, joint_actions, next_states):
-        """Logits [member, batch] of the next state's not being absorbing."""
-        x = torch.cat([states, joint_actions, next_states], dim=-1)
-        state_dim = states.shape[-1]
-        mean = torch.cat([self.input_mean, self.input_mean[:state_dim]])
-        std = torch.cat([self.input_std, self.input_std[:state_dim]])
-        return self.mask((x - mean) / std)[..., 0]
+    def mask_logits(self, next_states):
+        """Logits [member, batch] of next states [member, batch, state] not being absorbing."""
+        state_dim = next_states.shape[-1]
+        mean, std = self.input_mean[:state_dim], self.input_std[:state_dim]
+        return self.mask((next_states - mean) / std)[..., 0]
 
     def predict(self, states, joint_actions):
         """[batch, state], [batch, joint]: each member's mean next state [member, batch, state] and
-        its standard deviation, and mean reward [member, batch], in the units of the data."""
+        mean reward [member, batch], in the units of the data."""
         inputs = (x.expand(self.members, -1, -1) for x in (states, joint_actions))
-        mean, log_std, reward, _ = self(*inputs)
+        mean, _, reward, _ = self(*inputs)
         next_states = self.delta * states + mean * self.target_std + self.target_mean
         rewards = (reward * self.reward_std + self.reward_mean)[..., 0]
-        return next_states, log_std.exp() * self.target_std, rewards
+        return next_states, rewards
 
     def select(self, task: Task, args: Args, members: list[int]) -> "Ensemble":
         """A copy with these members alone."""
@@ -230,19 +228,19 @@ def gaussian_nll(target, mean, log_std, beta=0.0):
 def member_losses(ensemble, batch, mask_batch, changes, beta):
     """Losses of next state, reward and mask of every member [3, member] (Section 3.1).
 
-    A batch is states, joint actions, next states, rewards and masks, each [member, batch, ...];
-    `changes` [state] are the dimensions that ever change.
+    `batch` is states, joint actions, next states and rewards, `mask_batch` next states and masks,
+    each [member, batch, ...]; `changes` [state] are the dimensions that ever change.
     """
-    states, joint_actions, next_states, rewards, _ = batch
+    states, joint_actions, next_states, rewards = batch
     mean, log_std, reward, reward_log_std = ensemble(states, joint_actions)
     target = next_states - ensemble.delta * states - ensemble.target_mean
     target = target[..., changes] / ensemble.target_std[changes]
     state_loss = gaussian_nll(target, mean[..., changes], log_std[..., changes], beta)
     reward_target = (rewards[..., None] - ensemble.reward_mean) / ensemble.reward_std
     reward_loss = gaussian_nll(reward_target, reward, reward_log_std)
-    *mask_inputs, _, masks = mask_batch
-    logits = ensemble.mask_logits(*mask_inputs)
-    mask_loss = F.binary_cross_entropy_with_logits(logits, masks, reduction="none")
+    next_states, masks = mask_batch
+    mask_logits = ensemble.mask_logits(next_states)
+    mask_loss = F.binary_cross_entropy_with_logits(mask_logits, masks, reduction="none")
     return torch.stack([state_loss.mean((1, 2)), reward_loss.mean((1, 2)), mask_loss.mean(1)])
 
 
@@ -267,11 +265,11 @@ def held_out_errors(ensemble, dataset: OfflineDataset, rows, scale) -> dict:
     """
     sums = 0
     for part in rows.split(4096):
-        states, joint_actions = dataset.states[part], dataset.task.join_actions(dataset.actions[part])
-        next_states, _, rewards = ensemble.predict(states, joint_actions)
-        inputs = (x.expand(ensemble.members, -1, -1) for x in (states, joint_actions, dataset.next_states[part]))
-        mask_logits = ensemble.mask_logits(*inputs)
-        state_error = next_states - dataset.next_states[part]
+        joint_actions = dataset.task.join_actions(dataset.actions[part])
+        next_states, rewards = ensemble.predict(dataset.states[part], joint_actions)
+        true_next_states = dataset.next_states[part]
+        mask_logits = ensemble.mask_logits(true_next_states.expand(ensemble.members, -1, -1))
+        state_error = next_states - true_next_states
         reward_error = (rewards - dataset.rewards[part]).abs()
         errors = [
             state_error.norm(dim=-1),
@@ -324,7 +322,7 @@ def open_loop(ensemble, dataset: OfflineDataset, rows, scale, behavior) -> dict:
     for t in range(OPEN_LOOP_STEPS):
         actions = disturb(task, dataset.actions[rows + t].cpu(), behavior, generator)
         joint_actions = task.join_actions(actions).to(device)
-        next_states, _, rewards = ensemble.predict(states, joint_actions)
+        next_states, rewards = ensemble.predict(states, joint_actions)
         epsilons.append(epistemic_uncertainty(next_states, rewards, scale).cpu()[alive])
         member = torch.randint(ensemble.members, (count,), generator=generator).to(device)
         states = next_states[member, torch.arange(count, device=device)]
@@ -369,7 +367,7 @@ def retargeting_error(ensemble, dataset: OfflineDataset, rows) -> float:
     states, other = dataset.states[rows].clone(), dataset.states[rows.roll(1)]
     states[:, 8:10] += states[:, 4:6] - other[:, 4:6]
     states[:, 4:6] = other[:, 4:6]
-    _, _, rewards = ensemble.predict(states, states.new_zeros(len(rows), 2))
+    _, rewards = ensemble.predict(states, states.new_zeros(len(rows), 2))
     return (rewards.mean(0) + states[:, 8:10].norm(dim=1)).abs().mean().item()
 
 
@@ -381,7 +379,8 @@ def evaluate_ensemble(ensemble, args: Args, dataset: OfflineDataset, rows, scale
     elites = criterion.argsort()[: args.elites].tolist()
     best = ensemble.select(dataset.task, args, elites)
     record = {name: error[elites].mean().item() for name, error in errors.items()}
-    starts = open_loop_starts(dataset, rows)[:1000]
+    starts = open_loop_starts(dataset, rows)
+    starts = starts[:: math.ceil(len(starts) / 1000)]  # of all held-out episodes
     for behavior in BEHAVIORS:
         measured = open_loop(best, dataset, starts, scale, behavior)
         record |= {f"{behavior}/{name}": value for name, value in measured.items()}
@@ -471,13 +470,7 @@ def train(args: Args) -> dict:
         loss_function = compiled(member_losses, args, device)
         joint_actions = task.join_actions(dataset.actions)
         absorbing_rows = training_rows[dataset.masks[training_rows] == 0]
-        columns = (
-            dataset.states,
-            joint_actions,
-            dataset.next_states,
-            dataset.rewards,
-            dataset.masks,
-        )
+        columns = (dataset.states, joint_actions, dataset.next_states, dataset.rewards)
 
         def evaluate(_=None):
             return evaluate_ensemble(ensemble, args, dataset, held_out_rows, scale)
@@ -485,16 +478,14 @@ def train(args: Args) -> dict:
         for _ in run.steps(evaluate):
             # Each member draws its own minibatch from the same training rows.
             shape = args.members, args.batch_size
-            picks = torch.randint(len(training_rows), shape, device=device)
-            rows = training_rows[picks]
+            rows = training_rows[torch.randint(len(training_rows), shape, device=device)]
             batch = [column[rows] for column in columns]
-            # The masks see one absorbing state in sixteen, because data have hardly any.
-            mask_batch = batch
+            # Data have hardly any absorbing states: one in sixteen that the mask networks see is.
             if len(absorbing_rows):
-                rows = rows.clone()
-                picks = torch.randint(len(absorbing_rows), picks[:, ::16].shape, device=device)
+                shape = rows[:, ::16].shape
+                picks = torch.randint(len(absorbing_rows), shape, device=device)
                 rows[:, ::16] = absorbing_rows[picks]
-                mask_batch = [column[rows] for column in columns]
+            mask_batch = dataset.next_states[rows], dataset.masks[rows]
             losses = loss_function(ensemble, batch, mask_batch, changes, args.beta)
             optimizer.zero_grad()
             losses.sum().backward()

@@ -253,12 +253,6 @@ def test_what_moma_ppo_leaves_behind(run_tiny, world_models):
     assert math.isfinite(result["model_return"])
 
 
-def test_a_game_has_no_rule_for_terminals(run_script, tmp_path):
-    options = ["--task", "coordination-neutral", "--terminals", "rule", "--run-dir", tmp_path / "r"]
-    status, _ = run_script("moma_ppo.py", *options)
-    assert_one_line(status, "--terminals learned")
-
-
 @pytest.mark.parametrize("penalty", ["epistemic", "aleatoric", "none"])
 def test_penalties(penalty, run_tiny):
     status, output, run_dir = run_tiny("moma_ppo", "--penalty", penalty, "--total-steps", 1)
