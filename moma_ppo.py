@@ -52,7 +52,7 @@ class Args:
     """seed of networks, rollouts and minibatches"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses a CUDA GPU if there is one"""
-    total_steps: int = 300
+    total_steps: int = 500
     """learning steps (the paper: 100,000)"""
     eval_every: int = 50
     """learning steps between evaluations; each is followed by a checkpoint"""

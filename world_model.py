@@ -396,11 +396,11 @@ def evaluate_ensemble(ensemble, args: Args, dataset: OfflineDataset, rows, scale
 def calibrate(record: dict, scale) -> dict:
     """lambda_g and l_eps by one rule for every dataset, from q, eps_g's 0.99 quantile on data.
 
-    Deviation 8 of docs/moma_ppo.md. l_eps is 100 q: a rollout is cut where members disagree as they
-    never do on data. lambda_g makes the penalty one standard deviation of the reward at 10 q.
+    Deviation 8 of docs/moma_ppo.md. lambda_g makes the penalty one standard deviation of the reward
+    at q; l_eps is 10 q, where a rollout is cut: members disagree there as they never do on data.
     """
     quantile = max(record["on_data/epsilon_g_0.99"], 1e-6)
-    return {"lambda_g": float(scale[-1]) / (10 * quantile), "l_epsilon": 100 * quantile}
+    return {"lambda_g": float(scale[-1]) / quantile, "l_epsilon": 10 * quantile}
 
 
 def export(ensemble, args: Args, dataset: OfflineDataset, record: dict, scale, seconds) -> dict:

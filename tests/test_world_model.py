@@ -302,9 +302,9 @@ def test_moma_ppo_reads_what_is_exported(target, activation, tmp_path):
     ensemble = made_up_ensemble(target, activation=activation)
     record = {"elites": [2, 0, 3], "on_data/epsilon_g_0.99": 0.02}
     exported = world_model.export(ensemble, args, dataset, record, scale, 1.0)
-    assert exported["l_epsilon"] == pytest.approx(100 * 0.02)
-    # One standard deviation of the reward at ten times the quantile.
-    assert exported["lambda_g"] * 10 * 0.02 == pytest.approx(scale[-1].item())
+    assert exported["l_epsilon"] == pytest.approx(10 * 0.02)
+    # One standard deviation of the reward at the quantile.
+    assert exported["lambda_g"] * 0.02 == pytest.approx(scale[-1].item())
     world_model.save(exported, tmp_path / "world_model.pt")
     model = WorldModel(REACHER, tmp_path / "world_model.pt", "cpu")
     states, actions = dataset.states[:50], dataset.actions[:50]
