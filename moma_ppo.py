@@ -658,8 +658,8 @@ def model_returns(team, model, first_states):
 
 @torch.no_grad()
 def errors_on(model, transitions):
-    """One-step errors of the world model on the team's own true transitions, and how many of these
-    lie outside the data's bounding box."""
+    """One-step errors of the world model on the team's own true transitions, its uncertainty, and
+    how many of them lie outside the data's bounding box."""
     rows = np.linspace(0, len(transitions["rewards"]) - 1, 10_000).astype(int)
     low, high = model.model["state_min"], model.model["state_max"]
     states, actions, rewards, next_states, _ = (
@@ -670,6 +670,7 @@ def errors_on(model, transitions):
     return {
         "model_state_error": (means[..., :-1] - next_states).norm(dim=-1).mean().item(),
         "model_reward_error": (means[..., -1] - rewards).abs().mean().item(),
+        "epsilon_g": model.step(states, actions).epsilon_g.mean().item(),
         "outside_box": outside.float().mean().item(),
     }
 

@@ -651,6 +651,8 @@ def test_errors_of_the_model_where_the_team_goes(saved, tmp_path):
     assert errors["model_state_error"] == pytest.approx(np.mean(state_errors), rel=0.05)
     assert errors["model_reward_error"] == pytest.approx(np.mean(reward_errors), rel=0.05)
     assert errors["outside_box"] == pytest.approx(np.mean(outside), abs=0.05)
+    epsilon_g = model.step(states, actions).epsilon_g.mean().item()
+    assert errors["epsilon_g"] == pytest.approx(epsilon_g, rel=0.05)
 
 
 def made_up_minibatch(team, size=24):
