@@ -693,7 +693,7 @@ def make_model(task, args, run):
     has_rule = args.terminals == "learned" or task.environment in ENVIRONMENTS
     require(has_rule, f"{task.name} has no rule for terminals; use --terminals learned")
     path = args.world_model or WEIGHTS / f"{task.dataset}.pt"
-    if task.environment == "coordination" and not args.world_model:
+    if task.columns and not args.world_model:
         path = coordination_game.train_world_model(task, args.seed, run.dir / "world_model")
     return WorldModel(task, path, run.device, args.next_states, args.terminals)
 

@@ -267,9 +267,15 @@ def held_out_errors(ensemble, dataset: OfflineDataset, rows, scale) -> dict:
     """
     sums = 0
     for part in rows.split(4096):
-        states, joint_actions = dataset.states[part], dataset.task.join_actions(dataset.actions[part])
+        states, joint_actions = (
+            dataset.states[part],
+            dataset.task.join_actions(dataset.actions[part]),
+        )
         next_states, _, rewards = ensemble.predict(states, joint_actions)
-        inputs = (x.expand(ensemble.members, -1, -1) for x in (states, joint_actions, dataset.next_states[part]))
+        inputs = (
+            x.expand(ensemble.members, -1, -1)
+            for x in (states, joint_actions, dataset.next_states[part])
+        )
         mask_logits = ensemble.mask_logits(*inputs)
         state_error = next_states - dataset.next_states[part]
         reward_error = (rewards - dataset.rewards[part]).abs()
