@@ -101,7 +101,7 @@ def make_task(kind: str, behavior: str, agents: int, actions: int, size: str) ->
     state = tuple(range(agents * actions))
     return Task(
         name=f"{kind}-{behavior}{size}",
-        environment="coordination" if discrete else "continuous",
+        environment="coordination",
         dataset=f"{kind}-{behavior}{size}",
         observed=(state,) * agents,
         driven=tuple(state[i * actions : (i + 1) * actions] for i in range(agents)),

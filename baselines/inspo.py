@@ -1,10 +1,9 @@
 """InSPO: in-sample sequential policy optimisation, agents updated one after another.
 
 Paper: Liu et al., "Offline Multi-Agent Reinforcement Learning via In-Sample Sequential Policy
-Optimization", AAAI 2025 (arXiv 2412.07639). Agents take turns in random order. Whoever has its turn
-learns from the dataset reweighted by the others' present policies over those that recorded it, as
-if it had played with them, and imitates its own best actions there. So a team agrees without a
-model and without interaction.
+Optimization", AAAI 2025 (arXiv 2412.07639). Agents take turns in random order. Each learns from the
+dataset reweighted by the others' present policies over those that recorded it, as if it had played
+with them, and imitates its own best actions there. No model and no interaction are needed.
 
     python baselines/inspo.py --task coordination-unfavorable
     python baselines/inspo.py --task reacher-leader-only
@@ -85,9 +84,7 @@ class Args:
     alpha: float = 0.3
     """temperature, in units of the mean size of the agent's advantages"""
     max_weight: float = 100.0
-    """largest exp(advantage / temperature) of an action"""
-    max_ratio: float = 100.0
-    """largest ratio of the others' policies to the data's"""
+    """largest ratio of the others' policies to the data's, and exp(advantage / temperature)"""
     policy_samples: int = 4
     """actions that estimate a value, where actions are continuous"""
     max_grad_norm: float = 1.0
@@ -98,9 +95,6 @@ DEFAULTS = {
     None: Args(),
     "Ant-v4": Args(eval_episodes=10),
     "coordination": Args(
-        total_steps=1200, eval_every=300, turn_steps=20, learning_rate=1e-3, gamma=0.5
-    ),
-    "continuous": Args(
         total_steps=1200, eval_every=300, turn_steps=20, learning_rate=1e-3, gamma=0.5
     ),
 }
@@ -223,10 +217,7 @@ def make_memory(task: Task, memory: str, obs_mean, obs_std):
 
 
 class Team(nn.Module):
-    """Policies and history encoders, the data's, which are frozen, and twin critics with targets.
-
-    Critics see the global state and their agent's own action, in training only.
-    """
+    """Policies and encoders, those of the data, which are frozen, and twin critics of the state."""
 
     def __init__(self, task: Task, states, args: Args):
         """`states` [N, state]: their mean and standard deviation standardise observations."""
@@ -257,9 +248,8 @@ class Team(nn.Module):
         if self.memory:
             self.behavior_memory.load_state_dict(self.memory.state_dict())
 
-    def inputs(self, observations, histories, agents=None, behavior=False):
+    def inputs(self, observations, histories, agents=slice(None), behavior=False):
         """h_t^i, what agent i acts on: [memory, observation] [agent, batch, memory + obs]."""
-        agents = self.everyone if agents is None else agents
         observations = ((observations - self.obs_mean) / self.obs_std).transpose(0, 1)[agents]
         if self.memory is None:
             return observations
@@ -294,8 +284,7 @@ class Team(nn.Module):
     def values(self, states, distribution, noise, agents, target=False):
         """V_i(s), the mean over a_i ~ pi_i of the smaller Q_ij(s, a_i): [batch, agent].
 
-        A sum over options, or a mean over the actions that `noise` [sample, batch, agent, action]
-        makes.
+        Exact for options; else over actions made of `noise` [sample, batch, agent, action].
         """
         if self.task.discrete:
             options = torch.eye(self.task.action_dim, device=states.device)
@@ -305,12 +294,31 @@ class Team(nn.Module):
             normal = distribution.base_dist.base_dist
             actions = (normal.loc + normal.scale * noise).tanh()
             shares = torch.full_like(noise[..., 0], 1 / len(noise))
-        states = states.repeat(len(actions), 1)
-        q = self.q_values(states, actions.flatten(0, 1), agents, target).amin(0)
+        states, flat_actions = states.repeat(len(actions), 1), actions.flatten(0, 1)
+        q = self.q_values(states, flat_actions, agents, target).amin(0)
         return (shares * q.unflatten(0, (len(actions), -1))).sum(0)
 
 
 # The algorithm.
+
+
+def call_slices(network, rows, x):
+    """The slices `rows` of a batched network, on `x`, whose slices these are."""
+    tensors = [*network.named_parameters(), *network.named_buffers()]
+    slices = {name: tensor[rows] for name, tensor in tensors if tensor.dim() == 3}
+    return functional_call(network, slices, x)
+
+
+def importance_weights(team: Team, batch: Batch, max_weight: float):
+    """prod_{k != i} pi_k(a_k | h_k) / mu_k(a_k | h_k), clipped, of each agent i: [batch, agent]."""
+    log_probs = []
+    for behavior in (False, True):
+        inputs = team.inputs(batch.observations, batch.histories, behavior=behavior)
+        policies = team.distribution(inputs, team.everyone, behavior)
+        log_probs.append(policies.log_prob(batch.actions))
+    log_ratios = log_probs[0] - log_probs[1]
+    others = log_ratios.sum(1, keepdim=True) - log_ratios
+    return others.clamp(-math.log(1e6), math.log(max_weight)).exp()
 
 
 class Turns(nn.Module):
@@ -323,53 +331,29 @@ class Turns(nn.Module):
         self.register_buffer("weights", torch.ones(pool_size))
 
     @torch.no_grad()
-    def begin(self, team: Team, dataset: OfflineDataset, turn: int, max_ratio: float):
-        """Weighs rows by prod_{k != i} pi_k(a_k | h_k) / mu_k(a_k | h_k) for the agent i whose turn
-        it is: among these the others act by their present policies."""
+    def begin(self, turn: int, team: Team, dataset: OfflineDataset, max_weight: float):
+        """Draws and weighs rows for the agent whose turn it is; a round starts with turn 0."""
         if turn == 0:
             self.order.copy_(torch.randperm(len(self.order), device=self.order.device))
         self.rows.copy_(dataset.sample_rows(len(self.rows)))
-        self.weights.copy_(
-            torch.cat(
-                [
-                    importance_weights(team, dataset.batch(rows, bool(team.memory)), max_ratio)
-                    for rows in self.rows.split(2048)
-                ]
-            )[:, self.order[turn]]
-        )
+        for rows, weights in zip(self.rows.split(2048), self.weights.split(2048)):
+            batch = dataset.batch(rows, with_histories=bool(team.memory))
+            weights.copy_(importance_weights(team, batch, max_weight)[:, self.order[turn]])
 
     def sample_rows(self, count: int):
-        """Rows [count], as often as they weigh."""
+        """Rows [count], each as often as it weighs: among them the others act as they do now."""
         return self.rows[torch.multinomial(self.weights, count, replacement=True)]
 
 
-def call_slices(network, rows, x):
-    """The slices `rows` of a batched network, on `x`, in which they come first."""
-    tensors = [*network.named_parameters(), *network.named_buffers()]
-    slices = {name: tensor[rows] for name, tensor in tensors if tensor.dim() == 3}
-    return functional_call(network, slices, x)
+def inspo_losses(team: Team, batch: Batch, learners, noise, args: Args, phase: str):
+    """Losses of critics and policies, summed over `learners` [learner].
 
-
-def importance_weights(team: Team, batch: Batch, max_ratio: float):
-    """prod_{k != i} pi_k(a_k | h_k) / mu_k(a_k | h_k), clipped, of each agent i: [batch, agent]."""
-    seen, agents = (batch.observations, batch.histories), team.everyone
-    policies = team.distribution(team.inputs(*seen), agents)
-    recorded = team.distribution(team.inputs(*seen, behavior=True), agents, behavior=True)
-    log_ratios = policies.log_prob(batch.actions) - recorded.log_prob(batch.actions)
-    others = log_ratios.sum(1, keepdim=True) - log_ratios
-    return others.clamp(math.log(1e-6), math.log(max_ratio)).exp()
-
-
-def inspo_losses(team: Team, batch: Batch, learners, noise, args: Args, cloning: bool):
-    """Losses of the critics and of the policies of `learners` [learner], summed over them.
-
-    `noise` [2, sample, batch, learner, action] is standard normal. All clone the data at once;
-    then one has its turn, on a batch in which the others act by their present policies.
+    In the phase "clone" all agents learn the data's policies and their values; then the agent
+    whose turn it is first evaluates ("critics") and then also improves its policy ("improve").
+    `noise` [2, sample, batch, learner, action] is standard normal.
     """
     inputs = team.inputs(batch.observations, batch.histories, learners)
-    distribution = team.distribution(inputs, learners)
-    actions = batch.actions[:, learners]
-    log_probs = distribution.log_prob(actions)  # [batch, learner]
+    distribution, actions = team.distribution(inputs, learners), batch.actions[:, learners]
 
     # Q_i(s, a_i) learns r + gamma V_i(s').
     with torch.no_grad():
@@ -379,24 +363,18 @@ def inspo_losses(team: Team, batch: Batch, learners, noise, args: Args, cloning:
         td_targets = batch.rewards[:, None] + args.gamma * batch.masks[:, None] * next_values
     q = team.q_values(batch.states, actions, learners)  # [twin, batch, learner]
     critic_loss = (q - td_targets).square().mean(1).sum()
-    if cloning:
+    if phase == "critics":
+        return (critic_loss,)
+    log_probs = distribution.log_prob(actions)
+    if phase == "clone":
         return critic_loss, -log_probs.mean(0).sum()
 
-    # pi_i ~ mu_i exp(A_i / alpha), the data's policy weighted, by maximum likelihood.
+    # pi_i ~ mu_i exp(A_i / temperature): the data's policy, reweighted, by maximum likelihood.
     with torch.no_grad():
         advantages = q.amin(0) - team.values(batch.states, distribution, noise[1], learners)
         temperature = args.alpha * advantages.abs().mean(0) + 1e-6  # Deviation 3
         preferences = (advantages / temperature).exp().clamp(max=args.max_weight)
     return critic_loss, -(preferences * log_probs).mean(0).sum()
-
-
-def normalize_rewards(dataset: OfflineDataset) -> float:
-    """Scales the ant's rewards so that episode returns span 1000; returns the factor."""
-    returns = dataset.episode_returns()
-    span = float(returns.max() - returns.min())
-    scale = 1000 / span if dataset.task.environment == "Ant-v4" and span > 0 else 1.0
-    dataset.rewards = dataset.rewards * scale
-    return scale
 
 
 def clip_each_agent(parameters, agents, max_norm):
@@ -411,13 +389,12 @@ def clip_each_agent(parameters, agents, max_norm):
 def train(args: Args) -> dict:
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size", "pool_size")
     check_positive(args, "learning_rate", "memory_learning_rate", "max_grad_norm", "alpha")
-    check_positive(args, "turn_steps", "max_ratio", "max_weight", "policy_samples")
+    check_positive(args, "turn_steps", "max_weight", "policy_samples")
     check_range(args, 0, 1, "gamma", "polyak", "cloning_share")
     cloning_steps = round(args.cloning_share * args.total_steps)
     with Run(args, "inspo") as run:
         task, device = find_task(args.task), run.device
         dataset = load_dataset(task, args.dataset, device)
-        normalize_rewards(dataset)
         torch.manual_seed(args.seed)
         team = Team(task, dataset.states, args).to(device)
         turns = Turns(task.num_agents, args.pool_size).to(device)
@@ -426,40 +403,39 @@ def train(args: Args) -> dict:
             groups.append({"params": team.memory.parameters(), "lr": args.memory_learning_rate})
         # Without momentum an agent rests while it is not its turn.
         optimizer = torch.optim.Adam(groups, args.learning_rate, betas=(0.0, 0.999), fused=True)
-        targets, online = list(team.target_critics.parameters()), list(team.critics.parameters())
         schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)
         tracked = {"team": team, "turns": turns, "optimizer": optimizer, "schedule": schedule}
         run.restore({"dataset": dataset.description}, **tracked)
+        targets, online = (list(x.parameters()) for x in (team.target_critics, team.critics))
         loss_function = compiled(inspo_losses, args, device)
 
         def evaluate_team(episodes):
             return evaluate(task, team.act_greedily, episodes, device=device)
 
         for step in run.steps(evaluate_team):
-            cloning = step <= cloning_steps
-            if cloning:
-                learners, rows = team.everyone, dataset.sample_rows(args.batch_size)
+            if step <= cloning_steps:
+                learners, phase = team.everyone, "clone"
+                rows = dataset.sample_rows(args.batch_size)
             else:
                 block, place = divmod(step - cloning_steps - 1, args.turn_steps)
                 turn = block % task.num_agents
                 if step == cloning_steps + 1:
                     team.freeze_behavior()
                 if place == 0:
-                    turns.begin(team, dataset, turn, args.max_ratio)
-                learners = turns.order[turn : turn + 1]
-                rows = turns.sample_rows(args.batch_size)
+                    turns.begin(turn, team, dataset, args.max_weight)
+                # Critics learn what the others do now before the policy follows them.
+                phase = "critics" if place < args.turn_steps // 2 else "improve"
+                learners, rows = turns.order[turn : turn + 1], turns.sample_rows(args.batch_size)
 
-            batch = dataset.batch(rows, bool(team.memory))
+            batch = dataset.batch(rows, with_histories=bool(team.memory))
             # The noise is drawn here, so that compiling the losses changes no random number.
             shape = 2, args.policy_samples, len(rows), len(learners), task.action_dim
             noise = torch.randn(shape, device=device)
-            losses = loss_function(team, batch, learners, noise, args, cloning)
-            # The critics learn what the others do now before the policy follows them.
-            waiting = not cloning and place < args.turn_steps // 2
+            losses = loss_function(team, batch, learners, noise, args, phase)
             optimizer.zero_grad()
-            (losses[0] if waiting else sum(losses)).backward()
+            sum(losses).backward()
             for group in optimizer.param_groups:
-                if group["params"][0].grad is not None:
+                if group["params"][0].grad is not None:  # policies have none while critics learn
                     clip_each_agent(group["params"], task.num_agents, args.max_grad_norm)
             optimizer.step()
             schedule.step()
