@@ -670,7 +670,9 @@ def test_a_turn_resamples_the_data_as_the_others_act_now():
 
 def test_an_agent_rests_while_it_is_not_its_turn(tmp_path):
     """Three steps of one turn: the other agent's policy and critics stay as they were."""
-    args = inspo.Args("coordination-neutral", run_dir=tmp_path, total_steps=7, cloning_share=0.5)
+    args = inspo.Args(
+        "coordination-neutral", run_dir=tmp_path / "run", total_steps=7, cloning_share=0.5
+    )
     args.batch_size, args.pool_size, args.turn_steps, args.eval_episodes = 16, 64, 10, 2
     seen, begin = [], inspo.Turns.begin
 
