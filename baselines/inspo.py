@@ -401,7 +401,7 @@ def train(args: Args) -> dict:
         groups = [{"params": net.parameters()} for net in (team.policy, team.critics)]
         if team.memory:
             groups.append({"params": team.memory.parameters(), "lr": args.memory_learning_rate})
-        # Without momentum an agent rests while it is not its turn.
+        # Deviation 5. Without momentum an agent rests while it is not its turn.
         optimizer = torch.optim.Adam(groups, args.learning_rate, betas=(0.0, 0.999), fused=True)
         schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)
         tracked = {"team": team, "turns": turns, "optimizer": optimizer, "schedule": schedule}

@@ -541,7 +541,7 @@ def test_documented_commands_parse(line, run_script, monkeypatch):
         pytest.fail(f"{status}: {output}")
 
 
-# Learning: the coordination game, Table 3.
+# Learning: the coordination game, Table 3, and its continuous sister.
 
 
 @pytest.mark.parametrize(
