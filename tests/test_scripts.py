@@ -573,3 +573,13 @@ def test_moma_ppo_agrees_where_the_data_leads_apart(run_script, tmp_path):
     assert status == 0, output
     result = result_of(tmp_path / "run")
     assert result["score"] == 1 and result["args"]["rollout_length"] == 1
+
+
+@pytest.mark.parametrize("name", ["itd3_bc", "matd3_bc", "icql", "iomar"])
+def test_learners_of_torques_improve_on_the_continuous_game(name, run_script, tmp_path):
+    """Agents of the data earn 0.06; who climbs a critic goes to the end of the interval."""
+    options = ["--task", "continuous-favorable", "--total-steps", 200, "--eval-every", 200]
+    options += ["--batch-size", 64]
+    status, output = run_script(path_of(name), *options, "--run-dir", tmp_path / "run")
+    assert status == 0, output
+    assert result_of(tmp_path / "run")["score"] > 0.5
