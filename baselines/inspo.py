@@ -311,14 +311,14 @@ def call_slices(network, rows, x):
 
 def importance_weights(team: Team, batch: Batch, max_weight: float):
     """prod_{k != i} pi_k(a_k | h_k) / mu_k(a_k | h_k), clipped, of each agent i: [batch, agent]."""
-    log_probs = []
-    for behavior in (False, True):
+    log_ratios = 0
+    for behavior, sign in ((False, 1), (True, -1)):
         inputs = team.inputs(batch.observations, batch.histories, behavior=behavior)
         policies = team.distribution(inputs, team.everyone, behavior)
-        log_probs.append(policies.log_prob(batch.actions))
-    log_ratios = log_probs[0] - log_probs[1]
+        log_ratios = log_ratios + sign * policies.log_prob(batch.actions)
     others = log_ratios.sum(1, keepdim=True) - log_ratios
-    return others.clamp(-math.log(1e6), math.log(max_weight)).exp()
+    ratios = others.clamp(-math.log(1e6), math.log(max_weight)).exp()
+    return ratios.nan_to_num(1.0)  # if policies are not finite, the losses will say so
 
 
 class Turns(nn.Module):
