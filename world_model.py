@@ -86,8 +86,6 @@ class Args:
     """AdamW, reward network: makes it read only the dimensions that explain the reward"""
     max_grad_norm: float = 1.0
     """each member's gradient norm is clipped at this value"""
-    rare_rewards: float = 0.0
-    """share of each minibatch that shows rewards further than three deviations from the mean"""
 
 
 DEFAULTS = {
@@ -432,7 +430,7 @@ def check(args: Args) -> None:
     check_positive(args, "max_grad_norm")
     check_range(args, 2, 1000, "members")
     check_range(args, 2, args.members, "elites")
-    check_range(args, 0, 1, "beta", "rare_rewards")
+    check_range(args, 0, 1, "beta")
     check_range(args, 0, 1e9, "reward_weight_decay")
     widths = (*args.hidden, *args.reward_hidden, *args.mask_hidden)
     layers = args.hidden and args.reward_hidden and args.mask_hidden
@@ -479,9 +477,6 @@ def train(args: Args) -> dict:
         loss_function = compiled(member_losses, args, device)
         joint_actions = task.join_actions(dataset.actions)
         absorbing_rows = training_rows[dataset.masks[training_rows] == 0]
-        rewards = dataset.rewards[training_rows]
-        rare_rows = training_rows[(rewards - rewards.mean()).abs() > 3 * rewards.std()]
-        rare = round(args.rare_rewards * args.batch_size) if len(rare_rows) else 0
         columns = (
             dataset.states,
             joint_actions,
@@ -498,9 +493,6 @@ def train(args: Args) -> dict:
             shape = args.members, args.batch_size
             picks = torch.randint(len(training_rows), shape, device=device)
             rows = training_rows[picks]
-            if rare:
-                picks = torch.randint(len(rare_rows), (args.members, rare), device=device)
-                rows[:, :rare] = rare_rows[picks]
             batch = [column[rows] for column in columns]
             # The masks see one absorbing state in sixteen, because data have hardly any.
             mask_batch = batch

@@ -405,7 +405,6 @@ NONSENSE = [
     *[("world_model", name, 0) for name in ("batch_size", "hidden", "reward_hidden")],
     *[("world_model", "elites", value) for value in (1, 8)],  # no variance; of seven
     *[("world_model", name, "nan") for name in ("beta", "reward_weight_decay", "max_grad_norm")],
-    ("world_model", "rare_rewards", 2),
 ]
 
 
