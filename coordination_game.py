@@ -1,17 +1,13 @@
-"""The Iterated Coordination Game (Section 5.2): agents who choose alike are rewarded.
+"""Coordination games: discrete (Section 5.2), continuous, and one whose best play nobody showed.
 
 Paper: Barde et al., "A Model-Based Solution to the Offline Multi-Agent Reinforcement Learning
-Coordination Problem", AAMAS 2024 (arXiv 2305.17198), Figure 3 (a), Tables 1 and 3. Each step every
-agent chooses one of the options; the reward is 1 if all choose the same one, else 0. All agents
-observe the previous joint action, one-hot (zeros at the first step), which is also the global
-state. An episode has ten steps, and the score is the mean reward of a step.
+Coordination Problem", AAMAS 2024 (arXiv 2305.17198), Figure 3 (a), Tables 1 and 3. Agents act at
+the same time and observe the previous joint action, which is also the global state. An episode has
+ten steps, and the score is the mean reward of a step; 1 is the best. Only `coordination` is the
+paper's, and its observations, horizon and dataset size are ours. docs/tasks.md lists the tasks.
 
     python coordination_game.py               # pay-off matrix; the three datasets and Table 1
     python coordination_game.py --agents 4    # generalised to more agents
-
-Tasks: coordination-{favorable,neutral,unfavorable} with two agents, and
-coordination-unfavorable-{3,4,8} with more. The paper does not give the observations, the horizon or
-the size of the datasets; these are ours.
 """
 
 import subprocess
@@ -19,6 +15,7 @@ import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tyro
@@ -27,6 +24,10 @@ from mamujoco_envs import InputError, Task, require
 
 EPISODES, EPISODE_LENGTH = 5000, 10
 BEHAVIORS = {"favorable": 0.623, "neutral": 0.502, "unfavorable": 0.375}  # mean scores of Table 1
+COVERAGES = (0, 0.1, 1, 10)  # percent of the climbing game's data that show its best joint action
+# The climbing game of Claus and Boutilier (AAAI 1998): whoever climbs alone pays for it.
+CLIMBING = np.array([[11, -30, 0], [-30, 7, 6], [0, 0, 5]]) / 11
+PEAK, PEAK_WIDTH = 0.5, 0.25
 
 
 @dataclass
@@ -39,70 +40,125 @@ class Args:
     """seed of the datasets"""
 
 
-def coordination_task(behavior: str, agents: int = 2, actions: int = 2) -> Task:
-    """The game with a dataset by `behavior`, a key of BEHAVIORS (Table 1)."""
-    require(behavior in BEHAVIORS, f"no game '{behavior}'; take one of {', '.join(BEHAVIORS)}")
-    require(agents >= 2, f"the game needs two or more agents; it has {agents}")
-    require(actions >= 2, f"the game needs two or more actions; it has {actions}")
-    size = "" if agents == actions == 2 else f"-{agents}"
-    size += "" if actions == 2 else f"x{actions}"
+# Rewards, of choices or numbers [..., agent]: [...].
+
+
+def all_alike(choices: np.ndarray) -> np.ndarray:
+    """1 where all agents choose alike, else 0."""
+    return (choices == choices[..., :1]).all(axis=-1).astype(np.float64)
+
+
+def climbing(choices: np.ndarray) -> np.ndarray:
+    """The pay-offs of the climbing game of two agents and three options, at most 1."""
+    return CLIMBING[choices[..., 0], choices[..., 1]]
+
+
+def product(numbers: np.ndarray) -> np.ndarray:
+    """Two agents earn most at the same end of [-1, 1], more agents with an even number at -1."""
+    return numbers.prod(axis=-1)
+
+
+def two_peaks(numbers: np.ndarray) -> np.ndarray:
+    """1 where all agents choose PEAK, or all -PEAK, and less around these points."""
+    squares = [np.square(numbers - peak).sum(axis=-1) for peak in (PEAK, -PEAK)]
+    return np.exp(-np.minimum(*squares) / (2 * PEAK_WIDTH**2))
+
+
+REWARDS = {
+    "coordination": all_alike,
+    "climbing": climbing,
+    "continuous": product,
+    "peaks": two_peaks,
+}
+
+
+# Tasks.
+
+
+class Game(NamedTuple):
+    """What the name of a dataset says."""
+
+    kind: str
+    """key of REWARDS"""
+    behavior: str
+    """key of BEHAVIORS; in the climbing game the coverage, in percent"""
+    agents: int
+    actions: int
+    """options of an agent, or 1 where it chooses a number"""
+
+
+def game_of(task: Task) -> Game:
+    """The game, also where `task` lets a single agent act for all."""
+    kind, behavior, *size = task.dataset.split("-")
+    agents, _, actions = size[0].partition("x") if size else ("2", "", "")
+    usual = {"coordination": 2, "climbing": 3}.get(kind, 1)
+    return Game(kind, behavior, int(agents), int(actions or usual))
+
+
+def make_task(kind: str, behavior: str, agents: int, actions: int, size: str) -> Task:
+    """`size` ends the name, where there are more agents or actions than usual."""
+    discrete = kind in ("coordination", "climbing")
     state = tuple(range(agents * actions))
     return Task(
-        name=f"coordination-{behavior}{size}",
+        name=f"{kind}-{behavior}{size}",
         environment="coordination",
-        dataset=f"coordination-{behavior}{size}",
+        dataset=f"{kind}-{behavior}{size}",
         observed=(state,) * agents,
         driven=tuple(state[i * actions : (i + 1) * actions] for i in range(agents)),
         state_dim=agents * actions,
         episode_length=EPISODE_LENGTH,
         random_return=0.0,
         expert_return=float(EPISODE_LENGTH),
-        entropy_target=-4.0,
+        entropy_target=-4.0 if discrete else -2.0 * agents,
         simulator=CoordinationGame,
         columns=make_columns,
-        discrete=True,
+        discrete=discrete,
     )
+
+
+def coordination_task(behavior: str, agents: int = 2, actions: int = 2) -> Task:
+    """The paper's game with a dataset by `behavior`, a key of BEHAVIORS (Table 1)."""
+    require(behavior in BEHAVIORS, f"no game '{behavior}'; take one of {', '.join(BEHAVIORS)}")
+    require(agents >= 2, f"the game needs two or more agents; it has {agents}")
+    require(actions >= 2, f"the game needs two or more actions; it has {actions}")
+    size = "" if agents == actions == 2 else f"-{agents}"
+    size += "" if actions == 2 else f"x{actions}"
+    return make_task("coordination", behavior, agents, actions, size)
+
+
+def continuous_task(kind: str, behavior: str, agents: int = 2) -> Task:
+    """The game of numbers in [-1, 1]; `kind` is "continuous" (their product) or "peaks"."""
+    require(kind in ("continuous", "peaks"), f"no game '{kind}'; take continuous or peaks")
+    require(behavior in BEHAVIORS, f"no game '{behavior}'; take one of {', '.join(BEHAVIORS)}")
+    require(agents >= 2, f"the game needs two or more agents; it has {agents}")
+    return make_task(kind, behavior, agents, 1, "" if agents == 2 else f"-{agents}")
+
+
+def climbing_task(coverage: float) -> Task:
+    """The climbing game; `coverage` percent of its data are the best joint action."""
+    require(0 <= coverage <= 100, f"coverage must be from 0 to 100 percent; it is {coverage}")
+    return make_task("climbing", f"{coverage:g}", 2, 3, "")
 
 
 def tasks() -> list[Task]:
     """The games that have a name of their own."""
-    more_agents = [coordination_task("unfavorable", agents) for agents in (3, 4, 8)]
-    return [*map(coordination_task, BEHAVIORS), *more_agents]
+    return [
+        *map(coordination_task, BEHAVIORS),
+        *(coordination_task("unfavorable", agents) for agents in (3, 4, 8, 16)),
+        *(continuous_task("continuous", behavior) for behavior in BEHAVIORS),
+        *(continuous_task("peaks", behavior) for behavior in BEHAVIORS),
+        *map(climbing_task, COVERAGES),
+    ]
 
 
-def shape_of_game(task: Task) -> tuple[int, int]:
-    """Agents and actions, also where `task` lets a single agent set all actions."""
-    size = task.dataset.split("-")[2:]
-    agents, _, actions = size[0].partition("x") if size else ("2", "", "")
-    return int(agents), int(actions or 2)
-
-
-def behavior_policies(task: Task) -> np.ndarray:
-    """The probability of each option in the dataset, [agent, action]; "right" is the last option.
-
-    Table 1, generalised: on unfavorable data the first half of the agents lean to the left and the
-    others to the right.
-    """
-    agents, actions = shape_of_game(task)
-    behavior = task.dataset.split("-")[1]
-    right = np.full(agents, 1 / actions if behavior == "neutral" else 0.75)
-    if behavior == "unfavorable":
-        right[: agents // 2] = 0.25
-    policies = np.repeat((1 - right)[:, None] / (actions - 1), actions, axis=1)
-    policies[:, -1] = right
-    return policies
-
-
-def rewards_of(choices: np.ndarray) -> np.ndarray:
-    """1 where all agents choose alike, else 0: [..., agent] -> [...]."""
-    return (choices == choices[..., :1]).all(axis=-1).astype(np.float64)
+# The game and its datasets.
 
 
 class CoordinationGame:
     """`num_envs` copies of the game, with the methods of `mamujoco_envs.Simulator`."""
 
     def __init__(self, task: Task, num_envs: int):
-        self.agents, self.actions = shape_of_game(task)
+        self.game, self.discrete = game_of(task), task.discrete
         self.states = np.zeros((num_envs, task.state_dim))
 
     def reset(self, generators: list) -> np.ndarray:
@@ -116,35 +172,83 @@ class CoordinationGame:
         return self.states
 
     def step(self, actions: np.ndarray, where: np.ndarray | None = None):
-        """One-hot actions [B, agent, action] -> states [B, state], rewards [B], terminals [B].
+        """Actions [B, agent, action], one-hot or clipped to [-1, 1] -> states [B, state], rewards
+        [B], terminals [B].
 
         No episode ends before the others, so all copies step, whatever `where` says.
         """
-        one_hot = np.reshape(actions, (len(self.states), self.agents, self.actions))
-        choices = np.argmax(one_hot, axis=-1)
-        self.states = np.eye(self.actions)[choices].reshape(len(choices), -1)
-        return self.states, rewards_of(choices), np.zeros(len(choices), dtype=bool)
+        agents, width = self.game.agents, self.game.actions
+        joint = np.reshape(actions, (len(self.states), agents, width))
+        if self.discrete:
+            chosen = np.argmax(joint, axis=-1)
+            joint = np.eye(width)[chosen]
+        else:
+            joint = np.clip(joint, -1, 1)
+            chosen = joint[..., 0]
+        self.states = joint.reshape(len(joint), -1)
+        return self.states, REWARDS[self.game.kind](chosen), np.zeros(len(joint), dtype=bool)
 
     def step_from(self, states, actions):
         """`step` on tensors, from `states` [B, state]; the game does not depend on them."""
         return [states.new_tensor(x) for x in self.step(actions.cpu().numpy())]
 
 
-def make_columns(task: Task, seed: int = 0) -> dict[str, np.ndarray]:
-    """The offline dataset in D4RL's layout: 50,000 steps of the behaviour policies of Table 1."""
-    agents, actions = shape_of_game(task)
-    rng = np.random.default_rng([seed, zlib.crc32(task.dataset.encode())])
+def leanings(game: Game) -> np.ndarray:
+    """The probability of each agent's going right, its last option or a number above 0: [agent].
+
+    Table 1, generalised: on unfavorable data the first half of the agents lean to the left and the
+    others to the right. Where the product counts, only the first agent leans to the left, so that
+    following the data earns less than nothing whatever the number of agents.
+    """
+    right = np.full(game.agents, 1 / max(game.actions, 2) if game.behavior == "neutral" else 0.75)
+    if game.behavior == "unfavorable":
+        right[: 1 if game.kind == "continuous" else game.agents // 2] = 0.25
+    return right
+
+
+def behavior_policies(task: Task) -> np.ndarray:
+    """The probability of each option in the dataset [agent, action]; "right" is the last option."""
+    game = game_of(task)
+    right = leanings(game)
+    policies = np.repeat((1 - right)[:, None] / (game.actions - 1), game.actions, axis=1)
+    policies[:, -1] = right
+    return policies
+
+
+def draw_choices(task: Task, rng: np.random.Generator, size: int) -> np.ndarray:
+    """Options that the data show, [size, agent]."""
+    if game_of(task).kind == "climbing":
+        # The best joint action with its coverage, and the other eight equally often.
+        best = float(game_of(task).behavior) / 100
+        joint = np.where(rng.random(size) < best, 0, rng.integers(1, CLIMBING.size, size))
+        return np.stack(np.unravel_index(joint, CLIMBING.shape), axis=-1)
     cumulative = behavior_policies(task).cumsum(axis=1)
-    draws = rng.random((EPISODES * EPISODE_LENGTH, agents, 1))
-    choices = (draws >= cumulative[:, :-1]).sum(axis=-1)  # [step, agent]
-    one_hot = np.eye(actions, dtype=np.float32)[choices].reshape(len(choices), -1)
-    step = np.arange(len(choices)) % EPISODE_LENGTH
+    draws = rng.random((size, len(cumulative), 1))
+    return (draws >= cumulative[:, :-1]).sum(axis=-1)
+
+
+def draw_numbers(task: Task, rng: np.random.Generator, size: int) -> np.ndarray:
+    """Numbers that the data show, [size, agent]: each agent's sign, times uniform in [0, 1]."""
+    right = leanings(game_of(task))
+    signs = np.where(rng.random((size, len(right))) < right, 1, -1)
+    return signs * rng.random((size, len(right)))
+
+
+def make_columns(task: Task, seed: int = 0) -> dict[str, np.ndarray]:
+    """The offline dataset in D4RL's layout: 50,000 steps of the behaviour policies."""
+    game = game_of(task)
+    rng = np.random.default_rng([seed, zlib.crc32(task.dataset.encode())])
+    draw = draw_choices if task.discrete else draw_numbers
+    chosen = draw(task, rng, EPISODES * EPISODE_LENGTH)  # [step, agent]
+    joint = np.eye(game.actions)[chosen].reshape(len(chosen), -1) if task.discrete else chosen
+    joint = joint.astype(np.float32)
+    step = np.arange(len(chosen)) % EPISODE_LENGTH
     return {
-        "observations": np.roll(one_hot, 1, axis=0) * (step > 0)[:, None],
-        "actions": one_hot,
-        "rewards": rewards_of(choices).astype(np.float32),
-        "next_observations": one_hot,
-        "terminals": np.zeros(len(choices), dtype=bool),
+        "observations": np.roll(joint, 1, axis=0) * (step > 0)[:, None],
+        "actions": joint,
+        "rewards": REWARDS[game.kind](chosen).astype(np.float32),
+        "next_observations": joint,
+        "terminals": np.zeros(len(chosen), dtype=bool),
         "timeouts": step == EPISODE_LENGTH - 1,
     }
 

@@ -644,6 +644,7 @@ PAPER_SCORES = {
         "ant-full-replay-fo": "1.22 ± 0.02",
         "ant-expert-fo": "1.26 ± 0.01",
     },
+    "inspo": {},  # is not in the paper
     "maiql": {
         "coordination-favorable": "1.00 ± 0.00",
         "coordination-neutral": "0.90 ± 0.10",

@@ -47,7 +47,7 @@ from training_run import FINAL_EPISODES, Run, check_positive, check_range, compi
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """reacher-*, ant-* or coordination-*; docs/tasks.md lists them"""
+    """a task of any kind; docs/tasks.md lists them"""
     seed: int = 1
     """seed of networks, rollouts and minibatches"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -680,7 +680,7 @@ def make_model(task, args, run):
     if args.ground_truth:
         return GroundTruth(task, args.transitions // args.rollout_length)
     path = args.world_model or WEIGHTS / f"{task.dataset}.pt"
-    if task.environment == "coordination" and not args.world_model:
+    if task.columns and not args.world_model:
         path = coordination_game.train_world_model(task, args.seed, run.dir / "world_model")
     return WorldModel(task, path, run.device, args.next_states)
 

@@ -40,7 +40,7 @@ from training_run import FINAL_EPISODES, Run, check_positive, compiled, main
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """reacher-*, ant-* or coordination-*; docs/tasks.md lists them"""
+    """a task of any kind; docs/tasks.md lists them"""
     seed: int = 1
     """seed of networks and minibatches"""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -37,7 +37,7 @@ from training_run import FINAL_EPISODES, Run, check_positive, check_range, compi
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """reacher-* or ant-*; docs/tasks.md lists them"""
+    """reacher-*, ant-*, continuous-* or peaks-*; docs/tasks.md lists them"""
     seed: int = 1
     """seed of networks, minibatches and noise"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -87,6 +87,7 @@ class Args:
 DEFAULTS = {
     None: Args(),
     "Ant-v4": Args(eval_episodes=10, cql_points=6),
+    "coordination": Args(total_steps=300, eval_every=100, gamma=0.5),
     "ant-expert": Args(eval_episodes=10, cql_points=6, cql_alpha=5.0),
 }
 
@@ -353,7 +354,7 @@ def train(args: Args) -> dict:
     check_range(args, 0, 1, "gamma", "polyak")
     check_range(args, 0, 1e9, "policy_noise", "noise_clip", "cql_alpha")
     task = find_task(args.task)
-    message = f"{task.name} has discrete actions; use ibc.py, iql.py or maiql.py"
+    message = f"{task.name} has discrete actions; use ibc.py, iql.py, maiql.py or inspo.py"
     require(not task.discrete, message)
     with Run(args, "icql") as run:
         device = run.device

@@ -43,7 +43,7 @@ from training_run import FINAL_EPISODES, Run, check_positive, check_range, compi
 @dataclass
 class Args:
     task: str = "reacher-all-observant"
-    """reacher-*, ant-* or coordination-*, whatever single agents see; docs/tasks.md lists them"""
+    """a task of any kind, whatever single agents see; docs/tasks.md lists them"""
     seed: int = 1
     """seed of networks and minibatches"""
     device: Literal["auto", "cpu", "cuda"] = "auto"

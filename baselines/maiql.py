@@ -43,7 +43,7 @@ from training_run import FINAL_EPISODES, Run, check_positive, check_range, compi
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """reacher-*, ant-* or coordination-*; docs/tasks.md lists them"""
+    """a task of any kind; docs/tasks.md lists them"""
     seed: int = 1
     """seed of networks, minibatches and rollouts"""
     device: Literal["auto", "cpu", "cuda"] = "auto"

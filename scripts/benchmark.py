@@ -34,14 +34,14 @@ from data.offline_dataset import dataset_path
 from mamujoco_envs import InputError, available_cores, find_task, require
 from training_run import PACKAGES, Run, check_positive, compiled, default_args, save, say
 
-BASELINES = ("iql", "maiql", "matd3_bc", "ibc", "itd3_bc", "icql", "iomar")
+BASELINES = ("iql", "maiql", "matd3_bc", "ibc", "itd3_bc", "icql", "iomar", "inspo")
 SCRIPTS = ("world_model", "moma_ppo", *BASELINES)
 MODES = ("eager", "compiled")
 # Scripts of which one learner sees the whole state are timed on the task where agents see it, too.
 CENTRALIZED = ("world_model", "iql")
 OBSERVANT = {"reacher-leader-only": "reacher-all-observant", "ant-medium-po": "ant-medium-fo"}
-# MOMA-PPO's update is a learning step; the cloning before it is not timed.
-OVERRIDES = {"moma_ppo": {"cloning_steps": 0}}
+# MOMA-PPO's update is a learning step; the cloning before it, and InSPO's, is not timed.
+OVERRIDES = {"moma_ppo": {"cloning_steps": 0}, "inspo": {"cloning_share": 0.0}}
 WARM_UP = 3  # updates, in which torch.compile compiles
 
 

@@ -33,9 +33,17 @@ NAMES = {
     "itd3_bc": "ITD3+BC",
     "icql": "ICQL",
     "iomar": "IOMAR",
+    "inspo": "InSPO",
     "moma_ppo": "MOMA-PPO",
 }
 TABLES = {"coordination": "table-3", "reacher": "table-4a", "ant": "table-4b"}
+# Tables of docs/agreement.md: how the names of their tasks start.
+GAMES = {
+    "scaling": "coordination-unfavorable",
+    "continuous": "continuous-",
+    "peaks": "peaks-",
+    "climbing": "climbing-",
+}
 README_TASKS = (
     *("reacher-all-observant", "reacher-independent", "reacher-leader-only"),
     *("coordination-favorable", "coordination-neutral", "coordination-unfavorable"),
@@ -43,6 +51,7 @@ README_TASKS = (
 )
 KEPT = ("score", "score_stderr", "returns", "steps", "seconds", "evaluations", "args", "dataset")
 KEPT += ("world_model", "versions", "machine", "model_return")
+KEPT_OF_GAMES = ("score", "score_stderr", "return", "steps", "seconds", "args", "versions")
 
 
 @dataclass
@@ -67,11 +76,14 @@ def add_run(run_dir: Path, folder: Path = RESULTS) -> None:
     task, algorithm, seed = (run_dir.name.split("__") + ["", ""])[:3]
     known = task in all_tasks() and algorithm in NAMES and seed.isdigit()
     require(known, f"{run_dir} must be named TASK__ALGORITHM__SEED, as reproduce.py names runs")
-    table = folder / f"{TABLES[task.split('-')[0]]}.json"
+    # All greedy episodes of a game are alike, so those beyond the paper keep their mean return.
+    is_game = all_tasks()[task].columns and task not in PAPER_SCORES["moma_ppo"]
+    columns = KEPT_OF_GAMES if is_game else KEPT
+    table = folder / f"{'table-games' if is_game else TABLES[task.split('-')[0]]}.json"
     runs = json.loads(table.read_text(encoding="utf-8")) if table.is_file() else {}
     result = json.loads(path.read_text(encoding="utf-8"))
     result["args"].pop("run_dir", None)  # a place on somebody's machine
-    kept = {name: rounded(result[name]) for name in KEPT if name in result}
+    kept = {name: rounded(result[name]) for name in columns if name in result}
     runs[run_dir.name] = {"task": task, "algorithm": algorithm, "seed": int(seed)} | kept
     lines = (f"{json.dumps(name)}: {json.dumps(run)}" for name, run in sorted(runs.items()))
     table.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
@@ -108,7 +120,10 @@ def span(values) -> str:
 
 
 def table_of_paper(prefix: str, cells) -> str:
-    """A row for each algorithm, a column for each task, the paper's scores in brackets."""
+    """A row for each algorithm, a column for each task, the paper's scores in brackets.
+
+    What is not in the paper has a row as soon as it has run.
+    """
     columns = [
         task
         for task in all_tasks()
@@ -120,8 +135,9 @@ def table_of_paper(prefix: str, cells) -> str:
         finished = {task: cells[algorithm, task] for task in columns if (algorithm, task) in cells}
         if not finished and not any(task in paper for task in columns):
             continue
+        own = {task: score(finished.get(task, [])) for task in columns}
         row = [
-            f"{score(finished.get(task, []))} ({paper[task]})" if task in paper else "-"
+            f"{own[task]} ({paper[task]})" if task in paper else own[task].replace("not run", "-")
             for task in columns
         ]
         runs = [run for task in finished for run in finished[task]]
@@ -145,6 +161,22 @@ def table_of_algorithm(algorithm: str, cells) -> str:
     if not rows:
         return "No run of this version yet."
     return markdown(["task", "steps", "seeds", "score", "paper", "seconds"], rows)
+
+
+def table_of_games(prefix: str, cells) -> str:
+    """A row for each algorithm, a column for each game, and the seconds of a run."""
+    columns = [task for task in all_tasks() if task.startswith(prefix)]
+    rows = []
+    for algorithm, name in NAMES.items():
+        finished = {task: cells[algorithm, task] for task in columns if (algorithm, task) in cells}
+        if finished:
+            seeds = span([len(runs) for runs in finished.values()])
+            seconds = [statistics.median(r["seconds"] for r in runs) for runs in finished.values()]
+            scores = [score(finished.get(task, [])) for task in columns]
+            rows.append([name, seeds, *scores, span([round(x) for x in seconds])])
+    if not rows:
+        return "No run of this version yet."
+    return markdown(["algorithm", "seeds", *(f"`{x}`" for x in columns), "seconds"], rows)
 
 
 def table_of_readme(cells) -> str:
@@ -172,6 +204,8 @@ def make_table(name: str, cells) -> str:
         return table_of_readme(cells)
     if name in NAMES:
         return table_of_algorithm(name, cells)
+    if name in GAMES:
+        return table_of_games(GAMES[name], cells)
     require(name in TABLES, f"no table is called '{name}'")
     return table_of_paper(name, cells)
 

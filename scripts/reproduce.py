@@ -1,7 +1,9 @@
 """Runs what is behind a table of the paper, prints it next to the paper's figures, draws curves.
 
     python scripts/reproduce.py --table 3          # the coordination game, Table 3
-    python scripts/reproduce.py --table scaling    # MOMA-PPO in games of 2, 3, 4 and 8 agents
+    python scripts/reproduce.py --table scaling    # agreement of 2 to 16 agents
+    python scripts/reproduce.py --table continuous # Table 3 for choices of numbers
+    python scripts/reproduce.py --table climbing   # a best strategy that the data hardly show
     python scripts/reproduce.py --table 4a         # two-agent Reacher, Table 4 (a)
     python scripts/reproduce.py --table 4b         # four-agent Ant, Table 4 (b)
     python scripts/reproduce.py --table 4b --tasks ant-medium-fo --algorithms ibc moma_ppo --seeds 1
@@ -46,24 +48,30 @@ ALGORITHMS = {
     "itd3_bc": ["baselines/itd3_bc.py"],
     "icql": ["baselines/icql.py"],
     "iomar": ["baselines/iomar.py"],
+    "inspo": ["baselines/inspo.py"],
     "moma_ppo": ["moma_ppo.py"],
 }
+OFFLINE = tuple(name for name in ALGORITHMS if name != "maiql_ft")
 # One thread a run; waiting threads leave a busy core to others.
 JOB_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
 class Table(NamedTuple):
-    tasks: str
+    tasks: str | tuple[str, ...]
     """how the names of its tasks start"""
     seeds: int
     """seeds of the paper"""
     compile: bool
     """whether runs are long enough to be worth compiling"""
+    algorithms: tuple[str, ...] = ()
+    """those of a table that goes beyond the paper; else whatever the paper has a figure for"""
 
 
 TABLES = {
     "3": Table("coordination-", seeds=10, compile=False),
-    "scaling": Table("coordination-unfavorable", seeds=10, compile=False),
+    "scaling": Table("coordination-unfavorable", 10, False, ("moma_ppo", "inspo")),
+    "continuous": Table(("continuous-", "peaks-"), 10, False, OFFLINE),
+    "climbing": Table("climbing-", 10, False, ("iql", "maiql", "ibc", "inspo", "moma_ppo")),
     "4a": Table("reacher-", seeds=3, compile=True),
     "4b": Table("ant-", seeds=3, compile=True),
 }
@@ -71,8 +79,8 @@ TABLES = {
 
 @dataclass
 class Args:
-    table: Literal["3", "scaling", "4a", "4b"] = "3"
-    """table of the paper, or "scaling", which goes beyond it"""
+    table: Literal["3", "4a", "4b", "scaling", "continuous", "climbing"] = "3"
+    """table of the paper, or one of the last three, which go beyond it"""
     seeds: int | None = None
     """run seeds 1 to this; by default as many as the paper: 10 for the game, 3 for the others"""
     tasks: tuple[str, ...] = ()
@@ -106,18 +114,19 @@ class Job(NamedTuple):
 
 
 def table_cells(args: Args) -> list[Cell]:
-    """The cells that the paper has a figure for, less those not asked for."""
-    prefix = TABLES[args.table].tasks
-    names = [name for name in all_tasks() if name.startswith(prefix)]
-    if args.table == "scaling":
-        cells = [Cell("moma_ppo", name) for name in names]
-    else:
-        cells = [
-            Cell(algorithm, name)
-            for algorithm in ALGORITHMS
-            for name in names
-            if name in PAPER_SCORES[algorithm]
-        ]
+    """The table's cells, less those not asked for.
+
+    The paper's tables have the cells that it gives a figure for, and InSPO wherever MOMA-PPO is.
+    """
+    table = TABLES[args.table]
+    in_paper = PAPER_SCORES | {"inspo": PAPER_SCORES["moma_ppo"]}
+    names = [name for name in all_tasks() if name.startswith(table.tasks)]
+    cells = [
+        Cell(algorithm, name)
+        for algorithm in table.algorithms or ALGORITHMS
+        for name in names
+        if table.algorithms or name in in_paper[algorithm]
+    ]
     algorithms, tasks = (list(dict.fromkeys(names)) for names in zip(*cells))
     for asked_for, known in ((args.algorithms, algorithms), (args.tasks, tasks)):
         unknown = ", ".join(name for name in asked_for if name not in known)

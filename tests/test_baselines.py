@@ -12,6 +12,7 @@ from made_up import (
     REACHER,
     all_literal_inputs,
     import_script,
+    literal_inputs,
     literal_mlp,
     made_up_batch,
     made_up_histories,
@@ -21,7 +22,7 @@ from made_up import (
 )
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
-from baselines import ibc, icql, iomar, iql, itd3_bc, maiql, matd3_bc
+from baselines import ibc, icql, inspo, iomar, iql, itd3_bc, maiql, matd3_bc
 from data.offline_dataset import OfflineDataset, load_dataset
 from mamujoco_envs import append_to_histories, find_task
 
@@ -102,7 +103,7 @@ def test_agents_and_twins_start_different_and_targets_equal(name):
             assert torch.equal(parameter, parameters[key.removeprefix("target_")]), key
 
 
-@pytest.mark.parametrize("name", ["ibc", "iql", "maiql", "moma_ppo"])
+@pytest.mark.parametrize("name", ["ibc", "iql", "maiql", "inspo", "moma_ppo"])
 @each(REACHER, ANT)
 def test_log_standard_deviations_start_inside_their_clamp(task, name):
     module = import_script(name)
@@ -568,3 +569,123 @@ def test_iomar_policies_follow_the_sampler_and_the_critic(task, float64):
             expected -= 0.5 * literal_q(team, 0, i, own, inputs[i][b])
     got = td3_losses(iomar, team, batch, noise_of(task), sampler_noise=sampler_noise)[-1]
     torch.testing.assert_close(got, expected / len(batch.rewards), rtol=1e-6, atol=0)
+
+
+# InSPO.
+
+
+def literal_advantage_and_td_target(team, batch, noise, learners, place, b):
+    """Of agent learners[place] on transition b: log pi_i(a | h), A_i, Q_ij and r + gamma V_i'."""
+    task, agent = team.task, learners[place].item()
+
+    def inputs(observations, histories):
+        return literal_inputs(team, agent, observations, histories)[b]
+
+    def value(critics, x, state, z):
+        outputs = literal_mlp(team.policy, agent, x)
+        if task.discrete:
+            pairs = zip(outputs.softmax(0), torch.eye(task.action_dim))
+            return sum(p * min(qs(critics, state, option)) for p, option in pairs)
+        mean, log_std = outputs.chunk(2)
+        actions = (mean + log_std.clamp(-6, 0).exp() * z).tanh()
+        return sum(min(qs(critics, state, action)) for action in actions) / len(actions)
+
+    def qs(critics, state, action):
+        state = (state - team.state_mean) / team.state_std
+        rows = (agent, task.num_agents + agent)
+        return [literal_mlp(critics, row, torch.cat([state, action]))[0] for row in rows]
+
+    x = inputs(batch.observations, batch.histories)
+    next_x = inputs(batch.next_observations, batch.next_histories)
+    action, state = batch.actions[b, agent], batch.states[b]
+    z, next_z = noise[1, :, b, place], noise[0, :, b, place]
+    advantage = min(qs(team.critics, state, action)) - value(team.critics, x, state, z)
+    next_value = value(team.target_critics, next_x, batch.next_states[b], next_z)
+    td_target = batch.rewards[b] + 0.9 * batch.masks[b] * next_value
+    log_prob = literal_log_prob(team, agent, x, action)
+    return log_prob, advantage, qs(team.critics, state, action), td_target
+
+
+@pytest.mark.parametrize("phase", ["clone", "critics", "improve"])
+@each(REACHER, ANT, GAME)
+@torch.no_grad()
+def test_inspo_losses_equal_the_equations_sample_by_sample(task, phase, float64):
+    team, batch = made_up_team(inspo, task), made_up_batch(task)
+    args = inspo.Args(gamma=0.9, max_weight=2.0)
+    learners = torch.arange(task.num_agents) if phase == "clone" else torch.tensor([1])
+    size = len(batch.rewards)
+    noise = torch.randn(2, 3, size, len(learners), task.action_dim)
+    critic_loss, policy_loss = torch.zeros(()), torch.zeros(())
+    for place in range(len(learners)):
+        samples = [
+            literal_advantage_and_td_target(team, batch, noise, learners, place, b)
+            for b in range(size)
+        ]
+        temperature = args.alpha * sum(abs(advantage) for _, advantage, *_ in samples) / size
+        for log_prob, advantage, qs, td_target in samples:
+            critic_loss += sum((q - td_target) ** 2 for q in qs) / size
+            weight = 1 if phase == "clone" else min(math.exp(advantage / temperature), 2.0)
+            policy_loss -= weight * log_prob / size
+    expected = [critic_loss] if phase == "critics" else [critic_loss, policy_loss]
+    got = inspo.inspo_losses(team, batch, learners, noise, args, phase)
+    torch.testing.assert_close(list(got), expected, rtol=1e-4, atol=1e-6)
+
+
+@each(REACHER, GAME)
+@torch.no_grad()
+def test_importance_weights_are_the_others_ratios(task, float64):
+    team, batch = made_up_team(inspo, task), made_up_batch(task)
+    team.freeze_behavior()
+    ones = torch.ones(len(batch.rewards), task.num_agents)
+    torch.testing.assert_close(inspo.importance_weights(team, batch, 100.0), ones)
+    before = all_literal_inputs(team, batch.observations, batch.histories)
+    old = [
+        [literal_log_prob(team, i, before[i][b], batch.actions[b, i]) for b in range(7)]
+        for i in (0, 1)
+    ]
+    scramble(team.policy)
+    new = [
+        [literal_log_prob(team, i, before[i][b], batch.actions[b, i]) for b in range(7)]
+        for i in (0, 1)
+    ]
+    got = inspo.importance_weights(team, batch, 1.5)
+    ratios = (torch.tensor(new) - torch.tensor(old)).exp().clamp(max=1.5)
+    torch.testing.assert_close(got, ratios.flip(0).T)  # of two agents each sees the other's
+    assert (ratios < 1.5).any()
+
+
+def test_a_turn_resamples_the_data_as_the_others_act_now():
+    """The first agent goes right by now, so the second one's rows are those where it went right."""
+    dataset = load_dataset(GAME)
+    team, turns = inspo.Team(GAME, dataset.states, inspo.Args()), inspo.Turns(2, 5000)
+    team.policy[-1].bias.data[0, 0, 1] += 5
+    turns.begin(0, team, dataset, 100.0)
+    assert sorted(turns.order.tolist()) == [0, 1]
+    turns.order.copy_(torch.tensor([0, 1]))
+    for turn, right in ((0, (0.25, 0.75)), (1, (1.0, 0.75))):
+        turns.begin(turn, team, dataset, 100.0)
+        shares = dataset.actions[turns.sample_rows(5000)][:, :, 1].mean(0)
+        np.testing.assert_allclose(shares, right, atol=0.03)
+
+
+def test_an_agent_rests_while_it_is_not_its_turn(tmp_path):
+    """Three steps of one turn: the other agent's policy and critics stay as they were."""
+    args = inspo.Args(
+        "coordination-neutral", run_dir=tmp_path / "run", total_steps=7, cloning_share=0.5
+    )
+    args.batch_size, args.pool_size, args.turn_steps, args.eval_episodes = 16, 64, 10, 2
+    seen, begin = [], inspo.Turns.begin
+
+    def begin_and_look(self, turn, team, *others):
+        begin(self, turn, team, *others)
+        seen[:] = [team, int(self.order[0]), {n: p.clone() for n, p in team.named_parameters()}]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(inspo.Turns, "begin", begin_and_look)
+        inspo.train(args)
+    team, agent, before = seen
+    for name, parameter in team.named_parameters():
+        if name.startswith(("policy.", "critics.")):
+            moved = (parameter != before[name]).flatten(1).any(1)
+            moves = name.startswith("critics.")  # in the first half of a turn
+            assert moved[agent::2].all() == moves and not moved[1 - agent :: 2].any(), name

@@ -8,7 +8,14 @@ import torch
 from made_up import GAME
 
 import coordination_game
-from coordination_game import CoordinationGame, behavior_policies, coordination_task, make_columns
+from coordination_game import (
+    CoordinationGame,
+    behavior_policies,
+    climbing_task,
+    continuous_task,
+    coordination_task,
+    make_columns,
+)
 from data.offline_dataset import load_dataset
 from mamujoco_envs import InputError, evaluate, find_task
 
@@ -45,17 +52,22 @@ def test_datasets_are_those_of_table_1(behavior, paper):
     assert not np.array_equal(make_columns(task, seed=1)["actions"], columns["actions"])
 
 
-def test_the_dataset_is_a_recording_of_the_game():
-    task = coordination_task("unfavorable", 3)
+@pytest.mark.parametrize(
+    "task",
+    [coordination_task("unfavorable", 3), continuous_task("peaks", "neutral", 3), climbing_task(1)],
+    ids=lambda task: task.name,
+)
+def test_the_dataset_is_a_recording_of_the_game(task):
     columns = make_columns(task)
     game = CoordinationGame(task, 5000)
     states = game.reset([None] * 5000)
     for t in range(10):
         rows = slice(t, None, 10)
         assert np.array_equal(columns["observations"][rows], states)
-        states, rewards, _ = game.step(columns["actions"][rows].reshape(5000, 3, 2))
+        actions = columns["actions"][rows].reshape(5000, task.num_agents, task.action_dim)
+        states, rewards, _ = game.step(actions)
         assert np.array_equal(columns["next_observations"][rows], states)
-        assert np.array_equal(columns["rewards"][rows], rewards)
+        np.testing.assert_allclose(columns["rewards"][rows], rewards, atol=1e-5)
         assert (columns["timeouts"][rows] == (t == 9)).all()
 
 
@@ -70,6 +82,52 @@ def test_unfavorable_means_that_half_of_the_agents_lean_each_way():
     np.testing.assert_allclose(policies[:, 1], [0.25, 0.25, 0.75, 0.75])
     policies = behavior_policies(coordination_task("neutral", 2, 3))
     np.testing.assert_allclose(policies, np.full((2, 3), 1 / 3))
+
+
+@pytest.mark.parametrize("kind, best", [("continuous", 1.0), ("peaks", 0.5)])
+def test_numbers_earn_most_where_agents_agree(kind, best):
+    game = CoordinationGame(continuous_task(kind, "neutral", 4), 5)
+    joint = best * np.array(
+        [[1, 1, 1, 1], [-1, -1, -1, -1], [1, 1, 1, -1], [0, 0, 0, 0], [2, 1, 1, 1]]
+    )
+    states, rewards, _ = game.step(joint[..., None])
+    np.testing.assert_array_equal(states, joint.clip(-1, 1))
+    if kind == "continuous":  # the product, of numbers clipped to [-1, 1]
+        assert rewards.tolist() == [1, 1, -1, 0, 1]
+    else:  # squares from the nearer peak, over 2 · 0.25²
+        np.testing.assert_allclose(rewards, np.exp([0, 0, -8, -8, -2]))
+
+
+@pytest.mark.parametrize("behavior, mean", [("favorable", 1), ("neutral", 0), ("unfavorable", -1)])
+def test_following_the_data_of_numbers_earns_what_its_name_says(behavior, mean):
+    for agents in (2, 3):  # E[a_i] is a quarter, to one side or the other
+        rewards = make_columns(continuous_task("continuous", behavior, agents))["rewards"]
+        assert rewards.mean() == pytest.approx(mean * 0.25**agents, abs=5e-3)
+    peaks = make_columns(continuous_task("peaks", behavior))
+    assert (peaks["rewards"] > 0).all() and peaks["rewards"].max() > 0.99
+    right = {"favorable": (0.75, 0.75), "neutral": (0.5, 0.5), "unfavorable": (0.25, 0.75)}
+    np.testing.assert_allclose((peaks["actions"] > 0).mean(0), right[behavior], atol=0.01)
+
+
+@pytest.mark.parametrize("coverage", coordination_game.COVERAGES)
+def test_the_climbing_games_data_show_its_best_joint_action_as_often_as_said(coverage):
+    task = climbing_task(coverage)
+    rewards = make_columns(task)["rewards"]
+    best = (rewards == 1).mean()
+    assert best == pytest.approx(coverage / 100, rel=0.3)
+    assert (rewards < -2).mean() == pytest.approx((1 - best) / 4, abs=0.01)  # one climbs alone
+    payoffs = CoordinationGame(task, 9)
+    joint = np.eye(3)[list(itertools.product(range(3), repeat=2))]
+    expected = np.array([11, -30, 0, -30, 7, 6, 0, 0, 5]) / 11
+    np.testing.assert_allclose(payoffs.step(joint)[1], expected)
+
+
+def test_bad_games_of_numbers_are_refused():
+    for game in (("hills", "neutral"), ("peaks", "easy"), ("peaks", "neutral", 1)):
+        with pytest.raises(InputError, match="no game|two or more"):
+            continuous_task(*game)
+    with pytest.raises(InputError, match="from 0 to 100"):
+        climbing_task(101)
 
 
 @pytest.mark.parametrize("game", [("easy", 2, 2), ("neutral", 1, 2), ("neutral", 2, 1)])

@@ -26,6 +26,7 @@ TINY = {name: ["--batch-size", 16, "--total-steps", 4, "--eval-every", 2] for na
 TINY["moma_ppo"] = ["--transitions", 500, "--epochs", 1, "--total-steps", 4, "--eval-every", 2]
 TINY["world_model"] = ["--hidden", 16, 16, "--reward-hidden", 16, "--mask-hidden", 16]
 TINY["world_model"] += ["--total-steps", 40, "--eval-every", 20]
+TINY["inspo"] += ["--turn-steps", 2, "--pool-size", 64]
 # Runs that go through other code than the script's default.
 VARIANTS = [*TRAINING, "maiql --finetune", "moma_ppo --ground-truth"]
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
@@ -170,6 +171,7 @@ def test_weights_of_padding_stay_zero(name, run_tiny):
     for key, weight in states_of(run_dir).items():
         network = key.removeprefix("target_").split(".")[0]
         first = key.endswith((".0.weight", "embedding.weight")) and network != "state"
+        first = first and (name, network) != ("inspo", "critics")  # these see the state
         if first and len(weight) in (2, 4) and "mixer" not in key:
             narrow = weight[1::2]  # of the agent, and of its twin critics
             assert (narrow[:, -2:] == 0).all(), key
@@ -180,8 +182,8 @@ def test_weights_of_padding_stay_zero(name, run_tiny):
 
 @pytest.mark.parametrize("name", [name for name in BASELINES if name != "ibc"])
 def test_targets_follow_at_the_given_pace(name, run_tiny):
-    """One move of the targets: every step for the IQL family, every second for TD3's."""
-    steps = 1 if name in ("iql", "maiql") else 2
+    """One move of the targets: every second step for the TD3 family, else every step."""
+    steps = 1 if name in ("iql", "maiql", "inspo") else 2
     options = ["--polyak", 0.25, "--total-steps", steps, "--memory", "attention"]
     status, output, run_dir = run_tiny(name, *options)
     assert status == 0, output
@@ -386,6 +388,8 @@ NONSENSE = [
     *[(name, x, 0) for name in ("icql", "iomar") for x in ("cql_points", "cql_batch_size")],
     *[("iomar", "omar_elites", value) for value in (1, 21)],  # no variance; of twenty samples
     ("iomar", "omega", 1.1),
+    *[("inspo", name, 0) for name in ("alpha", "turn_steps", "pool_size", "policy_samples")],
+    ("inspo", "cloning_share", 1.1),
     *[("moma_ppo", "transitions", value) for value in (-400, 0, 200)],
     *[("moma_ppo", "rollout_length", value) for value in (-1, 0, 501)],
     *[("moma_ppo", name, 0) for name in ("minibatch_size", "epochs", "eval_episodes")],
@@ -530,7 +534,7 @@ def test_documented_commands_parse(line, run_script, monkeypatch):
         pytest.fail(f"{status}: {output}")
 
 
-# Learning: the coordination game, Table 3.
+# Learning: the coordination game, Table 3, and its continuous sister.
 
 
 @pytest.mark.parametrize(
@@ -541,6 +545,8 @@ def test_documented_commands_parse(line, run_script, monkeypatch):
         ("ibc", "unfavorable", 0),
         ("maiql", "favorable", 1),
         ("maiql", "unfavorable", 0),
+        # Those who learn one after another, each on what the others do by then, agree.
+        ("inspo", "unfavorable", 1),
         # A single learner that chooses for all does not.
         ("iql", "unfavorable", 1),
     ],
@@ -560,3 +566,13 @@ def test_moma_ppo_agrees_where_the_data_leads_apart(run_script, tmp_path):
     assert status == 0, output
     result = result_of(tmp_path / "run")
     assert result["score"] == 1 and result["args"]["rollout_length"] == 1
+
+
+@pytest.mark.parametrize("name", ["itd3_bc", "matd3_bc", "icql", "iomar"])
+def test_learners_of_torques_improve_on_the_continuous_game(name, run_script, tmp_path):
+    """Agents of the data earn 0.06; who climbs a critic goes to the end of the interval."""
+    options = ["--task", "continuous-favorable", "--total-steps", 200, "--eval-every", 200]
+    options += ["--batch-size", 64]
+    status, output = run_script(path_of(name), *options, "--run-dir", tmp_path / "run")
+    assert status == 0, output
+    assert result_of(tmp_path / "run")["score"] > 0.5

@@ -21,8 +21,9 @@ from mamujoco_envs import InputError, find_task
 from training_run import load_checkpoint, save
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
-benchmark, evaluate, render, report, reproduce = map(
-    importlib.import_module, ("benchmark", "evaluate", "render", "report", "reproduce")
+agreement, benchmark, evaluate, render, report, reproduce = map(
+    importlib.import_module,
+    ("agreement", "benchmark", "evaluate", "render", "report", "reproduce"),
 )
 
 
@@ -217,8 +218,9 @@ def test_why_a_run_failed():
 def test_the_cells_of_the_tables_are_those_with_a_figure():
     for table in reproduce.TABLES:
         for cell in reproduce.table_cells(reproduce.Args(table)):
-            known = mamujoco_envs.PAPER_SCORES[cell.algorithm]
-            assert table == "scaling" or cell.task in known
+            beyond = reproduce.TABLES[table].algorithms
+            algorithm = "moma_ppo" if cell.algorithm == "inspo" else cell.algorithm
+            assert beyond or cell.task in mamujoco_envs.PAPER_SCORES[algorithm]
 
 
 def test_bad_input_of_tables(tmp_path):
@@ -236,7 +238,7 @@ def test_bad_input_of_tables(tmp_path):
 def test_a_dry_run_prints_commands_that_a_shell_understands(tmp_path, capsys):
     reproduce.main(reproduce.Args("3", 1, folder=tmp_path / "runs", dry_run=True))
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 12 and all("--task coordination-" in line for line in lines)
+    assert len(lines) == 15 and all("--task coordination-" in line for line in lines)
     assert subprocess.run(["bash", "-n", "-c", "\n".join(lines)]).returncode == 0
     assert not (tmp_path / "runs").exists()
 
@@ -278,7 +280,7 @@ def test_a_published_score_is_the_mean_of_its_raw_returns():
     for runs in report.read_runs().values():
         for run in runs:
             task = find_task(run["task"])
-            score = task.normalized_score(np.mean(run["returns"]))
+            score = task.normalized_score(np.mean(run.get("returns") or run["return"]))
             assert score == pytest.approx(run["score"], abs=1e-3)
 
 
@@ -296,6 +298,22 @@ def test_a_run_is_added_to_the_published_ones(tmp_path):
     made = report.with_tables(page, {("ibc", "ant-medium-fo"): runs})
     row = "| `ant-medium-fo` | 10 | 2 | 0.30 ± 0.05 | 0.84 ± 0.01 | 2 |"
     assert row in made and "old" not in made and made.endswith("<!-- end -->\nafter")
+
+
+def test_runs_of_games_beyond_the_paper_are_kept_short_and_drawn(tmp_path):
+    for algorithm, seed, score in (("ibc", 1, 0.0), ("inspo", 1, 0.5), ("inspo", 2, 1.0)):
+        result = made_up_result(score) | {"return": 10 * score, "returns": [10 * score] * 100}
+        run_dir = tmp_path / f"climbing-1__{algorithm}__{seed}"
+        run_dir.mkdir()
+        (run_dir / "result.json").write_text(json.dumps(result | {"args": {}}))
+        report.add_run(run_dir, tmp_path)
+    cells = report.read_runs(tmp_path)
+    assert not any("returns" in run for runs in cells.values() for run in runs)
+    table = report.make_table("climbing", cells)
+    assert "| InSPO | 2 | not run | not run | 0.75 ± 0.25 | not run | 2 |" in table
+    agreement.main(agreement.Args(tmp_path, tmp_path))
+    assert (tmp_path / "agreement-climbing.png").read_bytes().startswith(b"\x89PNG")
+    assert_refused(agreement, agreement.Args(tmp_path / "runs"), "no games")
 
 
 def test_bad_input_of_adding_runs(tmp_path):

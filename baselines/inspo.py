@@ -1,0 +1,450 @@
+"""InSPO: in-sample sequential policy optimisation, agents updated one after another.
+
+Paper: Liu et al., "Offline Multi-Agent Reinforcement Learning via In-Sample Sequential Policy
+Optimization", AAAI 2025 (arXiv 2412.07639). Agents take turns in random order. Each learns from the
+dataset reweighted by the others' present policies over those that recorded it, as if it had played
+with them, and imitates its own best actions there. No model and no interaction are needed.
+
+    python baselines/inspo.py --task coordination-unfavorable
+    python baselines/inspo.py --task reacher-leader-only
+    python baselines/inspo.py --resume runs/RUN
+
+Where it differs from the paper, why, and what could not be verified: docs/inspo.md.
+"""
+
+import copy
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads spin only briefly
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributions import (
+    Independent,
+    Normal,
+    OneHotCategorical,
+    TanhTransform,
+    TransformedDistribution,
+)
+from torch.func import functional_call
+from torch.optim.lr_scheduler import LambdaLR
+
+from data.offline_dataset import Batch, OfflineDataset, load_dataset
+from mamujoco_envs import HISTORY_LENGTH, Task, evaluate, find_task
+from training_run import FINAL_EPISODES, Run, check_positive, check_range, compiled, main
+
+
+@dataclass
+class Args:
+    task: str = "reacher-leader-only"
+    """a task of any kind; docs/tasks.md lists them"""
+    seed: int = 1
+    """seed of networks, minibatches, noise and turns"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto uses a CUDA GPU if there is one"""
+    total_steps: int = 10_000
+    """gradient steps, those of cloning included"""
+    eval_every: int = 1000
+    """gradient steps between evaluations; each is followed by a checkpoint"""
+    eval_episodes: int = 100
+    """greedy episodes per evaluation; the final one always has 100"""
+    run_dir: Path | None = None
+    """run folder; by default runs/TASK__inspo__SEED__TIME"""
+    resume: Path | None = None
+    """run folder to resume; only --device and --total-steps may be given with it"""
+    compile: bool = False
+    """use the fastest form of the loss on this device: torch.compile, CUDA graphs on a GPU"""
+    dataset: Path | None = None
+    """HDF5 file in D4RL's layout; by default the task's own"""
+    memory: Literal["auto", "attention", "none"] = "auto"
+    """history encoder; auto leaves it out where every agent sees the whole state"""
+    batch_size: int = 256
+    """transitions per gradient step"""
+    cloning_share: float = 0.25
+    """share of the steps in which the data's policies are cloned and evaluated"""
+    turn_steps: int = 50
+    """gradient steps of a turn; in the first half only the critics learn"""
+    pool_size: int = 10_000
+    """random transitions from which a turn's minibatches are resampled"""
+    learning_rate: float = 3e-4
+    """Adam, policies and critics; decays linearly to zero"""
+    memory_learning_rate: float = 1e-4
+    """Adam, history encoders; decays alike"""
+    gamma: float = 0.99
+    """discount factor"""
+    polyak: float = 0.05
+    """how far target critics move at each step"""
+    alpha: float = 0.3
+    """temperature, in units of the mean size of the agent's advantages"""
+    max_weight: float = 100.0
+    """largest ratio of the others' policies to the data's, and exp(advantage / temperature)"""
+    policy_samples: int = 4
+    """actions that estimate a value, where actions are continuous"""
+    max_grad_norm: float = 1.0
+    """each agent's gradient norms, of policy, critics and encoder, are clipped at this value"""
+
+
+DEFAULTS = {
+    None: Args(),
+    "Ant-v4": Args(eval_episodes=10),
+    "coordination": Args(
+        total_steps=600, eval_every=100, turn_steps=20, learning_rate=1e-3, gamma=0.5
+    ),
+}
+
+
+# Networks. Agents keep separate weights, which run as one batched operation.
+
+
+class BatchedLinear(nn.Module):
+    """One `nn.Linear` per agent or ensemble member: [agent, batch, in] -> [agent, batch, out]."""
+
+    def __init__(self, in_dims, out_dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(len(in_dims), max(in_dims), out_dim))
+        self.bias = nn.Parameter(torch.zeros(len(in_dims), 1, out_dim))
+        # Each slice starts as an nn.Linear of its true width; weights of padding stay zero.
+        for weight, bias, width in zip(self.weight.data, self.bias.data, in_dims):
+            weight[:width].uniform_(-(width**-0.5), width**-0.5)
+            bias.uniform_(-(width**-0.5), width**-0.5)
+
+    def forward(self, x):
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class MLP(nn.Sequential):
+    """One perceptron per agent or ensemble member: [agent, batch, in] -> [agent, batch, out]."""
+
+    def __init__(self, in_dims, hidden, out_dim, activation=nn.ReLU):
+        layers = [BatchedLinear(in_dims, hidden[0])]
+        for width_in, width_out in zip(hidden, [*hidden[1:], out_dim]):
+            layers += [activation(), BatchedLinear([width_in] * len(in_dims), width_out)]
+        super().__init__(*layers)
+
+
+class HistoryEncoder(nn.Module):
+    """Encodes each agent's last ten (action, observation) pairs in one vector (Appendix A.1).
+
+    Pairs are standardised, embedded and given positions; then come self-attention with a skip
+    connection and LayerNorm, and soft attention over the ten results. Up to the two softmaxes all
+    of this is linear in a token (pair, 1 if it is known, one-hot position), so `forward` multiplies
+    the weights with each other before they touch the batch: the same function in a third of the
+    time. docs/history_encoder.md derives it, and a test compares it with the plain form.
+    """
+
+    def __init__(self, in_dims, pair_mean, pair_std, dim=128):
+        """`pair_mean`, `pair_std` [agent, pair] standardise; missing pairs stay zero."""
+        super().__init__()
+        agents = len(in_dims)
+        self.embedding = BatchedLinear(in_dims, dim)
+        self.query, self.key, self.value = (BatchedLinear([dim] * agents, dim) for _ in range(3))
+        # The embedding starts as noise, so it starts small.
+        self.norm_weight = nn.Parameter(torch.full((agents, 1, dim), 0.1))
+        self.norm_bias = nn.Parameter(torch.zeros(agents, 1, dim))
+        scale = dim**-0.5
+        self.soft_key = nn.Parameter(torch.empty(agents, dim, dim).uniform_(-scale, scale))
+        self.soft_query = nn.Parameter(torch.randn(agents, 1, dim))
+        angles = torch.arange(HISTORY_LENGTH)[:, None] * 10000 ** (-torch.arange(0, dim, 2) / dim)
+        positions = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+        self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("pair_mean", pair_mean[:, None])
+        self.register_buffer("pair_std", pair_std[:, :, None])
+
+    def forward(self, histories):
+        """[batch, agent, 10, pair] -> [agent, batch, dim]."""
+        batch, agents, length, width = histories.shape
+        pairs = histories.transpose(0, 1)
+        known = (pairs != 0).any(dim=-1, keepdim=True).to(pairs)
+        one_hot = torch.eye(length, device=pairs.device).expand(agents, batch, length, length)
+        tokens = torch.cat([pairs, known, one_hot], dim=-1)  # [agent, batch, 10, token]
+
+        # A token times this matrix [agent, token, dim] is its embedding plus its position.
+        weight = self.embedding.weight / self.pair_std
+        positions = self.embedding.bias + self.positions
+        embedding = torch.cat([weight, -self.pair_mean @ weight, positions], dim=1)
+
+        def fold(layer):  # every token has one position, which takes the bias along
+            bias = F.pad(layer.bias.expand(-1, length, -1), (0, 0, width + 1, 0))
+            return embedding @ layer.weight + bias
+
+        # Self-attention: queries times keys is a bilinear form in tokens.
+        scale = self.soft_key.shape[-1] ** -0.5
+        form = scale * fold(self.query) @ fold(self.key).transpose(1, 2)
+        queries = (tokens.flatten(1, 2) @ form).view_as(tokens)
+        attention = (queries @ tokens.transpose(2, 3)).softmax(dim=-1)  # [agent, batch, 10, 10]
+        x = torch.cat([tokens, attention @ tokens], dim=-1).flatten(1, 2)
+
+        # Skip connection plus attended values are x @ matrix. Its LayerNorm, without the affine
+        # part, is x @ centred / sqrt(x @ gram @ x).
+        matrix = torch.cat([embedding, fold(self.value)], dim=1)
+        centred = matrix - matrix.mean(dim=-1, keepdim=True)
+        gram = centred @ centred.transpose(1, 2) / centred.shape[-1]
+        variance = ((x @ gram) * x).sum(dim=-1, keepdim=True)
+        x = x * (variance + 1e-5).rsqrt()
+
+        # Soft attention: weights from tanh(hidden @ soft_key) @ soft_query, then the average.
+        soft_key = centred @ (self.norm_weight.transpose(1, 2) * self.soft_key)
+        keys = torch.baddbmm(self.norm_bias @ self.soft_key, x, soft_key).tanh()
+        scores = (keys * self.soft_query).sum(dim=-1).view(agents, batch, length, 1)
+        average = (scores.softmax(dim=2) * x.view(agents, batch, length, -1)).sum(dim=2)
+        return (average @ centred) * self.norm_weight + self.norm_bias
+
+
+def observation_statistics(task: Task, states):
+    """Mean and standard deviation of what each agent observes in `states` [N, state]: [agent, obs].
+
+    The deviation of padding and of dimensions that never change is 1.
+    """
+    mean, std = task.observe(states.mean(0)), task.observe(states.std(0))
+    return mean, torch.where(std < 1e-6, 1, std)
+
+
+def make_memory(task: Task, memory: str, obs_mean, obs_std):
+    """The history encoder, or None where --memory or the task does without one."""
+    if memory == "none" or (memory == "auto" and not task.partially_observable):
+        return None
+    actions = (task.action_dim, 0)  # come first in a pair, and are not standardised
+    return HistoryEncoder(
+        task.pair_dims, F.pad(obs_mean, actions), F.pad(obs_std, actions, value=1)
+    )
+
+
+class Team(nn.Module):
+    """Policies and encoders, those of the data, which are frozen, and twin critics of the state."""
+
+    def __init__(self, task: Task, states, args: Args):
+        """`states` [N, state]: their mean and standard deviation standardise observations."""
+        super().__init__()
+        self.task = task
+        obs_mean, obs_std = observation_statistics(task, states)
+        self.register_buffer("obs_mean", obs_mean)
+        self.register_buffer("obs_std", obs_std)
+        self.register_buffer("state_mean", states.mean(0))
+        self.register_buffer("state_std", torch.where(states.std(0) < 1e-6, 1, states.std(0)))
+        self.register_buffer("everyone", torch.arange(task.num_agents))
+        self.memory = make_memory(task, args.memory, obs_mean, obs_std)
+        memory_dim = 128 if self.memory else 0
+        in_dims = [memory_dim + width for width in task.obs_dims]
+        critic_dims = [task.state_dim + task.action_dim] * task.num_agents
+        self.policy = MLP(in_dims, [256, 256], task.action_dim * (1 if task.discrete else 2))
+        if not task.discrete:  # log standard deviations start well inside their clamp
+            self.policy[-1].bias.data[..., task.action_dim :] = -1.5
+        # The first critics of all agents, then their twins, which start from other weights.
+        self.critics = MLP(critic_dims * 2, [256, 256], 1)
+        self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
+        self.behavior = copy.deepcopy(self.policy).requires_grad_(False)
+        self.behavior_memory = self.memory and copy.deepcopy(self.memory).requires_grad_(False)
+
+    def freeze_behavior(self):
+        """The policies, which were cloned, become those of the data."""
+        self.behavior.load_state_dict(self.policy.state_dict())
+        if self.memory:
+            self.behavior_memory.load_state_dict(self.memory.state_dict())
+
+    def inputs(self, observations, histories, agents=slice(None), behavior=False):
+        """h_t^i, what agent i acts on: [memory, observation] [agent, batch, memory + obs]."""
+        observations = ((observations - self.obs_mean) / self.obs_std).transpose(0, 1)[agents]
+        if self.memory is None:
+            return observations
+        memory = self.behavior_memory if behavior else self.memory
+        return torch.cat([call_slices(memory, agents, histories[:, agents]), observations], dim=-1)
+
+    def distribution(self, inputs, agents, behavior=False):
+        """pi_i(. | h_i) of these agents, or the data's: a batch [batch, agent] of distributions."""
+        policy = self.behavior if behavior else self.policy
+        outputs = call_slices(policy, agents, inputs).transpose(0, 1)
+        if self.task.discrete:
+            return OneHotCategorical(logits=outputs)
+        mean, log_std = outputs.chunk(2, dim=-1)
+        normal = Normal(mean, log_std.clamp(-6, 0).exp())
+        return Independent(TransformedDistribution(normal, TanhTransform()), 1)
+
+    def act_greedily(self, observations, histories):
+        """[batch, agent, action] in [-1, 1]."""
+        outputs = self.policy(self.inputs(observations, histories)).transpose(0, 1)
+        if self.task.discrete:
+            return OneHotCategorical(logits=outputs).mode
+        return outputs.chunk(2, dim=-1)[0].tanh()
+
+    def q_values(self, states, actions, agents, target=False):
+        """Q_ij(s, a_i) of both twins j of these agents: [twin, batch, agent]."""
+        critics = self.target_critics if target else self.critics
+        states = ((states - self.state_mean) / self.state_std).expand(len(agents), -1, -1)
+        x = torch.cat([states, actions.transpose(0, 1)], dim=-1).repeat(2, 1, 1)
+        twins = torch.cat([agents, agents + self.task.num_agents])
+        return call_slices(critics, twins, x)[..., 0].unflatten(0, (2, -1)).transpose(1, 2)
+
+    def values(self, states, distribution, noise, agents, target=False):
+        """V_i(s), the mean over a_i ~ pi_i of the smaller Q_ij(s, a_i): [batch, agent].
+
+        Exact for options; else over actions made of `noise` [sample, batch, agent, action].
+        """
+        if self.task.discrete:
+            options = torch.eye(self.task.action_dim, device=states.device)
+            actions = options[:, None, None].expand(-1, *distribution.batch_shape, -1)
+            shares = distribution.probs.movedim(-1, 0)  # [option, batch, agent]
+        else:
+            normal = distribution.base_dist.base_dist
+            actions = (normal.loc + normal.scale * noise).tanh()
+            shares = torch.full_like(noise[..., 0], 1 / len(noise))
+        states, flat_actions = states.repeat(len(actions), 1), actions.flatten(0, 1)
+        q = self.q_values(states, flat_actions, agents, target).amin(0)
+        return (shares * q.unflatten(0, (len(actions), -1))).sum(0)
+
+
+# The algorithm.
+
+
+def call_slices(network, rows, x):
+    """The slices `rows` of a batched network, on `x`, whose slices these are."""
+    tensors = [*network.named_parameters(), *network.named_buffers()]
+    slices = {name: tensor[rows] for name, tensor in tensors if tensor.dim() == 3}
+    return functional_call(network, slices, x)
+
+
+def importance_weights(team: Team, batch: Batch, max_weight: float):
+    """prod_{k != i} pi_k(a_k | h_k) / mu_k(a_k | h_k), clipped, of each agent i: [batch, agent]."""
+    log_ratios = 0
+    for behavior, sign in ((False, 1), (True, -1)):
+        inputs = team.inputs(batch.observations, batch.histories, behavior=behavior)
+        policies = team.distribution(inputs, team.everyone, behavior)
+        log_ratios = log_ratios + sign * policies.log_prob(batch.actions)
+    others = log_ratios.sum(1, keepdim=True) - log_ratios
+    ratios = others.clamp(-math.log(1e6), math.log(max_weight)).exp()
+    return ratios.nan_to_num(1.0)  # if policies are not finite, the losses will say so
+
+
+class Turns(nn.Module):
+    """The order of this round, and the rows that whoever has its turn learns from."""
+
+    def __init__(self, agents, pool_size):
+        super().__init__()
+        self.register_buffer("order", torch.arange(agents))
+        self.register_buffer("rows", torch.zeros(pool_size, dtype=torch.long))
+        self.register_buffer("weights", torch.ones(pool_size))
+
+    @torch.no_grad()
+    def begin(self, turn: int, team: Team, dataset: OfflineDataset, max_weight: float):
+        """Draws and weighs rows for the agent whose turn it is; a round starts with turn 0."""
+        if turn == 0:
+            self.order.copy_(torch.randperm(len(self.order), device=self.order.device))
+        self.rows.copy_(dataset.sample_rows(len(self.rows)))
+        for rows, weights in zip(self.rows.split(2048), self.weights.split(2048)):
+            batch = dataset.batch(rows, with_histories=bool(team.memory))
+            weights.copy_(importance_weights(team, batch, max_weight)[:, self.order[turn]])
+
+    def sample_rows(self, count: int):
+        """Rows [count], each as often as it weighs: among them the others act as they do now."""
+        return self.rows[torch.multinomial(self.weights, count, replacement=True)]
+
+
+def inspo_losses(team: Team, batch: Batch, learners, noise, args: Args, phase: str):
+    """Losses of critics and policies, summed over `learners` [learner].
+
+    In the phase "clone" all agents learn the data's policies and their values; then the agent
+    whose turn it is first evaluates ("critics") and then also improves its policy ("improve").
+    `noise` [2, sample, batch, learner, action] is standard normal.
+    """
+    inputs = team.inputs(batch.observations, batch.histories, learners)
+    distribution, actions = team.distribution(inputs, learners), batch.actions[:, learners]
+
+    # Q_i(s, a_i) learns r + gamma V_i(s').
+    with torch.no_grad():
+        next_inputs = team.inputs(batch.next_observations, batch.next_histories, learners)
+        next_policies = team.distribution(next_inputs, learners)
+        next_values = team.values(batch.next_states, next_policies, noise[0], learners, target=True)
+        td_targets = batch.rewards[:, None] + args.gamma * batch.masks[:, None] * next_values
+    q = team.q_values(batch.states, actions, learners)  # [twin, batch, learner]
+    critic_loss = (q - td_targets).square().mean(1).sum()
+    if phase == "critics":
+        return (critic_loss,)
+    log_probs = distribution.log_prob(actions)
+    if phase == "clone":
+        return critic_loss, -log_probs.mean(0).sum()
+
+    # pi_i ~ mu_i exp(A_i / temperature): the data's policy, reweighted, by maximum likelihood.
+    with torch.no_grad():
+        advantages = q.amin(0) - team.values(batch.states, distribution, noise[1], learners)
+        temperature = args.alpha * advantages.abs().mean(0) + 1e-6  # Deviation 3
+        preferences = (advantages / temperature).exp().clamp(max=args.max_weight)
+    return critic_loss, -(preferences * log_probs).mean(0).sum()
+
+
+def clip_each_agent(parameters, agents, max_norm):
+    """Clips the gradient norm of each agent's parameters, [agent, ...] or [twin * agent, ...]."""
+    gradients = [parameter.grad.unflatten(0, (-1, agents)) for parameter in parameters]
+    squares = [gradient.square().transpose(0, 1).flatten(1).sum(1) for gradient in gradients]
+    factors = max_norm / torch.stack(squares).sum(0).sqrt().clamp(min=max_norm)  # [agent]
+    for gradient in gradients:
+        gradient.mul_(factors.view(-1, *[1] * (gradient.dim() - 2)))
+
+
+def train(args: Args) -> dict:
+    check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size", "pool_size")
+    check_positive(args, "learning_rate", "memory_learning_rate", "max_grad_norm", "alpha")
+    check_positive(args, "turn_steps", "max_weight", "policy_samples")
+    check_range(args, 0, 1, "gamma", "polyak", "cloning_share")
+    cloning_steps = round(args.cloning_share * args.total_steps)
+    with Run(args, "inspo") as run:
+        task, device = find_task(args.task), run.device
+        dataset = load_dataset(task, args.dataset, device)
+        torch.manual_seed(args.seed)
+        team = Team(task, dataset.states, args).to(device)
+        turns = Turns(task.num_agents, args.pool_size).to(device)
+        groups = [{"params": net.parameters()} for net in (team.policy, team.critics)]
+        if team.memory:
+            groups.append({"params": team.memory.parameters(), "lr": args.memory_learning_rate})
+        # Deviation 5. Without momentum an agent rests while it is not its turn.
+        optimizer = torch.optim.Adam(groups, args.learning_rate, betas=(0.0, 0.999), fused=True)
+        schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)
+        tracked = {"team": team, "turns": turns, "optimizer": optimizer, "schedule": schedule}
+        run.restore({"dataset": dataset.description}, **tracked)
+        targets, online = (list(x.parameters()) for x in (team.target_critics, team.critics))
+        loss_function = compiled(inspo_losses, args, device)
+
+        def evaluate_team(episodes):
+            return evaluate(task, team.act_greedily, episodes, device=device)
+
+        for step in run.steps(evaluate_team):
+            if step <= cloning_steps:
+                learners, phase = team.everyone, "clone"
+                rows = dataset.sample_rows(args.batch_size)
+            else:
+                block, place = divmod(step - cloning_steps - 1, args.turn_steps)
+                turn = block % task.num_agents
+                if step == cloning_steps + 1:
+                    team.freeze_behavior()
+                if place == 0:
+                    turns.begin(turn, team, dataset, args.max_weight)
+                # Critics learn what the others do now before the policy follows them.
+                phase = "critics" if place < args.turn_steps // 2 else "improve"
+                learners, rows = turns.order[turn : turn + 1], turns.sample_rows(args.batch_size)
+
+            batch = dataset.batch(rows, with_histories=bool(team.memory))
+            # The noise is drawn here, so that compiling the losses changes no random number.
+            shape = 2, args.policy_samples, len(rows), len(learners), task.action_dim
+            noise = torch.randn(shape, device=device)
+            losses = loss_function(team, batch, learners, noise, args, phase)
+            optimizer.zero_grad()
+            sum(losses).backward()
+            for group in optimizer.param_groups:
+                if group["params"][0].grad is not None:  # policies have none while critics learn
+                    clip_each_agent(group["params"], task.num_agents, args.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(targets, online, args.polyak)
+            run.log(dict(zip(("losses/critics", "losses/policy"), losses)))
+
+        return run.finish(evaluate_team(FINAL_EPISODES))
+
+
+if __name__ == "__main__":
+    main(train, DEFAULTS)

@@ -1,0 +1,75 @@
+"""Draws the figures of docs/agreement.md from the runs that docs/results/ keeps.
+
+    python scripts/reproduce.py --table continuous     # or scaling, climbing: makes the runs
+    python scripts/report.py --runs runs/*             # keeps them
+    python scripts/agreement.py                        # draws docs/figures/agreement-*.png
+
+Every dot is the score of one seed, every bar the mean of an algorithm on a task.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+
+from mamujoco_envs import InputError, all_tasks, require
+from scripts.report import GAMES, NAMES, RESULTS, read_runs
+from training_run import REPOSITORY, say
+
+
+@dataclass
+class Args:
+    results: Path = RESULTS
+    """folder of the kept runs"""
+    figures: Path = REPOSITORY / "docs" / "figures"
+    """folder of the figures"""
+
+
+def draw(table: str, cells: dict, path: Path) -> None:
+    """One table of games: a group of bars for each task, a bar for each algorithm."""
+    tasks = [task for task in all_tasks() if task.startswith(GAMES[table])]
+    algorithms = [name for name in NAMES if any((name, task) in cells for task in tasks)]
+    tasks = [task for task in tasks if any((name, task) in cells for name in algorithms)]
+    width = 0.8 / len(algorithms)
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for i, algorithm in enumerate(algorithms):
+        color = f"C{list(NAMES).index(algorithm)}"
+        label = NAMES[algorithm]
+        for place, task in enumerate(tasks):
+            scores = np.array([run["score"] for run in cells.get((algorithm, task), [])])
+            if len(scores):
+                x = place - 0.4 + (i + 0.5) * width
+                axes.bar(x, scores.mean(), 0.9 * width, color=color, alpha=0.5, label=label)
+                # Seeds often end at the same score, so dots are spread over the bar.
+                spread = x + 0.6 * width * np.linspace(-0.5, 0.5, len(scores))
+                axes.plot(spread, scores, ".", color=color, markersize=4)
+                label = None
+    axes.axhline(1, color="grey", linewidth=0.8, linestyle=":")
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set_xticks(range(len(tasks)), tasks)
+    axes.set_ylabel("normalised score")
+    figure.legend(loc="outside lower center", ncols=5)
+    figure.savefig(path, dpi=90)
+
+
+def main(args: Args) -> None:
+    cells = read_runs(args.results)
+    played = [t for t, prefix in GAMES.items() if any(task.startswith(prefix) for _, task in cells)]
+    require(played, f"no games in {args.results}; run scripts/reproduce.py and scripts/report.py")
+    for table in played:
+        path = args.figures / f"agreement-{table}.png"
+        draw(table, cells, path)
+        say(str(path))
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except InputError as error:
+        sys.exit(f"error: {error}")
