@@ -18,7 +18,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from mamujoco_envs import InputError, all_tasks, require
-from scripts.report import GAMES, NAMES, RESULTS, read_runs
+from scripts.report import GAMES, NAMES, RESULTS, players, read_runs
 from training_run import REPOSITORY, say
 
 
@@ -33,7 +33,7 @@ class Args:
 def draw(table: str, cells: dict, path: Path) -> None:
     """One table of games: a group of bars for each task, a bar for each algorithm."""
     tasks = [task for task in all_tasks() if task.startswith(GAMES[table])]
-    algorithms = [name for name in NAMES if any((name, task) in cells for task in tasks)]
+    algorithms = [name for name in players(table) if any((name, task) in cells for task in tasks)]
     tasks = [task for task in tasks if any((name, task) in cells for name in algorithms)]
     width = 0.8 / len(algorithms)
     figure = Figure(figsize=(8, 3.2), layout="constrained")

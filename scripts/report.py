@@ -163,17 +163,22 @@ def table_of_algorithm(algorithm: str, cells) -> str:
     return markdown(["task", "steps", "seeds", "score", "paper", "seconds"], rows)
 
 
-def table_of_games(prefix: str, cells) -> str:
+def players(table: str) -> list[str]:
+    """The algorithms of a table of games; with many agents only two are compared."""
+    return ["inspo", "moma_ppo"] if table == "scaling" else list(NAMES)
+
+
+def table_of_games(table: str, cells) -> str:
     """A row for each algorithm, a column for each game, and the seconds of a run."""
-    columns = [task for task in all_tasks() if task.startswith(prefix)]
+    columns = [task for task in all_tasks() if task.startswith(GAMES[table])]
     rows = []
-    for algorithm, name in NAMES.items():
+    for algorithm in players(table):
         finished = {task: cells[algorithm, task] for task in columns if (algorithm, task) in cells}
         if finished:
             seeds = span([len(runs) for runs in finished.values()])
             seconds = [statistics.median(r["seconds"] for r in runs) for runs in finished.values()]
             scores = [score(finished.get(task, [])) for task in columns]
-            rows.append([name, seeds, *scores, span([round(x) for x in seconds])])
+            rows.append([NAMES[algorithm], seeds, *scores, span([round(x) for x in seconds])])
     if not rows:
         return "No run of this version yet."
     return markdown(["algorithm", "seeds", *(f"`{x}`" for x in columns), "seconds"], rows)
@@ -205,7 +210,7 @@ def make_table(name: str, cells) -> str:
     if name in NAMES:
         return table_of_algorithm(name, cells)
     if name in GAMES:
-        return table_of_games(GAMES[name], cells)
+        return table_of_games(name, cells)
     require(name in TABLES, f"no table is called '{name}'")
     return table_of_paper(name, cells)
 
