@@ -31,9 +31,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import coordination_game
-from data.offline_dataset import WEIGHTS, load_dataset
+from data.offline_dataset import load_dataset
 from mamujoco_envs import (
-    ENVIRONMENTS,
     HISTORY_LENGTH,
     InputError,
     Task,
@@ -322,7 +321,7 @@ class WorldModel:
     """An exported ensemble. Networks map standardised inputs to standardised outputs."""
 
     def __init__(self, task: Task, path: Path, device, next_states="sample", terminals="learned"):
-        command = f"python world_model.py --task {task.name} --output {path}"
+        command = f"python world_model.py --task {task.option} --output {path}"
         require(path.is_file(), f"no world model at {path}; make it with: {command}")
         self.task, self.next_states, self.terminals = task, next_states, terminals
         try:
@@ -404,7 +403,7 @@ class WorldModel:
         # The mask is a majority vote, or the environment's rule (Deviation 13).
         masks = self.masks(states, actions, next_states)
         if self.terminals == "rule":
-            masks = 1 - ENVIRONMENTS[self.task.environment].terminal(next_states).float()
+            masks = 1 - self.task.terminal(next_states).float()
         return Step(
             next_states.clamp(m["state_min"], m["state_max"]),
             rewards.mean(0).clamp(m["reward_min"], m["reward_max"]),
@@ -422,7 +421,7 @@ class GroundTruth:
 
     def __init__(self, task: Task, num_envs: int):
         self.simulator = task.simulator(task, num_envs)
-        self.description = {"name": f"the simulator of {task.environment}", "sha256": None}
+        self.description = {"name": f"the simulator of {task.environment_name}", "sha256": None}
 
     def step(self, states, actions):
         next_states, rewards, terminals = self.simulator.step_from(states, actions)
@@ -689,11 +688,13 @@ def errors_on(model, transitions):
 def make_model(task, args, run):
     """The world model or simulator to roll out in."""
     if args.ground_truth:
+        message = f"--ground-truth needs a simulator of {task.name} that starts anywhere"
+        require(task.continues_from_states, message)
         return GroundTruth(task, args.transitions // args.rollout_length)
-    has_rule = args.terminals == "learned" or task.environment in ENVIRONMENTS
+    has_rule = args.terminals == "learned" or task.has_terminal_rule
     require(has_rule, f"{task.name} has no rule for terminals; use --terminals learned")
-    path = args.world_model or WEIGHTS / f"{task.dataset}.pt"
-    if task.environment == "coordination" and not args.world_model:
+    path = args.world_model or task.world_model_path
+    if task.columns and not args.world_model:  # a game whose data are generated
         path = coordination_game.train_world_model(task, args.seed, run.dir / "world_model")
     return WorldModel(task, path, run.device, args.next_states, args.terminals)
 

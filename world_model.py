@@ -32,6 +32,7 @@ from training_run import Run, check_positive, check_range, compiled, main, save,
 
 BEHAVIORS = ("on_data", "perturbed", "random")
 OPEN_LOOP_STEPS = 10
+FIRST_STATES = 1000  # exported, to start episodes from where there is no environment
 
 
 @dataclass
@@ -308,6 +309,29 @@ def open_loop_starts(dataset: OfflineDataset, rows):
     return rows[dataset.episode_starts[rows] == dataset.episode_starts[last]]
 
 
+class Logged:
+    """The episodes of the data themselves, where no simulator starts from their states."""
+
+    def __init__(self, dataset: OfflineDataset, rows):
+        self.dataset, self.rows = dataset, rows
+
+    def set_states(self, states) -> None:
+        """They are the data's already."""
+
+    def step(self, actions):
+        """What followed in the data, whose actions these must be."""
+        data, rows = self.dataset, self.rows.clone()
+        self.rows += 1
+        columns = data.next_states[rows], data.rewards[rows], data.masks[rows] == 0
+        return [column.cpu().numpy() for column in columns]
+
+
+def make_simulator(dataset: OfflineDataset, rows):
+    """The true simulator, or else the episodes that start from `rows`."""
+    task = dataset.task
+    return task.simulator(task, len(rows)) if task.continues_from_states else Logged(dataset, rows)
+
+
 @torch.no_grad()
 def open_loop(ensemble, dataset: OfflineDataset, rows, scale, behavior) -> dict:
     """Rolls the ensemble and the true simulator out from `rows`, with the same actions.
@@ -317,7 +341,7 @@ def open_loop(ensemble, dataset: OfflineDataset, rows, scale, behavior) -> dict:
     """
     task, device, count = dataset.task, dataset.device, len(rows)
     generator = torch.Generator().manual_seed(0)
-    states, simulator = dataset.states[rows], task.simulator(task, count)
+    states, simulator = dataset.states[rows], make_simulator(dataset, rows)
     simulator.set_states(states.cpu().numpy())
     model_return, true_return = torch.zeros(count), torch.zeros(count)
     alive, epsilons, errors = torch.ones(count, dtype=torch.bool), [], []
@@ -359,20 +383,6 @@ def epistemic_uncertainty(next_states, rewards, scale):
     return gram.square().sum((1, 2)).sqrt() / (centred.shape[1] - 1)
 
 
-@torch.no_grad()
-def retargeting_error(ensemble, dataset: OfflineDataset, rows) -> float:
-    """Reacher: error of the mean reward for arms of the data with another episode's target.
-
-    Experts are almost never still and off target, so "still means on target" fits the data, and a
-    team learns to stop short.
-    """
-    states, other = dataset.states[rows].clone(), dataset.states[rows.roll(1)]
-    states[:, 8:10] += states[:, 4:6] - other[:, 4:6]
-    states[:, 4:6] = other[:, 4:6]
-    _, _, rewards = ensemble.predict(states, states.new_zeros(len(rows), 2))
-    return (rewards.mean(0) + states[:, 8:10].norm(dim=1)).abs().mean().item()
-
-
 def evaluate_ensemble(ensemble, args: Args, dataset: OfflineDataset, rows, scale) -> dict:
     """The elites, their held-out errors, and how far they can be trusted off the data."""
     errors = held_out_errors(ensemble, dataset, rows, scale)
@@ -382,11 +392,11 @@ def evaluate_ensemble(ensemble, args: Args, dataset: OfflineDataset, rows, scale
     best = ensemble.select(dataset.task, args, elites)
     record = {name: error[elites].mean().item() for name, error in errors.items()}
     starts = open_loop_starts(dataset, rows)[:1000]
-    for behavior in BEHAVIORS:
+    for behavior in BEHAVIORS if dataset.task.continues_from_states else ("on_data",):
         measured = open_loop(best, dataset, starts, scale, behavior)
         record |= {f"{behavior}/{name}": value for name, value in measured.items()}
-    if dataset.task.environment == "Reacher-v4":
-        record["retargeting_error"] = retargeting_error(best, dataset, rows[:5000])
+    if dataset.task.model_errors:
+        record |= dataset.task.model_errors(best.predict, dataset.states[rows[:5000]])
     member_errors = {name: error.tolist() for name, error in errors.items()}
     return record | {"elites": elites, "member_errors": member_errors}
 
@@ -412,6 +422,7 @@ def export(ensemble, args: Args, dataset: OfflineDataset, record: dict, scale, s
         exported[name] = [(x.weight.data[elites], x.bias.data[elites]) for x in layers]
     exported |= {name: buffer for name, buffer in ensemble.named_buffers()}
     exported |= dataset.bounding_box() | {"scale": scale} | calibrate(record, scale)
+    exported["first_states"] = dataset.states[dataset.first_rows[:FIRST_STATES]]
     settings = {"target": args.target, "activation": args.activation, "seed": args.seed}
     description = settings | {"total_steps": args.total_steps, "seconds": seconds}
     errors = {name: value for name, value in record.items() if isinstance(value, float)}
@@ -450,6 +461,9 @@ def train(args: Args) -> dict:
         long_enough = len(open_loop_starts(dataset, held_out_rows)) > 0
         message = f"no held-out episode has {OPEN_LOOP_STEPS} steps; use a larger dataset"
         require(long_enough, message)
+        if not task.continues_from_states:
+            say(f"note: {task.name} has no simulator that starts anywhere, so the model is judged")
+            say("on the data's own actions, and not on perturbed and random ones")
         ensemble = Ensemble(task, args).to(device)
         if args.normalize:
             ensemble.standardize(dataset, training_rows)

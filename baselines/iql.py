@@ -305,10 +305,10 @@ def iql_losses(team: Team, batch: Batch, args: Args):
 
 
 def normalize_rewards(dataset: OfflineDataset) -> float:
-    """Scales the ant's rewards so that episode returns span 1000; returns the factor."""
+    """Scales rewards of locomotion so that returns span 1000; returns the factor."""
     returns = dataset.episode_returns()
     span = float(returns.max() - returns.min())
-    scale = 1000 / span if dataset.task.environment == "Ant-v4" and span > 0 else 1.0
+    scale = 1000 / span if dataset.task.locomotion and span > 0 else 1.0
     dataset.rewards = dataset.rewards * scale
     return scale
 

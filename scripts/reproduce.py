@@ -5,6 +5,7 @@
     python scripts/reproduce.py --table 4a         # two-agent Reacher, Table 4 (a)
     python scripts/reproduce.py --table 4b         # four-agent Ant, Table 4 (b)
     python scripts/reproduce.py --table 4b --tasks ant-medium-fo --algorithms ibc moma_ppo --seeds 1
+    python scripts/reproduce.py --table other --tasks halfcheetah-2x3-medium-fo --algorithms ibc
 
 Every run is a process with one thread, and as many run at once as there are cores. Ctrl-C or
 SIGTERM stops them after saving; the same command then resumes. Finished runs are not run again.
@@ -53,8 +54,8 @@ JOB_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
 class Table(NamedTuple):
-    tasks: str
-    """how the names of its tasks start"""
+    tasks: str | None
+    """how the names of its tasks start; None: any that --tasks names, also tasks of your own"""
     seeds: int
     """seeds of the paper"""
     compile: bool
@@ -66,17 +67,18 @@ TABLES = {
     "scaling": Table("coordination-unfavorable", seeds=10, compile=False),
     "4a": Table("reacher-", seeds=3, compile=True),
     "4b": Table("ant-", seeds=3, compile=True),
+    "other": Table(None, seeds=3, compile=True),
 }
 
 
 @dataclass
 class Args:
-    table: Literal["3", "scaling", "4a", "4b"] = "3"
-    """table of the paper, or "scaling", which goes beyond it"""
+    table: Literal["3", "scaling", "4a", "4b", "other"] = "3"
+    """table of the paper; "scaling" and "other", any tasks, go beyond it"""
     seeds: int | None = None
     """run seeds 1 to this; by default as many as the paper: 10 for the game, 3 for the others"""
     tasks: tuple[str, ...] = ()
-    """only these tasks of the table"""
+    """only these tasks of the table; with --table other any, also FILE:NAME of your own"""
     algorithms: tuple[str, ...] = ()
     """only these algorithms of the table"""
     workers: int = field(default_factory=available_cores)
@@ -108,6 +110,8 @@ class Job(NamedTuple):
 def table_cells(args: Args) -> list[Cell]:
     """The cells that the paper has a figure for, less those not asked for."""
     prefix = TABLES[args.table].tasks
+    if prefix is None:
+        return other_cells(args)
     names = [name for name in all_tasks() if name.startswith(prefix)]
     if args.table == "scaling":
         cells = [Cell("moma_ppo", name) for name in names]
@@ -129,6 +133,16 @@ def table_cells(args: Args) -> list[Cell]:
     ]
     require(chosen, f"table {args.table} has none of these algorithms on these tasks")
     return chosen
+
+
+def other_cells(args: Args) -> list[Cell]:
+    """Any algorithms on any tasks, whether the paper has a figure or not."""
+    require(args.tasks, "--table other needs --tasks, names or FILE:NAME of your own")
+    unknown = ", ".join(name for name in args.algorithms if name not in ALGORITHMS)
+    require(not unknown, f"no algorithm is called {unknown}; there are {', '.join(ALGORITHMS)}")
+    algorithms = args.algorithms or [name for name in ALGORITHMS if name != "maiql_ft"]
+    tasks = [find_task(name).option for name in args.tasks]
+    return [Cell(algorithm, task) for algorithm in algorithms for task in tasks]
 
 
 def job_command(job: Job, options: list[str]) -> list[str]:
@@ -234,7 +248,8 @@ def report(job: Job, log, exit_status: int, progress: str) -> None:
     else:
         log.seek(0)
         outcome = why_it_failed(log.read(), exit_status)
-    say(f"{progress}: {job.cell.algorithm} on {job.cell.task}, seed {job.seed}: {outcome}")
+    task = find_task(job.cell.task).name
+    say(f"{progress}: {job.cell.algorithm} on {task}, seed {job.seed}: {outcome}")
 
 
 # Showing it.
@@ -261,7 +276,7 @@ def print_table(results: dict[Cell, list[dict]], seeds: int) -> None:
         paper = PAPER_SCORES[cell.algorithm].get(cell.task, "-")
         seconds = [result["seconds"] for result in finished]
         median = f"{statistics.median(seconds):.0f}" if seconds else "-"
-        rows.append((cell.algorithm, cell.task, score, runs, paper, median))
+        rows.append((cell.algorithm, find_task(cell.task).name, score, runs, paper, median))
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, tuple("-" * width for width in widths))
     print()
@@ -298,9 +313,10 @@ def plot_panel(axes, task: str, results: dict[str, list[dict]]) -> None:
         if paper:
             axes.axhline(float(paper.split()[0]), color=color, linestyle=":", linewidth=1)
         mean_return = finished[0]["dataset"]["mean_return"]
-    dataset_score = find_task(task).normalized_score(mean_return)
+    found = find_task(task)
+    dataset_score = found.normalized_score(mean_return)
     axes.axhline(dataset_score, color="black", linestyle="--", linewidth=1)
-    axes.set(title=task, xlabel="seconds of training")
+    axes.set(title=found.name, xlabel="seconds of training")
     axes.set_xlim(left=0)
     axes.locator_params(axis="x", nbins=5)
     axes.grid(alpha=0.3)
@@ -343,7 +359,7 @@ def main(args: Args) -> None:
     require(seeds > 0, f"--seeds must be above 0; it is {seeds}")
     cells, started = table_cells(args), time.perf_counter()
     jobs = [
-        Job(cell, seed, args.folder / f"{cell.task}__{cell.algorithm}__{seed}")
+        Job(cell, seed, args.folder / f"{find_task(cell.task).name}__{cell.algorithm}__{seed}")
         for cell in cells
         for seed in range(1, seeds + 1)
     ]
@@ -367,7 +383,8 @@ def main(args: Args) -> None:
         if result:
             results[job.cell].append(result)
     print_table(results, seeds)
-    name = "_".join(["table", args.table, *args.tasks, *args.algorithms])
+    names = [find_task(task).name for task in args.tasks]
+    name = "_".join(["table", args.table, *names, *args.algorithms])
     plot_curves(results, args.folder / f"{name}.png")
     failed = len(jobs) - sum(map(len, results.values()))
     say(f"{time.perf_counter() - started:.0f} s, {args.workers} runs at once")
