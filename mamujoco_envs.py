@@ -108,6 +108,9 @@ class Task:
     """`plot(evaluation, path)` draws what a team agreed on"""
     model_errors: Callable | None = None
     """`model_errors(predict, states)`: errors of a world model that only this task can know"""
+    layout: dict[str, str | tuple[str, ...]] | None = None
+    """names in an HDF5 file for D4RL's columns; several are joined side by side, as where the state
+    is the concatenation of the agents' observations"""
     columns: Callable | None = None
     """`columns(task)`: the dataset itself, where it is generated in memory"""
     discrete: bool = False
@@ -314,6 +317,15 @@ def ant_task(behavior: str, view: str) -> Task:
     )
 
 
+def blocks(*widths: int) -> tuple[tuple[int, ...], ...]:
+    """Consecutive indices, as many as each agent has: blocks(2, 1) is ((0, 1), (2,)).
+
+    What agents observe where the state is the concatenation of their observations, for example.
+    """
+    ends = np.cumsum(widths).tolist()
+    return tuple(tuple(range(end - width, end)) for end, width in zip(ends, widths))
+
+
 class Body(NamedTuple):
     """A planar body of Multi-Agent MuJoCo. Its actuators are in the order of its joints.
 
@@ -341,7 +353,7 @@ def planar_task(body: str, split: str, behavior: str, view: str) -> Task:
     """A body, one of its splits, a dataset, and "fo" or "po" (agents see only their own joints)."""
     environment, joints, _, random_return, expert_return = BODIES[body]
     agents, share = map(int, split.split("x"))
-    driven = tuple(tuple(range(i * share, (i + 1) * share)) for i in range(agents))
+    driven = blocks(*[share] * agents)
     state_dim = 5 + 2 * joints
     own_joints = tuple(
         (*(2 + joint for joint in own), *(5 + joints + joint for joint in own)) for own in driven

@@ -13,22 +13,25 @@ repository, and scripts record a dataset when they first need it. D4RL's own: da
 Where it differs from D4RL, why, and by how much: docs/datasets.md.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # this folder's inspect.py would hide Python's own
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import errno
 import hashlib
 import math
 import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads spin only briefly
-sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import h5py
 import numpy as np

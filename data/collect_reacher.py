@@ -12,22 +12,25 @@ Both experts ship with the repository, and scripts record the dataset when they 
 Where it differs from the paper, why, and by how much: docs/datasets.md.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # this folder's inspect.py would hide Python's own
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import errno
 import hashlib
 import math
 import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads spin only briefly
-sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import h5py
 import numpy as np
