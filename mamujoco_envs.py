@@ -459,7 +459,7 @@ class MujocoEnvironment:
     """camera of the model to film with"""
 
     def __init__(self):
-        env = self.gymnasium()
+        env = build(self.gymnasium)
         self.model, self.init_qpos, self.init_qvel = env.model, env.init_qpos, env.init_qvel
         self.frame_skip, self.dt = env.frame_skip, env.dt
 
@@ -742,11 +742,24 @@ class GymnasiumSimulator:
         return states.astype(np.float64), rewards, terminals
 
 
+def build(environment: type, **options):
+    """An environment of gymnasium, without what MuJoCo says of its half_cheetah.xml at every load.
+
+    The handler is in place for that time only: one called from a thread of `Simulator` can wait
+    forever.
+    """
+    mujoco.set_mju_user_warning(lambda message: None)
+    try:
+        return environment(**options)
+    finally:
+        mujoco.set_mju_user_warning(None)
+
+
 def make_environment(task: Task, render_mode: str | None = None):
     """gymnasium's environment of a task; raises `InputError` if it does not fit the task."""
     if task.mujoco:
         options = {"camera_name": task.mujoco.camera} if task.mujoco.camera else {}
-        return task.mujoco.gymnasium(render_mode=render_mode, **options)
+        return build(task.mujoco.gymnasium, render_mode=render_mode, **options)
     name, length = task.environment, task.episode_length
     options = {"max_episode_steps": length, "disable_env_checker": True}
     try:
