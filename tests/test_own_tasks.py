@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import shlex
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import gymnasium
@@ -10,9 +12,10 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from made_up import recorded_columns, write_dataset
+from made_up import documented_blocks, recorded_columns, write_dataset
 
 import data.inspect
+from data import collect_mujoco
 from data.offline_dataset import load_dataset
 from mamujoco_envs import (
     EVALUATION_SEED,
@@ -235,6 +238,47 @@ def test_a_class_of_ones_own_from_data_to_a_score(run_own, run_script, folder, t
     moved = folder / "moved.py"
     moved.write_text((folder / "own.py").read_text())
     assert load_team(run_dir, f"{moved}:PAIR").task.file == f"{moved}:PAIR"
+
+
+def test_the_document_runs_as_written(run_script, monkeypatch, capsys):
+    """All its commands and its Python, on data and with budgets so small that it takes seconds."""
+    short = dataclasses.replace(collect_mujoco.TASKS["halfcheetah"], episode_length=20)
+    monkeypatch.setitem(collect_mujoco.TASKS, "halfcheetah", short)
+    task, swimmer, rule, logged, layout, act, sweep = documented_blocks("python")
+    Path("pair.py").write_text(task.replace("episode_length=1000", "episode_length=20"))
+    extra = TINY | {"baselines/matd3_bc.py": ["--batch-size", 16], "world_model.py": TINY_MODEL}
+    record, train, tables, loop = documented_blocks("")
+    for line in f"{record}{train}".strip().splitlines():
+        _, script, *arguments = shlex.split(line)
+        if script == "-m":
+            script = f"{arguments.pop(0).replace('.', '/')}.py"
+        if "collect" in script:  # in this process, where episodes are short
+            args = collect_mujoco.Dataset("halfcheetah", "medium", 400, output=Path("cheetah.hdf5"))
+            assert "--output cheetah.hdf5" in line
+            collect_mujoco.record_dataset(args)
+            continue
+        arguments += extra.get(script, [])
+        if script.startswith(("moma", "base")):
+            arguments += ["--total-steps", 2, "--eval-every", 2, "--eval-episodes", 2]
+        arguments += ["--cloning-steps", 2] if script == "moma_ppo.py" else []
+        status, output = run_script(script, *arguments)
+        assert status == 0, output
+    assert Path("returns.png").is_file() and "PAIR, moma_ppo.py after 2 steps" in output
+
+    Path("swimmers.py").write_text(swimmer)
+    task = find_task("swimmers.py:SWIMMERS")
+    assert set(largest_difference(task, 50).values()) == {0.0}
+    names = {"Task": Task, "blocks": blocks}
+    for text in (logged, layout):
+        exec(text, names)
+    assert names["PLANT"].state_dim == 21 and "staticmethod" in rule
+    for text in (act, sweep):
+        exec(text, {})
+    Path("runs/pair").rename("runs/PAIR__moma_ppo__1")
+    exec(sweep, {})
+    assert len(capsys.readouterr().out.splitlines()[-1].split()) == 4
+    status, output = run_script("scripts/reproduce.py", *shlex.split(tables)[2:], "--dry-run")
+    assert status == 0 and "--lambda-g" in loop
 
 
 def test_a_gymnasium_id_is_played_but_not_continued(run_own, folder):
