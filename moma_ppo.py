@@ -47,7 +47,7 @@ from training_run import FINAL_EPISODES, Run, check_positive, check_range, compi
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """reacher-*, ant-* or coordination-*; docs/tasks.md lists them"""
+    """one of docs/tasks.md, or FILE:NAME of your own"""
     seed: int = 1
     """seed of networks, rollouts and minibatches"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -65,7 +65,7 @@ class Args:
     compile: bool = False
     """use the fastest form of rollout step and loss: torch.compile, CUDA graphs on a GPU"""
     dataset: Path | None = None
-    """HDF5 file in D4RL's layout; by default the task's own"""
+    """HDF5 file, Minari folder or minari:NAME; by default the task's own"""
     world_model: Path | None = None
     """checkpoint written by world_model.py; by default the one shipped for the task's dataset"""
     memory: Literal["auto", "attention", "none"] = "auto"

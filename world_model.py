@@ -38,7 +38,7 @@ FIRST_STATES = 1000  # exported, to start episodes from where there is no enviro
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """a task whose dataset is learned"""
+    """a task whose dataset is learned: one of docs/tasks.md, or FILE:NAME of your own"""
     seed: int = 1
     """seed of networks and minibatches"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -54,7 +54,7 @@ class Args:
     compile: bool = False
     """use the fastest form of the loss on this device: torch.compile, CUDA graphs on a GPU"""
     dataset: Path | None = None
-    """HDF5 file in D4RL's layout; by default the task's own"""
+    """HDF5 file, Minari folder or minari:NAME; by default the task's own"""
     output: Path | None = None
     """file to export the world model to; by default world_model.pt in the run folder"""
     paper: bool = False
