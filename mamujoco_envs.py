@@ -22,6 +22,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -419,8 +420,11 @@ def own_task(file: str, name: str) -> Task:
         except InputError as error:
             raise InputError(f"{file}: {error}") from None
         except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+            place = f" in line {lines[-1]}" if lines else ""
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise InputError(f"{file} fails: {reason}") from None
+            raise InputError(f"{file} fails{place}: {reason}") from None
         tasks = {key: value for key, value in vars(module).items() if isinstance(value, Task)}
         message = f"{file} holds no Task called {name}; it has {', '.join(tasks) or 'none'}"
         require(name in tasks, message)

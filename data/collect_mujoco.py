@@ -402,8 +402,11 @@ def choose_policies(args: Dataset, task: Task) -> tuple[list[MLP], dict]:
     # Deviation 9.
     chosen = list(range(len(policies)))
     if args.name != "full-replay":
-        good = np.flatnonzero(scores >= GOOD_ENOUGH[args.environment][args.name])
+        wanted = GOOD_ENOUGH[args.environment][args.name]
+        good = np.flatnonzero(scores >= wanted)
         chosen = [int(good[0] if len(good) else np.argmax(scores))]
+        if not len(good):
+            say(f"note: no policy in {path} scores {wanted}; the best has {max(scores):.2f}")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return [policies[i] for i in chosen], {"snapshots": chosen, "snapshots_sha256": digest}
 

@@ -143,7 +143,7 @@ def test_defaults_are_those_of_the_environment_or_of_one_like_it(folder):
 BAD_TASKS = {
     "missing file": (None, "no file"),
     "missing name": ("NOTHING = 1", "holds no Task called MINE; it has none"),
-    "a mistake": ("import nothing_at_all", "fails: ModuleNotFoundError"),
+    "a mistake": ("import nothing_at_all", "fails in line 3: ModuleNotFoundError"),
     "an action twice": ("MINE = Task('', A, ((0,), (0,)), 5)", "must drive each action once"),
     "uneven": ("MINE = Task('', A, ((0, 1), (2,)), 5)", "different numbers of actions"),
     "one agent less": ("MINE = Task('', A, ((0,),), 5)", "2 agents in 'observed', but 1"),
