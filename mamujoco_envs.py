@@ -124,35 +124,21 @@ class Task:
     """FILE:NAME of a task of your own, as --task names it; set by `find_task`"""
 
     def __post_init__(self):
-        name = self.name or "the task"
-        require(self.observed and self.driven, f"{name} needs agents in 'observed' and 'driven'")
-        agents = len(self.observed)
-        require(
-            len(self.driven) == agents,
-            f"{name} has {agents} agents in 'observed', but {len(self.driven)} in 'driven'",
-        )
-        actions = sorted(index for driven in self.driven for index in driven)
-        require(
-            len({len(driven) for driven in self.driven}) == 1,
-            f"agents of {name} drive different numbers of actions; give each the same",
-        )
-        require(
-            actions == list(range(len(actions))),
-            f"agents of {name} must drive each action once, 0 to {len(actions) - 1}; not {actions}",
-        )
+        check_split(self)
         widest = 1 + max(index for seen in self.observed for index in seen)
+        entropy_target = self.entropy_target
+        if entropy_target is None:
+            entropy_target = -float(sum(map(len, self.driven)))
         derived = {
-            "state_dim": self.state_dim or (state_width(self.environment) or widest),
+            "state_dim": self.state_dim or state_width(self.environment) or widest,
             "dataset": self.dataset or self.name,
-            "entropy_target": self.entropy_target,
+            "entropy_target": entropy_target,
             "simulator": self.simulator or choose_simulator(self.environment),
         }
-        if self.entropy_target is None:
-            derived["entropy_target"] = -float(len(actions))
         for field, value in derived.items():
             object.__setattr__(self, field, value)
-        width = self.state_dim
-        require(widest <= width, f"an agent of {name} observes {widest - 1} of a state of {width}")
+        message = f"an agent of {self.name or 'the task'} observes dimension {widest - 1}"
+        require(widest <= self.state_dim, f"{message} of a state of {self.state_dim}")
 
     @property
     def environment_name(self) -> str:
@@ -258,6 +244,20 @@ class Task:
     def paper_score(self, algorithm: str) -> str | None:
         """Mean ± standard error over the paper's seeds, None where it reports none."""
         return PAPER_SCORES.get(algorithm, {}).get(self.name.removesuffix("-other-legs"))
+
+
+def check_split(task: Task) -> None:
+    """Raises `InputError` unless the agents drive each action once, and equally many each."""
+    name = task.name or "the task"
+    agents, others = len(task.observed), len(task.driven)
+    require(agents and others, f"{name} needs agents in 'observed' and 'driven'")
+    message = f"{name} has {agents} agents in 'observed', but {others} in 'driven'"
+    require(agents == others, message)
+    message = f"agents of {name} drive different numbers of actions; give each the same"
+    require(len({len(driven) for driven in task.driven}) == 1, message)
+    actions = sorted(index for driven in task.driven for index in driven)
+    message = f"agents of {name} must drive each action once, 0 to {len(actions) - 1}"
+    require(actions == list(range(len(actions))), f"{message}; not {actions}")
 
 
 # The state: 0 cos(theta1), 1 cos(theta2), 2 sin(theta1), 3 sin(theta2), 4-5 target, 6-7 angular

@@ -118,12 +118,10 @@ def resumed_args(args_type: type, run_dir: Path, words: list[str]):
     require(
         saved.keys() == fields.keys(), f"{run_dir} was started by another version of {script}.py"
     )
-    saved = {
-        name: Path(restored(value, run_dir))
-        if value is not None and Path in typing.get_args(fields[name])
-        else restored(value, run_dir)
-        for name, value in saved.items()
-    }
+    for name, value in saved.items():
+        saved[name] = restored(value, run_dir)
+        if value is not None and Path in typing.get_args(fields[name]):
+            saved[name] = Path(saved[name])
     return tyro.cli(args_type, args=words, default=args_type(**saved))
 
 
@@ -135,8 +133,10 @@ def portable(value, run_dir: Path):
     if isinstance(value, str) and ".py:" in value:
         file, name = value.rsplit(":", 1)
         return f"{portable(Path(file), run_dir)}:{name}"
-    if not isinstance(value, Path) or str(value).startswith("minari:"):
-        return value if not isinstance(value, Path) else str(value)
+    if not isinstance(value, Path):
+        return value
+    if str(value).startswith("minari:"):  # a name, not a path
+        return str(value)
     path = value.resolve()
     for name, base in (("RUN", run_dir.resolve()), ("REPOSITORY", REPOSITORY)):
         if path.is_relative_to(base):

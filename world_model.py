@@ -320,8 +320,8 @@ class Logged:
 
     def step(self, actions):
         """What followed in the data, whose actions these must be."""
-        data, rows = self.dataset, self.rows.clone()
-        self.rows += 1
+        data, rows = self.dataset, self.rows
+        self.rows = rows + 1
         columns = data.next_states[rows], data.rewards[rows], data.masks[rows] == 0
         return [column.cpu().numpy() for column in columns]
 

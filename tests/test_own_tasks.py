@@ -148,7 +148,10 @@ BAD_TASKS = {
     "uneven": ("MINE = Task('', A, ((0, 1), (2,)), 5)", "different numbers of actions"),
     "one agent less": ("MINE = Task('', A, ((0,),), 5)", "2 agents in 'observed', but 1"),
     "nobody": ("MINE = Task('', (), (), 5)", "needs agents"),
-    "beyond the state": ("MINE = Task('', A, ((0,), (1,)), 5, state_dim=2)", "observes 2"),
+    "beyond the state": (
+        "MINE = Task('', A, ((0,), (1,)), 5, state_dim=2)",
+        "observes dimension 2",
+    ),
     "unknown id": ("MINE = Task('Nowhere-v0', A, ((0,), (1,)), 5)", "cannot make 'Nowhere-v0'"),
 }
 
@@ -308,8 +311,13 @@ def test_a_gymnasium_id_is_played_but_not_continued(run_own, folder):
 def test_logged_data_are_scored_in_the_world_model_alone(run_own, folder, run_script, tmp_path):
     status, *_ = run_own("baselines/ibc.py", "UNSEEN")
     assert_one_line(status, "no environment, and no world model", "python world_model.py --task")
-    status, output, _ = run_own("world_model.py", "UNSEEN", "--output", folder / "unseen.pt")
+    status, output, result = run_own("world_model.py", "UNSEEN", "--output", folder / "unseen.pt")
     assert status == 0, output
+    # The data say what the simulator would have said.
+    status, output, simulated = run_own("world_model.py", "PAIR")
+    for name in ("one_step_error", "ten_step_error", "return_error", "epsilon_g_0.9"):
+        expected = simulated[f"on_data/{name}"]
+        assert result[f"on_data/{name}"] == pytest.approx(expected, rel=0.02)
     for script in TINY:
         status, output, result = run_own(script, "UNSEEN")
         assert status == 0, output
