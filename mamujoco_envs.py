@@ -5,8 +5,11 @@ Coordination Problem", AAMAS 2024 (arXiv 2305.17198). In two-agent Reacher, agen
 leader) drives the shoulder and agent 1 ("blue") the elbow. In four-agent Ant, agent 0 ("yellow")
 drives the front left leg, and agents 1 to 3 drive the front right, back left and back right legs.
 
+HalfCheetah, Hopper and Walker2d are split as in Multi-Agent MuJoCo (Peng et al., arXiv 2003.06709).
+
 - `Task`: what each agent observes and drives, and how returns are normalised.
-- `Simulator`: many copies of a gymnasium environment, stepped together on all cores.
+- `MujocoEnvironment`: a gymnasium environment as functions of arrays; a new one is ten lines.
+- `Simulator`: many copies of one, stepped together on all cores.
 - `evaluate`: greedy episodes of a team. `plot_team_strategy`: what a Reacher team agreed on.
 - `parallel_env`: the same tasks behind PettingZoo's Parallel API, for other projects:
 
@@ -15,20 +18,29 @@ drives the front left leg, and agents 1 to 3 drive the front right, back left an
 """
 
 import difflib
+import importlib
+import importlib.util
 import os
+import sys
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import gymnasium
 import mujoco
 import numpy as np
 import torch
 import torch.nn.functional as F
 from gymnasium.envs.mujoco.ant_v4 import AntEnv
+from gymnasium.envs.mujoco.half_cheetah_v4 import HalfCheetahEnv
+from gymnasium.envs.mujoco.hopper_v4 import HopperEnv
 from gymnasium.envs.mujoco.reacher_v4 import ReacherEnv
+from gymnasium.envs.mujoco.walker2d_v4 import Walker2dEnv
 from gymnasium.spaces import Box
+from gymnasium.vector import SyncVectorEnv
 
 HISTORY_LENGTH = 10  # past (action, observation) pairs that an agent remembers (Appendix A.1)
 ACTION_LIMIT = 1 - 1e-5  # actions in histories and datasets are clamped to +-ACTION_LIMIT
@@ -62,35 +74,110 @@ def index_tensor(indices: tuple, device) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Task:
-    """One environment, one dataset, and what each agent observes and drives."""
+    """One environment, one dataset, and what each agent observes and drives.
 
-    name: str
-    environment: str
-    """gymnasium id, or "coordination" """
-    dataset: str
-    """name of the offline dataset; tasks with the same dataset share its world model"""
+    A task of your own needs the first four fields; docs/your_own_task.md has examples.
+    """
+
+    environment: "str | type[MujocoEnvironment]"
+    """a class such as `HalfCheetah`, a gymnasium id, or "" if there are only logged data"""
     observed: tuple[tuple[int, ...], ...]
     """[agent][obs]: the dimensions of the global state that each agent observes, in order"""
     driven: tuple[tuple[int, ...], ...]
     """[agent][action]: the dimensions of the environment's action that each agent sets, in order"""
-    state_dim: int
     episode_length: int
     """steps after which an episode is cut (a time-out, not a terminal state)"""
-    random_return: float
-    expert_return: float
-    """returns that the normalised score calls 0 and 1 (Table 2)"""
-    entropy_target: float
-    """joint entropy that PPO keeps (Appendix A.1)"""
-    simulator: Callable
-    """`simulator(task, num_envs)`: copies of the environment, with the methods of `Simulator`"""
+    name: str = ""
+    """by default the name of the variable in the file that defines the task"""
+    dataset: str = ""
+    """name of the offline dataset, or a file beside the one that defines the task; by default the
+    task's name. Tasks with the same dataset share its world model"""
+    state_dim: int = 0
+    """width of the global state; by default the environment's, or what agents observe of it"""
+    random_return: float = 0.0
+    expert_return: float = 1.0
+    """returns that the normalised score calls 0 and 1 (Table 2); by default it is the return"""
+    entropy_target: float | None = None
+    """joint entropy that PPO keeps (Appendix A.1); by default minus the number of actions, as in
+    SAC (arXiv 1812.05905)"""
+    simulator: Callable | None = None
+    """`simulator(task, num_envs)`: copies of the environment, with the methods of `Simulator`; by
+    default the best there is for the environment"""
     recorder: str = ""
     """module whose `record(task, path)` makes the dataset when it is missing"""
     plot: Callable | None = None
     """`plot(evaluation, path)` draws what a team agreed on"""
+    model_errors: Callable | None = None
+    """`model_errors(predict, states)`: errors of a world model that only this task can know"""
+    layout: dict[str, str | tuple[str, ...]] | None = None
+    """names in an HDF5 file for D4RL's columns; several are joined side by side, as where the state
+    is the concatenation of the agents' observations"""
     columns: Callable | None = None
     """`columns(task)`: the dataset itself, where it is generated in memory"""
     discrete: bool = False
     """whether actions are one-hot vectors (Section 5.2)"""
+    locomotion: bool = False
+    """whether returns are distances run, whose rewards IQL scales (arXiv 2110.06169)"""
+    defaults: str = ""
+    """environment whose defaults the scripts use where they have none for this one"""
+    file: str = ""
+    """FILE:NAME of a task of your own, as --task names it; set by `find_task`"""
+
+    def __post_init__(self):
+        check_split(self)
+        widest = 1 + max(index for seen in self.observed for index in seen)
+        entropy_target = self.entropy_target
+        if entropy_target is None:
+            entropy_target = -float(sum(map(len, self.driven)))
+        derived = {
+            "state_dim": self.state_dim or state_width(self.environment) or widest,
+            "dataset": self.dataset or self.name,
+            "entropy_target": entropy_target,
+            "simulator": self.simulator or choose_simulator(self.environment),
+        }
+        for field, value in derived.items():
+            object.__setattr__(self, field, value)
+        message = f"an agent of {self.name or 'the task'} observes dimension {widest - 1}"
+        require(widest <= self.state_dim, f"{message} of a state of {self.state_dim}")
+
+    @property
+    def environment_name(self) -> str:
+        """gymnasium's id, or the name of a class."""
+        known = self.environment
+        return known if isinstance(known, str) else known.__name__
+
+    @property
+    def mujoco(self) -> "type[MujocoEnvironment] | None":
+        """The environment as functions of arrays, where there is a class of it."""
+        known = self.environment
+        return ENVIRONMENTS.get(known) if isinstance(known, str) else known
+
+    @property
+    def has_environment(self) -> bool:
+        """Whether there is anything to evaluate a team in but its world model."""
+        return self.simulator is not WorldModelSimulator
+
+    @property
+    def continues_from_states(self) -> bool:
+        """Whether the simulator can start from any state of a dataset."""
+        return hasattr(self.simulator, "set_states")
+
+    @property
+    def option(self) -> str:
+        """What the command line calls the task."""
+        return self.file or self.name
+
+    @property
+    def folder(self) -> Path:
+        """Where the files of a task of your own are."""
+        return Path(self.file).parent
+
+    @property
+    def world_model_path(self) -> Path:
+        """The shipped world model, or the file beside an own dataset, with the suffix .pt."""
+        if Path(self.dataset).suffix:
+            return (self.folder / self.dataset).with_suffix(".pt")
+        return Path(__file__).resolve().parent / "data" / "weights" / f"{self.dataset}.pt"
 
     @property
     def num_agents(self) -> int:
@@ -146,6 +233,20 @@ class Task:
         return PAPER_SCORES.get(algorithm, {}).get(self.name.removesuffix("-other-legs"))
 
 
+def check_split(task: Task) -> None:
+    """Raises `InputError` unless the agents drive each action once, and equally many each."""
+    name = task.name or "the task"
+    agents, others = len(task.observed), len(task.driven)
+    require(agents and others, f"{name} needs agents in 'observed' and 'driven'")
+    message = f"{name} has {agents} agents in 'observed', but {others} in 'driven'"
+    require(agents == others, message)
+    message = f"agents of {name} drive different numbers of actions; give each the same"
+    require(len({len(driven) for driven in task.driven}) == 1, message)
+    actions = sorted(index for driven in task.driven for index in driven)
+    message = f"agents of {name} must drive each action once, 0 to {len(actions) - 1}"
+    require(actions == list(range(len(actions))), f"{message}; not {actions}")
+
+
 # The state: 0 cos(theta1), 1 cos(theta2), 2 sin(theta1), 3 sin(theta2), 4-5 target, 6-7 angular
 # velocities, 8-10 fingertip minus target.
 REACHER_OBSERVED = {
@@ -180,9 +281,9 @@ def reacher_task(view: str) -> Task:
         random_return=-11.144625,
         expert_return=-4.2370844,
         entropy_target=-4.0,
-        simulator=Simulator,
         recorder="data.collect_reacher",
         plot=plot_team_strategy,
+        model_errors=retargeting_error,
     )
 
 
@@ -199,8 +300,65 @@ def ant_task(behavior: str, view: str) -> Task:
         random_return=-325.6,
         expert_return=3879.7,
         entropy_target=-6.0,
-        simulator=Simulator,
-        recorder="data.collect_ant",
+        recorder="data.collect_mujoco",
+        locomotion=True,
+    )
+
+
+def blocks(*widths: int) -> tuple[tuple[int, ...], ...]:
+    """Consecutive indices, as many as each agent has: blocks(2, 1) is ((0, 1), (2,)).
+
+    What agents observe where the state is the concatenation of their observations, for example.
+    """
+    ends = np.cumsum(widths).tolist()
+    return tuple(tuple(range(end - width, end)) for end, width in zip(ends, widths))
+
+
+class Body(NamedTuple):
+    """A planar body of Multi-Agent MuJoCo. Its actuators are in the order of its joints.
+
+    The state: height, pitch and joint angles, then the velocities of x, height, pitch and joints.
+    """
+
+    environment: str
+    joints: int
+    splits: tuple[str, ...]
+    """agents x joints of each: agents have neighbouring joints"""
+    random_return: float
+    expert_return: float
+    """D4RL's, which its users report as 0 and 100"""
+
+
+BODIES = {
+    "halfcheetah": Body("HalfCheetah-v4", 6, ("2x3", "6x1"), -280.178953, 12135.0),
+    "hopper": Body("Hopper-v4", 3, ("3x1",), -20.272305, 3234.3),
+    "walker2d": Body("Walker2d-v4", 6, ("2x3",), 1.629008, 4592.3),
+}
+BEHAVIORS = ("random", "medium", "full-replay", "expert")
+
+
+def planar_task(body: str, split: str, behavior: str, view: str) -> Task:
+    """A body, one of its splits, a dataset, and "fo" or "po" (agents see only their own joints)."""
+    environment, joints, _, random_return, expert_return = BODIES[body]
+    agents, share = map(int, split.split("x"))
+    driven = blocks(*[share] * agents)
+    state_dim = 5 + 2 * joints
+    own_joints = tuple(
+        (*(2 + joint for joint in own), *(5 + joints + joint for joint in own)) for own in driven
+    )
+    return Task(
+        name=f"{body}-{split}-{behavior}-{view}",
+        environment=environment,
+        dataset=f"{body}-{behavior}",
+        observed=own_joints if view == "po" else (tuple(range(state_dim)),) * agents,
+        driven=driven,
+        state_dim=state_dim,
+        episode_length=1000,
+        random_return=random_return,
+        expert_return=expert_return,
+        recorder="data.collect_mujoco",
+        locomotion=True,
+        defaults="Ant-v4",
     )
 
 
@@ -209,41 +367,136 @@ def all_tasks() -> dict[str, Task]:
     import coordination_game  # here, because it imports this module
 
     tasks = [reacher_task(view) for view in REACHER_OBSERVED]
-    for behavior in ("random", "medium", "full-replay", "expert"):
+    for behavior in BEHAVIORS:
         tasks += [ant_task(behavior, view) for view in ("fo", "po", "po-other-legs")]
+    for name, body in BODIES.items():
+        for split in body.splits:
+            for behavior in BEHAVIORS:
+                tasks += [planar_task(name, split, behavior, view) for view in ("fo", "po")]
     return {task.name: task for task in [*tasks, *coordination_game.tasks()]}
 
 
 def find_task(name: str) -> Task:
-    """The task of that name; raises `InputError` with the nearest names if there is none."""
+    """The task of that name, or the one called NAME in a file of your own, "path/file.py:NAME".
+
+    Raises `InputError` with the nearest names if there is none.
+    """
+    if ".py:" in name:
+        return own_task(*name.rsplit(":", 1))
     tasks = all_tasks()
-    near = difflib.get_close_matches(name, tasks, n=3, cutoff=0.3) or list(tasks)
+    near = difflib.get_close_matches(name, tasks, n=3, cutoff=0.3) or list(tasks)[:3]
     require(name in tasks, f"unknown task '{name}'; did you mean {', '.join(near)}?")
     return tasks[name]
+
+
+OWN_TASKS: dict[str, Task] = {}
+
+
+def own_task(file: str, name: str) -> Task:
+    """The `Task` that the variable `name` of a Python file holds; each file is run once."""
+    path = Path(file).resolve()
+    option = f"{path}:{name}"
+    if option not in OWN_TASKS:
+        require(path.is_file(), f"no file {file} that defines the task {name}")
+        spec = importlib.util.spec_from_file_location(f"own_task_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where dataclasses look for the module that they are in
+        sys.path.append(str(path.parent))  # for what the file imports from beside it
+        try:
+            spec.loader.exec_module(module)
+        except InputError as error:
+            raise InputError(f"{file}: {error}") from None
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+            place = f" in line {lines[-1]}" if lines else ""
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise InputError(f"{file} fails{place}: {reason}") from None
+        tasks = {key: value for key, value in vars(module).items() if isinstance(value, Task)}
+        message = f"{file} holds no Task called {name}; it has {', '.join(tasks) or 'none'}"
+        require(name in tasks, message)
+        own = tasks[name].name or name
+        OWN_TASKS[option] = replace(tasks[name], name=own, file=option)
+    return OWN_TASKS[option]
 
 
 # Simulators.
 
 
-class Reacher:
-    """`Reacher-v4`: how an episode starts, and states and rewards as functions of arrays.
+class Moment(NamedTuple):
+    """Where B copies of an environment are. A world model knows the states alone."""
+
+    states: np.ndarray  # [B, state]
+    qpos: np.ndarray | None  # [B, nq]
+    qvel: np.ndarray | None  # [B, nv]
+    xpos: np.ndarray | None  # [B, body, 3], positions of all bodies
+
+
+class MujocoEnvironment:
+    """A gymnasium MuJoCo environment as functions of arrays, for `Simulator`.
+
+    A subclass names gymnasium's class and gives `reset`, `reward` and, where episodes end before
+    their time, `terminal`. The rest suits environments whose state is qpos without the positions in
+    the plane, then qvel. `largest_difference` compares the result with gymnasium.
+    """
+
+    gymnasium: type
+    """gymnasium's class of the environment"""
+    hidden_positions = 1
+    """positions at the beginning of qpos that a state leaves out: x, or x and y"""
+    velocity_limit = np.inf
+    """states have velocities clipped at this value"""
+    camera = None
+    """camera of the model to film with"""
+
+    def __init__(self):
+        env = build(self.gymnasium)
+        self.model, self.init_qpos, self.init_qvel = env.model, env.init_qpos, env.init_qvel
+        self.frame_skip, self.dt = env.frame_skip, env.dt
+
+    def reset(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """qpos [nq] and qvel [nv] of a new episode, drawn as gymnasium draws them."""
+        raise NotImplementedError
+
+    def reward(self, before: Moment, actions: np.ndarray, after: Moment) -> np.ndarray:
+        """[B], of the environment's actions [B, joint], within [-1, 1]."""
+        raise NotImplementedError
+
+    @staticmethod
+    def terminal(after: Moment):
+        """[B] bool, of arrays or tensors: never, unless a subclass says otherwise.
+
+        A world model's rollouts can end by this rule if it needs nothing but `after.states`.
+        """
+        return abs(after.states[:, 0]) > np.inf
+
+    def state(self, qpos: np.ndarray, qvel: np.ndarray, xpos: np.ndarray) -> np.ndarray:
+        """Global states [B, state] of qpos [B, nq], qvel [B, nv], body positions [B, body, 3]."""
+        velocities = np.clip(qvel, -self.velocity_limit, self.velocity_limit)
+        return np.hstack([qpos[:, self.hidden_positions :], velocities])
+
+    def restore(self, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """qpos [B, nq], at the origin of the plane, and qvel [B, nv] of global states."""
+        origin = np.zeros((len(states), self.hidden_positions))
+        split = self.model.nq - self.hidden_positions
+        return np.hstack([origin, states[:, :split]]), states[:, split:]
+
+
+class Reacher(MujocoEnvironment):
+    """`Reacher-v4`.
 
     The fingertip's position is MuJoCo's own `xpos`: after a step it is the one of the integrator's
     last stage, a few millimetres behind the joints, so it cannot be computed from them.
     """
 
     gymnasium = ReacherEnv
-    frame_skip = 2
-    camera = None
 
     def __init__(self):
-        env = ReacherEnv()
-        self.model, self.init_qpos, self.init_qvel = env.model, env.init_qpos, env.init_qvel
+        super().__init__()
         self.fingertip = self.model.body("fingertip").id
         self.target = self.model.body("target").id
 
     def reset(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """qpos [4] and qvel [4] of a new episode, drawn as gymnasium draws them."""
         qpos = self.init_qpos + rng.uniform(-0.1, 0.1, size=4)
         target = rng.uniform(-0.2, 0.2, size=2)
         while np.linalg.norm(target) >= 0.2:
@@ -252,6 +505,15 @@ class Reacher:
         qvel = self.init_qvel + rng.uniform(-0.005, 0.005, size=4)
         qvel[2:] = 0
         return qpos, qvel
+
+    def reward(self, before: Moment, actions: np.ndarray, after: Moment) -> np.ndarray:
+        """[B]; Reacher-v4 rewards the state before the step."""
+        return -np.linalg.norm(before.states[:, 8:], axis=1) - np.square(actions).sum(1)
+
+    def state(self, qpos: np.ndarray, qvel: np.ndarray, xpos: np.ndarray) -> np.ndarray:
+        angles = qpos[:, :2]
+        offset = xpos[:, self.fingertip] - xpos[:, self.target]
+        return np.hstack([np.cos(angles), np.sin(angles), qpos[:, 2:], qvel[:, :2], offset])
 
     def restore(self, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """qpos and qvel [B, 4] of global states [B, 11], exact for angles within +-pi.
@@ -263,66 +525,93 @@ class Reacher:
         qpos = np.hstack([angles, states[:, 4:6]])
         return qpos, np.hstack([states[:, 6:8], np.zeros_like(angles)])
 
-    def state(self, qpos: np.ndarray, qvel: np.ndarray, xpos: np.ndarray) -> np.ndarray:
-        """Global states [B, 11] of qpos and qvel [B, 4] and body positions [B, body, 3]."""
-        angles = qpos[:, :2]
-        offset = xpos[:, self.fingertip] - xpos[:, self.target]
-        return np.hstack([np.cos(angles), np.sin(angles), qpos[:, 2:], qvel[:, :2], offset])
 
-    def reward(self, states, actions, xpos, next_xpos) -> np.ndarray:
-        """[B]; Reacher-v4 rewards the state before the step."""
-        return -np.linalg.norm(states[:, 8:], axis=1) - np.square(actions).sum(1)
-
-    @staticmethod
-    def terminal(next_states):
-        """[B] bool, of an array or a tensor: never, episodes of Reacher end by time-out only."""
-        return abs(next_states[:, 0]) > np.inf
-
-
-class Ant:
-    """`Ant-v4`: how an episode starts, and states and rewards as functions of arrays.
-
-    A state has no position in the plane, so the reward, the torso's progress along x, is taken from
-    MuJoCo's `xpos`.
-    """
+class Ant(MujocoEnvironment):
+    """`Ant-v4`, whose reward is the progress of the torso's `xpos`, not of qpos."""
 
     gymnasium = AntEnv
-    frame_skip = 5
+    hidden_positions = 2
     camera = "track"  # follows the ant, which runs out of sight of any other
 
     def __init__(self):
-        env = AntEnv()
-        self.model, self.init_qpos, self.init_qvel = env.model, env.init_qpos, env.init_qvel
-        self.dt = env.dt
+        super().__init__()
         self.torso = self.model.body("torso").id
 
     def reset(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """qpos [15] and qvel [14] of a new episode, drawn as gymnasium draws them."""
         qpos = self.init_qpos + rng.uniform(-0.1, 0.1, size=15)
         return qpos, self.init_qvel + 0.1 * rng.standard_normal(14)
 
-    def restore(self, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """qpos [B, 15], at the origin of the plane, and qvel [B, 14] of global states [B, 27]."""
-        return np.hstack([np.zeros((len(states), 2)), states[:, :13]]), states[:, 13:]
-
-    def state(self, qpos: np.ndarray, qvel: np.ndarray, xpos: np.ndarray) -> np.ndarray:
-        """Global states [B, 27] of qpos [B, 15] and qvel [B, 14]."""
-        return np.hstack([qpos[:, 2:], qvel])
-
-    def reward(self, states, actions, xpos, next_xpos) -> np.ndarray:
+    def reward(self, before: Moment, actions: np.ndarray, after: Moment) -> np.ndarray:
         """[B]: speed along x, 1 for being alive, and the cost of control (none of contact)."""
-        speed = (next_xpos[:, self.torso, 0] - xpos[:, self.torso, 0]) / self.dt
+        speed = (after.xpos[:, self.torso, 0] - before.xpos[:, self.torso, 0]) / self.dt
         return speed + 1 - 0.5 * np.square(actions).sum(1)
 
     @staticmethod
-    def terminal(next_states):
-        """[B] bool, of an array or a tensor: the torso is too low or too high, or the state is not
-        finite."""
-        height = next_states[:, 0]
-        return ~((abs(next_states) < np.inf).all(1) & (height >= 0.2) & (height <= 1.0))
+    def terminal(after: Moment):
+        """[B]: the torso is too low or too high, or the state is not finite."""
+        states, height = after.states, after.states[:, 0]
+        return ~((abs(states) < np.inf).all(1) & (height >= 0.2) & (height <= 1.0))
 
 
-ENVIRONMENTS = {"Reacher-v4": Reacher, "Ant-v4": Ant}
+class HalfCheetah(MujocoEnvironment):
+    """`HalfCheetah-v4`. Its episodes end by time-out only."""
+
+    gymnasium = HalfCheetahEnv
+    camera = "track"
+
+    def reset(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        qpos = self.init_qpos + rng.uniform(-0.1, 0.1, size=9)
+        return qpos, self.init_qvel + 0.1 * rng.standard_normal(9)
+
+    def reward(self, before: Moment, actions: np.ndarray, after: Moment) -> np.ndarray:
+        """[B]: speed along x, and the cost of control."""
+        speed = (after.qpos[:, 0] - before.qpos[:, 0]) / self.dt
+        return speed - 0.1 * np.square(actions).sum(1)
+
+
+class Hopper(MujocoEnvironment):
+    """`Hopper-v4`."""
+
+    gymnasium = HopperEnv
+    velocity_limit = 10
+    camera = "track"
+
+    def reset(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        qpos = self.init_qpos + rng.uniform(-0.005, 0.005, size=self.model.nq)
+        return qpos, self.init_qvel + rng.uniform(-0.005, 0.005, size=self.model.nv)
+
+    def reward(self, before: Moment, actions: np.ndarray, after: Moment) -> np.ndarray:
+        """[B]: speed along x, 1 for being alive, and the cost of control."""
+        speed = (after.qpos[:, 0] - before.qpos[:, 0]) / self.dt
+        return speed + 1 - 0.001 * np.square(actions).sum(1)
+
+    @staticmethod
+    def terminal(after: Moment):
+        """[B]: the torso is too low or tilted, or something is 100 or more."""
+        height, pitch = after.states[:, 0], after.states[:, 1]
+        moderate = (abs(after.states[:, 1:5]) < 100).all(1) & (abs(after.qvel) < 100).all(1)
+        return ~(moderate & (height > 0.7) & (abs(pitch) < 0.2))
+
+
+class Walker2d(Hopper):
+    """`Walker2d-v4`, which starts and is rewarded like the hopper."""
+
+    gymnasium = Walker2dEnv
+
+    @staticmethod
+    def terminal(after: Moment):
+        """[B]: the torso is too low, too high or tilted."""
+        height, pitch = after.states[:, 0], after.states[:, 1]
+        return ~((height > 0.8) & (height < 2) & (abs(pitch) < 1))
+
+
+ENVIRONMENTS = {
+    "Reacher-v4": Reacher,
+    "Ant-v4": Ant,
+    "HalfCheetah-v4": HalfCheetah,
+    "Hopper-v4": Hopper,
+    "Walker2d-v4": Walker2d,
+}
 
 
 def available_cores() -> int:
@@ -343,11 +632,11 @@ class Simulator:
     """
 
     def __init__(self, task: Task, num_envs: int):
-        self.task, self.environment = task, ENVIRONMENTS[task.environment]()
+        self.task, self.environment = task, task.mujoco()
         self.data = [mujoco.MjData(self.environment.model) for _ in range(num_envs)]
         self.qpos, self.qvel = [data.qpos for data in self.data], [data.qvel for data in self.data]
         self.xpos, self.ctrl = [data.xpos for data in self.data], [data.ctrl for data in self.data]
-        self.states, self.positions = np.zeros((num_envs, task.state_dim)), np.stack(self.xpos)
+        self.states = np.zeros((num_envs, task.state_dim))
         self.threads = min(num_envs, available_cores())
         self.pool = ThreadPoolExecutor(self.threads)
 
@@ -385,10 +674,10 @@ class Simulator:
         active = range(len(self.data)) if where is None else np.flatnonzero(where)
         chunks = [active[first :: self.threads] for first in range(self.threads)]
         list(self.pool.map(lambda chunk: self._step_chunk(chunk, joint), chunks))
-        states, positions = self.states, self.positions
+        before = self.moment._replace(states=self.states)
         self._read()
-        rewards = self.environment.reward(states, joint, positions, self.positions)
-        return self.states, rewards, self.environment.terminal(self.states)
+        rewards = self.environment.reward(before, joint, self.moment)
+        return self.states, rewards, self.environment.terminal(self.moment)
 
     def step_from(self, states: torch.Tensor, actions: torch.Tensor) -> list[torch.Tensor]:
         """`step` on tensors, from `states` [B, state]; copies elsewhere are moved there first."""
@@ -410,10 +699,156 @@ class Simulator:
             mujoco.mj_forward(self.environment.model, self.data[i])
 
     def _read(self) -> None:
-        self.positions = np.stack(self.xpos)  # of all bodies, [B, body, 3]
-        self.states = self.environment.state(
-            np.stack(self.qpos), np.stack(self.qvel), self.positions
-        )
+        places = np.stack(self.qpos), np.stack(self.qvel), np.stack(self.xpos)
+        self.states = self.environment.state(*places)
+        self.moment = Moment(self.states, *places)
+
+
+class GymnasiumSimulator:
+    """Copies of any gymnasium environment, through gymnasium's own vector API.
+
+    Episodes can be played, but not continued from given states: `Simulator` can do both.
+    """
+
+    def __init__(self, task: Task, num_envs: int):
+        self.task = task
+        self.copies = SyncVectorEnv([lambda: make_environment(task)] * num_envs)
+
+    def reset(self, generators: list) -> np.ndarray:
+        """States [B, state] of the episodes that the generators' seeds start in gymnasium."""
+        seeds = [int(rng.bit_generator.seed_seq.entropy) for rng in generators]
+        states, _ = self.copies.reset(seed=seeds)
+        return states.astype(np.float64)
+
+    def step(self, actions: np.ndarray, where: np.ndarray | None = None):
+        """One step of all copies, whatever `where` says: those whose episode has ended begin anew.
+
+        Takes joint actions [B, agent, action], clipped to [-1, 1]; returns states [B, state],
+        rewards [B] and terminals [B] (bool).
+        """
+        joint = np.empty(self.copies.action_space.shape, self.copies.action_space.dtype)
+        joint[:, np.concatenate(self.task.driven)] = np.clip(actions, -1, 1).reshape(len(joint), -1)
+        states, rewards, terminals, *_ = self.copies.step(joint)
+        return states.astype(np.float64), rewards, terminals
+
+
+def build(environment: type, **options):
+    """An environment of gymnasium, without what MuJoCo says of its half_cheetah.xml at every load.
+
+    The handler is in place for that time only: one called from a thread of `Simulator` can wait
+    forever.
+    """
+    mujoco.set_mju_user_warning(lambda message: None)
+    try:
+        return environment(**options)
+    finally:
+        mujoco.set_mju_user_warning(None)
+
+
+def make_environment(task: Task, render_mode: str | None = None):
+    """gymnasium's environment of a task; raises `InputError` if it does not fit the task."""
+    if task.mujoco:
+        options = {"camera_name": task.mujoco.camera} if task.mujoco.camera else {}
+        return build(task.mujoco.gymnasium, render_mode=render_mode, **options)
+    name, length = task.environment, task.episode_length
+    options = {"max_episode_steps": length, "disable_env_checker": True}
+    try:
+        env = gymnasium.make(name, render_mode=render_mode, **options)
+    except Exception as error:  # each environment fails in its own way
+        reason = " ".join(str(error).split())
+        raise InputError(f"{task.name}: gymnasium cannot make '{name}' ({reason})") from None
+    states, actions = env.observation_space, env.action_space
+    actuators = task.num_agents * task.action_dim
+    for space, width, kind in ((states, task.state_dim, "states"), (actions, actuators, "actions")):
+        fits = isinstance(space, Box) and space.shape == (width,)
+        require(fits, f"{task.name} needs {kind} of shape ({width},); those of {name} are {space}")
+    advice = "wrap it in gymnasium.wrappers.RescaleAction(env, -1, 1)"
+    unit = (actions.low == -1).all() and (actions.high == 1).all()
+    require(unit, f"actions of {name} must be within [-1, 1]; {advice}")
+    return env
+
+
+class WorldModelSimulator:
+    """Copies of a task's world model, for logged data of which there is no environment.
+
+    Episodes start from first states of the data. Scores say what the model promises, no more.
+    """
+
+    def __init__(self, task: Task, num_envs: int):
+        path = task.world_model_path
+        command = f"python world_model.py --task {task.option} --output {path}"
+        message = f"{task.name} has no environment, and no world model to evaluate in at {path}"
+        require(path.is_file(), f"{message}; make it with: {command}")
+        # Imported here and by name, because helpers depend on no script.
+        self.model = importlib.import_module("moma_ppo").WorldModel(task, path, "cpu")
+        message = f"{path} was exported without first states; make it again with: {command}"
+        require("first_states" in self.model.model, message)
+        self.evaluated_in = f"the world model {path.name} alone"
+        self.states = torch.zeros(num_envs, task.state_dim)
+        self.generator = torch.Generator()
+
+    def reset(self, generators: list) -> np.ndarray:
+        """States [B, state]: a first state of the data for each numpy generator."""
+        first_states = self.model.model["first_states"]
+        rows = [int(rng.integers(len(first_states))) for rng in generators]
+        self.states = first_states[rows]
+        self.generator.manual_seed(int(generators[0].integers(2**31)))
+        return self.states.double().numpy()
+
+    def step(self, actions: np.ndarray, where: np.ndarray | None = None):
+        """Joint actions [B, agent, action] -> states [B, state], rewards [B], terminals [B]."""
+        actions = torch.as_tensor(actions, dtype=torch.float32)
+        step = self.model.step(self.states, actions, self.generator)
+        self.states = step.next_states
+        return self.states.double().numpy(), step.rewards.double().numpy(), step.masks.numpy() == 0
+
+
+def choose_simulator(environment: "str | type[MujocoEnvironment]") -> Callable:
+    """What plays the episodes of an environment, as `Task.environment` names it."""
+    if not environment:
+        return WorldModelSimulator
+    has_class = not isinstance(environment, str) or environment in ENVIRONMENTS
+    return Simulator if has_class else GymnasiumSimulator
+
+
+def state_width(environment: "str | type[MujocoEnvironment]") -> int:
+    """Dimensions of an environment's global state, 0 if there is no environment."""
+    if not environment:
+        return 0
+    known = ENVIRONMENTS.get(environment) if isinstance(environment, str) else environment
+    if known:
+        env = known()
+        places = env.init_qpos[None], env.init_qvel[None], np.zeros((1, env.model.nbody, 3))
+        return env.state(*places).shape[1]
+    try:
+        return gymnasium.make(environment).observation_space.shape[0]
+    except Exception as error:  # each environment fails in its own way
+        reason = " ".join(str(error).split())
+        raise InputError(f"gymnasium cannot make '{environment}' ({reason})") from None
+
+
+def largest_difference(task: Task, steps: int = 1000) -> dict[str, float]:
+    """Largest difference of states and rewards between a task's `Simulator` and gymnasium.
+
+    Both take the same random actions; an episode that ends is followed by a new one.
+    """
+    env, simulator, rng = make_environment(task), Simulator(task, 1), np.random.default_rng(0)
+    differences = {"states": 0.0, "rewards": 0.0, "terminals": 0.0}
+    seed, ended = 0, True
+    for _ in range(steps):
+        if ended:
+            state, _ = env.reset(seed=seed)
+            states = simulator.reset([np.random.default_rng(seed)])
+            differences["states"] = max(differences["states"], abs(states[0] - state).max())
+            seed += 1
+        actions = rng.uniform(-1, 1, (1, task.num_agents, task.action_dim))
+        joint = task.join_actions(torch.as_tensor(actions))[0].numpy()
+        state, reward, ended, *_ = env.step(joint)
+        states, rewards, terminals = simulator.step(actions)
+        found = abs(states[0] - state).max(), abs(rewards[0] - reward), terminals[0] != ended
+        for name, difference in zip(differences, found):
+            differences[name] = max(differences[name], float(difference))
+    return differences
 
 
 # Evaluation.
@@ -429,7 +864,7 @@ def append_to_histories(histories, observations, actions) -> torch.Tensor:
 
 
 class Evaluation(NamedTuple):
-    """Episodes of a team in the true environment."""
+    """Episodes of a team in the true environment, or where `evaluated_in` says."""
 
     task: Task
     returns: np.ndarray  # [episode]
@@ -438,6 +873,7 @@ class Evaluation(NamedTuple):
     last_states: np.ndarray  # [episode, state]
     transitions: dict[str, np.ndarray]  # states, actions, ... of all steps, [N, ...]
     extra: dict = {}  # figures of a script's own
+    evaluated_in: str = ""  # what stood for the true environment, if anything did
 
     def record(self) -> dict:
         """What a run keeps: score, its standard error over episodes, and the raw returns."""
@@ -449,6 +885,7 @@ class Evaluation(NamedTuple):
             "return": float(self.returns.mean()),
             "returns": self.returns.tolist(),
             "lengths": self.lengths.tolist(),
+            **({"evaluated_in": self.evaluated_in} if self.evaluated_in else {}),
             **self.extra,
         }
 
@@ -483,7 +920,23 @@ def evaluate(task: Task, act: Callable, episodes: int, seed=EVALUATION_SEED, dev
             break
     names = ("states", "actions", "rewards", "next_states", "terminals")
     columns = dict(zip(names, map(np.concatenate, zip(*transitions))))
-    return Evaluation(task, returns, lengths, first_states, last_states, columns)
+    stands_in = getattr(simulator, "evaluated_in", "")
+    return Evaluation(task, returns, lengths, first_states, last_states, columns, {}, stands_in)
+
+
+@torch.no_grad()
+def retargeting_error(predict: Callable, states: torch.Tensor) -> dict[str, float]:
+    """Reacher: error of the mean reward for arms of the data with another episode's target.
+
+    `predict(states, joint_actions)` returns rewards [member, batch] last. Experts are almost never
+    still and off target, so "still means on target" fits the data, and a team learns to stop short.
+    """
+    other, states = states.roll(1, dims=0), states.clone()
+    states[:, 8:10] += states[:, 4:6] - other[:, 4:6]
+    states[:, 4:6] = other[:, 4:6]
+    *_, rewards = predict(states, states.new_zeros(len(states), 2))
+    error = (rewards.mean(0) + states[:, 8:10].norm(dim=1)).abs().mean().item()
+    return {"retargeting_error": error}
 
 
 def plot_team_strategy(evaluation: Evaluation, path: Path) -> None:
@@ -517,13 +970,11 @@ class ParallelEnv:
 
     def __init__(self, task: Task, render_mode: str | None = None):
         self.task, self.render_mode = task, render_mode
-        environment = ENVIRONMENTS[task.environment]
-        options = {"camera_name": environment.camera} if environment.camera else {}
-        self.environment = environment.gymnasium(render_mode=render_mode, **options)
+        self.environment = make_environment(task, render_mode)
         self.metadata = {
             "name": task.name,
             "render_modes": ["human", "rgb_array"],
-            "render_fps": self.environment.metadata["render_fps"],
+            "render_fps": self.environment.metadata.get("render_fps", 30),
             "is_parallelizable": True,
         }
         self.possible_agents = [f"agent_{i}" for i in range(task.num_agents)]
@@ -607,12 +1058,11 @@ class ParallelEnv:
         self.environment.close()
 
 
-def parallel_env(task: str, render_mode: str | None = None) -> ParallelEnv:
-    """A MuJoCo task by name, such as "reacher-leader-only", behind PettingZoo's Parallel API."""
-    task = find_task(task)
-    require(
-        task.environment in ENVIRONMENTS, f"{task.name} is no MuJoCo task; take reacher-* or ant-*"
-    )
+def parallel_env(task: str | Task, render_mode: str | None = None) -> ParallelEnv:
+    """A task, or one by name such as "reacher-leader-only", behind PettingZoo's Parallel API."""
+    task = find_task(task) if isinstance(task, str) else task
+    known = task.has_environment and not task.discrete
+    require(known, f"{task.name} has no gymnasium environment to play in")
     return ParallelEnv(task, render_mode)
 
 

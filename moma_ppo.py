@@ -31,7 +31,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import coordination_game
-from data.offline_dataset import WEIGHTS, load_dataset
+from data.offline_dataset import load_dataset
 from mamujoco_envs import (
     HISTORY_LENGTH,
     InputError,
@@ -47,7 +47,7 @@ from training_run import FINAL_EPISODES, Run, check_positive, check_range, compi
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """a task of any kind; docs/tasks.md lists them"""
+    """one of docs/tasks.md, or FILE:NAME of your own"""
     seed: int = 1
     """seed of networks, rollouts and minibatches"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -65,7 +65,7 @@ class Args:
     compile: bool = False
     """use the fastest form of rollout step and loss: torch.compile, CUDA graphs on a GPU"""
     dataset: Path | None = None
-    """HDF5 file in D4RL's layout; by default the task's own"""
+    """HDF5 file, Minari folder or minari:NAME; by default the task's own"""
     world_model: Path | None = None
     """checkpoint written by world_model.py; by default the one shipped for the task's dataset"""
     memory: Literal["auto", "attention", "none"] = "auto"
@@ -319,7 +319,7 @@ class WorldModel:
     """An exported ensemble. Networks map standardised inputs to standardised outputs."""
 
     def __init__(self, task: Task, path: Path, device, next_states="sample"):
-        command = f"python world_model.py --task {task.name} --output {path}"
+        command = f"python world_model.py --task {task.option} --output {path}"
         require(path.is_file(), f"no world model at {path}; make it with: {command}")
         self.task, self.next_states = task, next_states
         try:
@@ -410,7 +410,7 @@ class GroundTruth:
 
     def __init__(self, task: Task, num_envs: int):
         self.simulator = task.simulator(task, num_envs)
-        self.description = {"name": f"the simulator of {task.environment}", "sha256": None}
+        self.description = {"name": f"the simulator of {task.environment_name}", "sha256": None}
 
     def step(self, states, actions):
         next_states, rewards, terminals = self.simulator.step_from(states, actions)
@@ -678,9 +678,11 @@ def errors_on(model, transitions):
 def make_model(task, args, run):
     """The world model or simulator to roll out in."""
     if args.ground_truth:
+        message = f"--ground-truth needs a simulator of {task.name} that starts anywhere"
+        require(task.continues_from_states, message)
         return GroundTruth(task, args.transitions // args.rollout_length)
-    path = args.world_model or WEIGHTS / f"{task.dataset}.pt"
-    if task.columns and not args.world_model:
+    path = args.world_model or task.world_model_path
+    if task.columns and not args.world_model:  # a game whose data are generated
         path = coordination_game.train_world_model(task, args.seed, run.dir / "world_model")
     return WorldModel(task, path, run.device, args.next_states)
 

@@ -61,9 +61,10 @@ class Which:
 
 
 def default_args(defaults: dict, task: str):
-    """The `Args` of a task: those of its dataset, or else of its environment."""
+    """The `Args` of a task: those of its dataset, its environment, or one like it."""
     found = find_task(task)
-    known = next(key for key in (found.dataset, found.environment, None) if key in defaults)
+    keys = (found.dataset, found.environment_name, found.defaults, None)
+    known = next(key for key in keys if key in defaults)
     return dataclasses.replace(defaults[known], task=task)
 
 
@@ -117,23 +118,39 @@ def resumed_args(args_type: type, run_dir: Path, words: list[str]):
     require(
         saved.keys() == fields.keys(), f"{run_dir} was started by another version of {script}.py"
     )
-    bases = {"RUN": Path(run_dir), "REPOSITORY": REPOSITORY}
     for name, value in saved.items():
+        saved[name] = restored(value, run_dir)
         if value is not None and Path in typing.get_args(fields[name]):
-            base, _, rest = value.partition("/")
-            saved[name] = bases[base] / rest if base in bases else Path(value)
+            saved[name] = Path(saved[name])
     return tyro.cli(args_type, args=words, default=args_type(**saved))
 
 
 def portable(value, run_dir: Path):
-    """Paths inside the run or the repository relative to it, so that both may be moved."""
+    """Paths inside the run or the repository relative to it, so that both may be moved.
+
+    A task of one's own, FILE:NAME, has the path of its file.
+    """
+    if isinstance(value, str) and ".py:" in value:
+        file, name = value.rsplit(":", 1)
+        return f"{portable(Path(file), run_dir)}:{name}"
     if not isinstance(value, Path):
         return value
+    if str(value).startswith("minari:"):  # a name, not a path
+        return str(value)
     path = value.resolve()
     for name, base in (("RUN", run_dir.resolve()), ("REPOSITORY", REPOSITORY)):
         if path.is_relative_to(base):
             return f"{name}/{path.relative_to(base)}"
     return str(path)
+
+
+def restored(value, run_dir: Path):
+    """The paths that `portable` has made of an option's value."""
+    if not isinstance(value, str):
+        return value
+    base, slash, rest = value.partition("/")
+    bases = {"RUN": Path(run_dir), "REPOSITORY": REPOSITORY}
+    return f"{bases[base]}/{rest}" if slash and base in bases else value
 
 
 def check_positive(args, *names: str) -> None:
@@ -242,10 +259,11 @@ def load_checkpoint(run_dir: Path) -> dict:
     return checkpoint
 
 
-def load_team(run_dir: Path):
+def load_team(run_dir: Path, task: str | None = None):
     """The trained team of any script's run, on the CPU; `team.task` is its task.
 
-    `team.act_greedily(observations, histories)` gives actions [batch, agent, action].
+    `team.act_greedily(observations, histories)` gives actions [batch, agent, action]. `task` names
+    it where the file that defines it, FILE:NAME, has moved since.
     """
     checkpoint = load_checkpoint(run_dir)
     script, saved = checkpoint["script"], checkpoint["args"]
@@ -253,6 +271,7 @@ def load_team(run_dir: Path):
     if str(REPOSITORY) not in sys.path:
         sys.path.append(str(REPOSITORY))
     module = importlib.import_module(script if script == "moma_ppo" else f"baselines.{script}")
+    saved["task"] = task or restored(saved["task"], run_dir)
     task = find_task(saved["task"])
     try:
         # The statistics that standardise observations come with the weights.
@@ -288,6 +307,8 @@ class Run:
         self.log_every = log_every
         self.algorithm = script  # as PAPER_SCORES names it
         self.task = find_task(args.task)
+        if hasattr(args, "eval_episodes") and not self.task.continues_from_states:
+            self.task.simulator(self.task, 1)  # what it lacks is said before any long work
         self.checkpoint = load_checkpoint(args.resume) if args.resume else None
         self.step, self.seconds, self.evaluations = 0, 0.0, []
         self.tracked, self.inputs, self.sums, self.counts = {}, {}, {}, {}
@@ -300,7 +321,7 @@ class Run:
     def _open_folder(self) -> tuple[Path, filelock.FileLock]:
         args = self.args
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        default = Path("runs") / f"{args.task}__{self.script}__{args.seed}__{stamp}"
+        default = Path("runs") / f"{self.task.name}__{self.script}__{args.seed}__{stamp}"
         asked_for = args.resume or args.run_dir
         for attempt in itertools.count(1):
             suffix = f"-{attempt}" if attempt > 1 else ""
@@ -394,7 +415,10 @@ class Run:
         arguments = "\n".join(f"- {name}: {value}" for name, value in vars(self.args).items())
         self.writer.add_text("arguments", arguments)
         self.clock = time.perf_counter()  # training time counts from here
-        say(f"{self.dir}: {self.args.task}, seed {self.args.seed}, on {self.device}")
+        say(f"{self.dir}: {self.task.name}, seed {self.args.seed}, on {self.device}")
+        if hasattr(self.args, "eval_episodes") and not self.task.has_environment:
+            model = self.task.world_model_path
+            say(f"note: {self.task.name} has no environment; scores are those of {model} alone")
 
     def save(self) -> None:
         if self.writer:
@@ -514,7 +538,8 @@ class Run:
         score = f"{final['score']:.3f} ± {final['score_stderr']:.3f}"
         episodes = f"{len(final['returns'])} greedy episodes"
         paper = result["paper_score"] or "no figure"
-        say(f"{self.task.name}: score {score} over {episodes} (paper: {paper})")
+        where = f" in {evaluation.evaluated_in}" if evaluation.evaluated_in else ""
+        say(f"{self.task.name}: score {score} over {episodes}{where} (paper: {paper})")
         say(f"{self.seconds:.0f} s of training; everything is in {self.dir}")
         return result
 

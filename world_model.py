@@ -32,12 +32,13 @@ from training_run import Run, check_positive, check_range, compiled, main, save,
 
 BEHAVIORS = ("on_data", "perturbed", "random")
 OPEN_LOOP_STEPS = 10
+FIRST_STATES = 1000  # exported, to start episodes from where there is no environment
 
 
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """a task whose dataset is learned"""
+    """a task whose dataset is learned: one of docs/tasks.md, or FILE:NAME of your own"""
     seed: int = 1
     """seed of networks and minibatches"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -53,7 +54,7 @@ class Args:
     compile: bool = False
     """use the fastest form of the loss on this device: torch.compile, CUDA graphs on a GPU"""
     dataset: Path | None = None
-    """HDF5 file in D4RL's layout; by default the task's own"""
+    """HDF5 file, Minari folder or minari:NAME; by default the task's own"""
     output: Path | None = None
     """file to export the world model to; by default world_model.pt in the run folder"""
     paper: bool = False
@@ -306,6 +307,29 @@ def open_loop_starts(dataset: OfflineDataset, rows):
     return rows[dataset.episode_starts[rows] == dataset.episode_starts[last]]
 
 
+class Logged:
+    """The episodes of the data themselves, where no simulator starts from their states."""
+
+    def __init__(self, dataset: OfflineDataset, rows):
+        self.dataset, self.rows = dataset, rows
+
+    def set_states(self, states) -> None:
+        """They are the data's already."""
+
+    def step(self, actions):
+        """What followed in the data, whose actions these must be."""
+        data, rows = self.dataset, self.rows
+        self.rows = rows + 1
+        columns = data.next_states[rows], data.rewards[rows], data.masks[rows] == 0
+        return [column.cpu().numpy() for column in columns]
+
+
+def make_simulator(dataset: OfflineDataset, rows):
+    """The true simulator, or else the episodes that start from `rows`."""
+    task = dataset.task
+    return task.simulator(task, len(rows)) if task.continues_from_states else Logged(dataset, rows)
+
+
 @torch.no_grad()
 def open_loop(ensemble, dataset: OfflineDataset, rows, scale, behavior) -> dict:
     """Rolls the ensemble and the true simulator out from `rows`, with the same actions.
@@ -315,7 +339,7 @@ def open_loop(ensemble, dataset: OfflineDataset, rows, scale, behavior) -> dict:
     """
     task, device, count = dataset.task, dataset.device, len(rows)
     generator = torch.Generator().manual_seed(0)
-    states, simulator = dataset.states[rows], task.simulator(task, count)
+    states, simulator = dataset.states[rows], make_simulator(dataset, rows)
     simulator.set_states(states.cpu().numpy())
     model_return, true_return = torch.zeros(count), torch.zeros(count)
     alive, epsilons, errors = torch.ones(count, dtype=torch.bool), [], []
@@ -357,20 +381,6 @@ def epistemic_uncertainty(next_states, rewards, scale):
     return gram.square().sum((1, 2)).sqrt() / (centred.shape[1] - 1)
 
 
-@torch.no_grad()
-def retargeting_error(ensemble, dataset: OfflineDataset, rows) -> float:
-    """Reacher: error of the mean reward for arms of the data with another episode's target.
-
-    Experts are almost never still and off target, so "still means on target" fits the data, and a
-    team learns to stop short.
-    """
-    states, other = dataset.states[rows].clone(), dataset.states[rows.roll(1)]
-    states[:, 8:10] += states[:, 4:6] - other[:, 4:6]
-    states[:, 4:6] = other[:, 4:6]
-    _, rewards = ensemble.predict(states, states.new_zeros(len(rows), 2))
-    return (rewards.mean(0) + states[:, 8:10].norm(dim=1)).abs().mean().item()
-
-
 def evaluate_ensemble(ensemble, args: Args, dataset: OfflineDataset, rows, scale) -> dict:
     """The elites, their held-out errors, and how far they can be trusted off the data."""
     errors = held_out_errors(ensemble, dataset, rows, scale)
@@ -381,11 +391,11 @@ def evaluate_ensemble(ensemble, args: Args, dataset: OfflineDataset, rows, scale
     record = {name: error[elites].mean().item() for name, error in errors.items()}
     starts = open_loop_starts(dataset, rows)
     starts = starts[:: math.ceil(len(starts) / 1000)]  # of all held-out episodes
-    for behavior in BEHAVIORS:
+    for behavior in BEHAVIORS if dataset.task.continues_from_states else ("on_data",):
         measured = open_loop(best, dataset, starts, scale, behavior)
         record |= {f"{behavior}/{name}": value for name, value in measured.items()}
-    if dataset.task.environment == "Reacher-v4":
-        record["retargeting_error"] = retargeting_error(best, dataset, rows[:5000])
+    if dataset.task.model_errors:
+        record |= dataset.task.model_errors(best.predict, dataset.states[rows[:5000]])
     member_errors = {name: error.tolist() for name, error in errors.items()}
     return record | {"elites": elites, "member_errors": member_errors}
 
@@ -411,6 +421,7 @@ def export(ensemble, args: Args, dataset: OfflineDataset, record: dict, scale, s
         exported[name] = [(x.weight.data[elites], x.bias.data[elites]) for x in layers]
     exported |= {name: buffer for name, buffer in ensemble.named_buffers()}
     exported |= dataset.bounding_box() | {"scale": scale} | calibrate(record, scale)
+    exported["first_states"] = dataset.states[dataset.first_rows[:FIRST_STATES]]
     settings = {"target": args.target, "activation": args.activation, "seed": args.seed}
     description = settings | {"total_steps": args.total_steps, "seconds": seconds}
     errors = {name: value for name, value in record.items() if isinstance(value, float)}
@@ -449,6 +460,9 @@ def train(args: Args) -> dict:
         long_enough = len(open_loop_starts(dataset, held_out_rows)) > 0
         message = f"no held-out episode has {OPEN_LOOP_STEPS} steps; use a larger dataset"
         require(long_enough, message)
+        if not task.continues_from_states:
+            say(f"note: {task.name} has no simulator that starts anywhere, so the model is judged")
+            say("on the data's own actions, and not on perturbed and random ones")
         ensemble = Ensemble(task, args).to(device)
         if args.normalize:
             ensemble.standardize(dataset, training_rows)

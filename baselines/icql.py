@@ -37,7 +37,7 @@ from training_run import FINAL_EPISODES, Run, check_positive, check_range, compi
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """reacher-*, ant-*, continuous-* or peaks-*; docs/tasks.md lists them"""
+    """one of docs/tasks.md whose actions are numbers, or FILE:NAME of your own"""
     seed: int = 1
     """seed of networks, minibatches and noise"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -55,7 +55,7 @@ class Args:
     compile: bool = False
     """use the fastest form of the loss on this device: torch.compile, CUDA graphs on a GPU"""
     dataset: Path | None = None
-    """HDF5 file in D4RL's layout; by default the task's own"""
+    """HDF5 file, Minari folder or minari:NAME; by default the task's own"""
     memory: Literal["auto", "attention", "none"] = "auto"
     """history encoder; auto leaves it out where every agent sees the whole state"""
     batch_size: int = 256

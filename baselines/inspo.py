@@ -44,7 +44,7 @@ from training_run import FINAL_EPISODES, Run, check_positive, check_range, compi
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """a task of any kind; docs/tasks.md lists them"""
+    """one of docs/tasks.md, or FILE:NAME of your own"""
     seed: int = 1
     """seed of networks, minibatches, noise and turns"""
     device: Literal["auto", "cpu", "cuda"] = "auto"

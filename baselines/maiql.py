@@ -43,7 +43,7 @@ from training_run import FINAL_EPISODES, Run, check_positive, check_range, compi
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """a task of any kind; docs/tasks.md lists them"""
+    """one of docs/tasks.md, or FILE:NAME of your own"""
     seed: int = 1
     """seed of networks, minibatches and rollouts"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -61,7 +61,7 @@ class Args:
     compile: bool = False
     """use the fastest form of the loss on this device: torch.compile, CUDA graphs on a GPU"""
     dataset: Path | None = None
-    """HDF5 file in D4RL's layout; by default the task's own"""
+    """HDF5 file, Minari folder or minari:NAME; by default the task's own"""
     memory: Literal["auto", "attention", "none"] = "auto"
     """history encoder; auto leaves it out where every agent sees the whole state"""
     batch_size: int = 256
@@ -322,10 +322,10 @@ def maiql_losses(team: Team, batch: Batch, args: Args):
 
 
 def normalize_rewards(dataset: OfflineDataset) -> float:
-    """Scales the ant's rewards so that episode returns span 1000; returns the factor."""
+    """Scales rewards of locomotion so that returns span 1000; returns the factor."""
     returns = dataset.episode_returns()
     span = float(returns.max() - returns.min())
-    scale = 1000 / span if dataset.task.environment == "Ant-v4" and span > 0 else 1.0
+    scale = 1000 / span if dataset.task.locomotion and span > 0 else 1.0
     dataset.rewards = dataset.rewards * scale
     return scale
 
@@ -340,6 +340,8 @@ class OnlineData:
 
     def __init__(self, dataset: OfflineDataset, args: Args, reward_scale: float):
         self.dataset, self.reward_scale, self.next_row = dataset, reward_scale, dataset.size
+        message = f"--finetune needs a simulator of {dataset.task.name} that starts anywhere"
+        require(dataset.task.continues_from_states, message)
         rollouts = math.ceil(dataset.size / args.rollout_length)
         at_once = math.ceil(rollouts * args.rollout_every / args.total_steps)
         require(at_once <= 2000, f"{at_once} rollouts at once are too many; raise --total-steps")

@@ -12,22 +12,25 @@ Both experts ship with the repository, and scripts record the dataset when they 
 Where it differs from the paper, why, and by how much: docs/datasets.md.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # this folder's inspect.py would hide Python's own
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import errno
 import hashlib
 import math
 import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads spin only briefly
-sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import h5py
 import numpy as np
@@ -298,12 +301,12 @@ def record_dataset(args: Dataset) -> None:
     require(args.episodes > 0 and args.episodes % whole == 0, message)
     check_seed(args.seed)
     rows = args.episodes * length
-    check_output(args.output, size_of_dataset(rows))
+    check_output(args.output, size_of_dataset(TASK, rows))
     teams = load_experts(args.experts)
     hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in args.experts]
 
     say(f"recording {args.episodes} episodes to {args.output}")
-    columns = empty_columns(args.episodes, length)
+    columns = empty_columns(TASK, args.episodes, length)
     columns["timeouts"][:, -1] = True
     simulator = Simulator(TASK, RECORDED_AT_ONCE)
     generator = torch.Generator().manual_seed(args.seed)
@@ -343,9 +346,9 @@ def record(task: Task, path: Path) -> None:
         record_dataset(Dataset(output=path))
 
 
-def empty_columns(*shape: int) -> dict[str, np.ndarray]:
+def empty_columns(task: Task, *shape: int) -> dict[str, np.ndarray]:
     """D4RL's columns, all zero, for transitions [*shape]."""
-    states, joint_actions = (*shape, TASK.state_dim), (*shape, TASK.num_agents * TASK.action_dim)
+    states, joint_actions = (*shape, task.state_dim), (*shape, task.num_agents * task.action_dim)
     return {
         "observations": np.zeros(states, dtype=np.float32),
         "actions": np.zeros(joint_actions, dtype=np.float32),
@@ -356,9 +359,9 @@ def empty_columns(*shape: int) -> dict[str, np.ndarray]:
     }
 
 
-def size_of_dataset(rows: int) -> int:
+def size_of_dataset(task: Task, rows: int) -> int:
     """Bytes of a file with that many transitions, up to a few kB."""
-    return rows * sum(column.nbytes for column in empty_columns(1).values())
+    return rows * sum(column.nbytes for column in empty_columns(task, 1).values())
 
 
 def write_dataset(path: Path, columns: dict[str, np.ndarray], **attributes) -> None:

@@ -1,29 +1,31 @@
-"""Downloads D4RL's ant datasets (Fu et al. 2020, arXiv 2004.07219), which the paper uses.
+"""Downloads D4RL's MuJoCo datasets (Fu et al. 2020, arXiv 2004.07219); the paper uses the ant's.
 
-    python -m data.download_d4rl --name medium    # data/ant-medium-d4rl.hdf5
+    python -m data.download_d4rl --environment ant --name medium    # data/ant-medium-d4rl.hdf5
 
 Scripts use it with `--dataset data/ant-medium-d4rl.hdf5`, and MOMA-PPO needs a world model of it:
 docs/datasets.md has the commands. Without D4RL's files, scripts record datasets of their own by the
-same protocol (data/collect_ant.py).
+same protocol (data/collect_mujoco.py).
 
 A download that broke off is kept, and the same command resumes it. The file gets its name only when
 it is whole and checked.
 """
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # this folder's inspect.py would hide Python's own
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import errno
 import http.client
 import os
 import shutil
 import signal
-import sys
 import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import tyro
@@ -34,16 +36,25 @@ from mamujoco_envs import InputError, find_task, require
 
 HOST = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
 MIRROR = "the dataset imone/D4RL on the Hugging Face hub"
+# One task of each environment, by which its files are checked.
+TASKS = {
+    "ant": "ant-{}-fo",
+    "halfcheetah": "halfcheetah-2x3-{}-fo",
+    "hopper": "hopper-3x1-{}-fo",
+    "walker2d": "walker2d-2x3-{}-fo",
+}
 ATTEMPTS = 5
 CHUNK = 1 << 16  # bytes
 
 
 @dataclass
 class Args:
+    environment: Literal["ant", "halfcheetah", "hopper", "walker2d"] = "ant"
+    """whose dataset"""
     name: Literal["random", "medium", "full-replay", "expert"] = "medium"
     """which dataset"""
     output: Path | None = None
-    """file to write; by default data/ant-NAME-d4rl.hdf5"""
+    """file to write; by default data/ENVIRONMENT-NAME-d4rl.hdf5"""
     host: str = HOST
     """folder of D4RL's files on the web"""
 
@@ -134,10 +145,10 @@ def fetch(url: str, part: Part) -> None:
 
 def download(args: Args) -> Path:
     """The path of the whole, checked file; raises `InputError` with what to do otherwise."""
-    task = find_task(f"ant-{args.name}-fo")
-    output = args.output or FOLDER / f"ant-{args.name}-d4rl.hdf5"
+    task = find_task(TASKS[args.environment].format(args.name))
+    output = args.output or FOLDER / f"{args.environment}-{args.name}-d4rl.hdf5"
     check_output(output, size=0)
-    file_name = f"ant_{args.name.replace('-', '_')}-v2.hdf5"
+    file_name = f"{args.environment}_{args.name.replace('-', '_')}-v2.hdf5"
     url, part = f"{args.host}/{file_name}", Part(output)
     by_hand = f"take {file_name} from {MIRROR} and put it at {output}"
 

@@ -5,8 +5,9 @@
 
 The layout (D4RL, Fu et al. 2020) has one row per transition, episode after episode: `observations`,
 `actions`, `rewards`, `next_observations`, `terminals` and `timeouts`. Here `observations` are the
-environment's global states; `Task.observe` takes the agents' observations from them. D4RL's own ant
-files load as they are: of their 111 dimensions the first 27 are the state.
+environment's global states; `Task.observe` takes the agents' observations from them. D4RL's own
+files load as they are: of the ant's 111 dimensions the first 27 are the state. So do files with
+other names for these columns (`Task.layout`) and Minari's datasets, "minari:NAME" or a folder.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ import torch
 
 from mamujoco_envs import (
     ACTION_LIMIT,
+    ENVIRONMENTS,
     HISTORY_LENGTH,
     InputError,
     Task,
@@ -31,6 +33,15 @@ FOLDER = Path(__file__).resolve().parent
 WEIGHTS = FOLDER / "weights"  # the small files that ship
 SPLIT_SEED = 12345  # the paper's release splits by one fixed permutation, too
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
+
+# gymnasium's v5 environments whose states and dynamics are those of v4, and how their rewards
+# differ: v4's hopper earns 1 for being alive even as it falls.
+SAME_IN_V5 = {"HalfCheetah-v5": 0.0, "Hopper-v5": 1.0}
+OTHER_IN_V5 = {
+    "Ant-v5": "its rewards have a cost of contact",
+    "Reacher-v5": "its states lack a dimension, and it rewards the state after the step",
+    "Walker2d-v5": "its feet have another friction",
+}
 
 
 class DamagedFile(InputError):
@@ -192,14 +203,17 @@ def fingerprint(columns: dict[str, np.ndarray]) -> str:
 
 
 def dataset_path(task: Task) -> Path:
+    """The task's own file: in this folder, or beside the file that defines the task."""
+    if Path(task.dataset).suffix:
+        return task.folder / task.dataset
     return FOLDER / f"{task.dataset}.hdf5"
 
 
 def load_dataset(task: Task, path: Path | None = None, device="cpu") -> OfflineDataset:
-    """Loads a task's own dataset, recording it first if it is missing, or the file at `path`.
+    """Loads a task's own dataset, recording it first if it is missing, or the one at `path`.
 
-    Raises `InputError`, naming the file and the row, if the file is missing, damaged, not finite or
-    made for another task.
+    `path` is an HDF5 file, the folder of a Minari dataset or "minari:NAME". Raises `InputError`,
+    naming the file and the row, if it is missing, damaged, not finite or made for another task.
     """
     if path is None and task.columns:
         return OfflineDataset(task, task.columns(task), device, "generated")
@@ -207,16 +221,22 @@ def load_dataset(task: Task, path: Path | None = None, device="cpu") -> OfflineD
         path = dataset_path(task)
         if not path.is_file() and task.recorder:
             importlib.import_module(task.recorder).record(task, path)
-    columns, source = read_columns(task, Path(path))
+    path = Path(path)
+    is_minari = str(path).startswith("minari:") or (path / "data").is_dir()
+    columns, source = (read_minari if is_minari else read_columns)(task, path)
     return OfflineDataset(task, columns, device, source)
 
 
 def read_columns(task: Task, path: Path) -> tuple[dict[str, np.ndarray], str]:
     """The columns of an HDF5 file in D4RL's layout, checked against the task, and their source."""
-    require(path.is_file(), f"no dataset at {path}; leave out --dataset to use {task.name}'s own")
+    advice = "give one with --dataset"
+    if not task.file:
+        advice = f"leave out --dataset to use {task.name}'s own"
+    require(path.is_file(), f"no dataset at {path}; {advice}")
     try:
         with h5py.File(path, locking=False) as file:
             source = str(file.attrs.get("source", path.name))
+            check_environment(task, path, str(file.attrs.get("environment", "")))
             columns = {name: read_column(task, path, file, name) for name in COLUMNS}
     except (OSError, RuntimeError, KeyError) as error:  # h5py's errors
         if isinstance(error, PermissionError):
@@ -232,13 +252,14 @@ def read_column(task: Task, path: Path, file: h5py.File, name: str) -> np.ndarra
     joint_dim = task.num_agents * task.action_dim
     widths = {"observations": (task.state_dim,), "actions": (joint_dim,)}
     widths["next_observations"] = widths["observations"]
-    layout = f"{task.name} needs a file in D4RL's layout"
-    require(name in file, f"{path} has no '{name}'; {layout}")
-    column = file[name]
-    numbers = isinstance(column, h5py.Dataset) and column.dtype.kind in "biuf"
-    require(numbers, f"'{name}' in {path} holds no numbers; {layout}")
-    size = (file["observations"].shape or (0,))[0]
+    size = (find_parts(task, path, file, "observations")[0].shape or (0,))[0]
     shape = (size, *widths.get(name, ()))
+    if name == "timeouts" and task.layout and name not in (*file, *task.layout):
+        return np.zeros(size, dtype=bool)  # discontinuities end episodes, too
+    parts = find_parts(task, path, file, name)
+    if task.layout and name in task.layout:
+        return as_column(join_parts(task, path, parts, shape), name, path)
+    (column,) = parts
     # D4RL's ant files have 84 contact forces behind the state, all zero.
     has_contact_forces = column.shape == (size, 111) and shape == (size, 27)
     fits = column.shape == shape or has_contact_forces
@@ -249,6 +270,37 @@ def read_column(task: Task, path: Path, file: h5py.File, name: str) -> np.ndarra
         rewards = "its rewards have a cost of contact, which Ant-v4's have not"
         require(not values[:, 27:].any(), f"'{name}' in {path} has contact forces, so {rewards}")
         values = values[:, :27].copy()  # lets go of the zeros
+    return as_column(values, name, path)
+
+
+def find_parts(task: Task, path: Path, file: h5py.File, name: str) -> list[h5py.Dataset]:
+    """What a file has for one of D4RL's columns, under the names of the task's layout."""
+    names = (task.layout or {}).get(name, name)
+    kind = "its own" if task.layout else "D4RL's"
+    layout = f"{task.name} needs a file in {kind} layout"
+    parts = []
+    for own_name in (names,) if isinstance(names, str) else names:
+        require(own_name in file, f"{path} has no '{own_name}'; {layout}")
+        part = file[own_name]
+        numbers = isinstance(part, h5py.Dataset) and part.dtype.kind in "biuf"
+        require(numbers, f"'{own_name}' in {path} holds no numbers; {layout}")
+        parts.append(part)
+    return parts
+
+
+def join_parts(task: Task, path: Path, parts: list[h5py.Dataset], shape: tuple) -> np.ndarray:
+    """The parts of a column side by side, agent by agent, in the shape that the task needs."""
+    widths = [int(np.prod(part.shape[1:])) for part in parts]
+    same_rows = all(part.shape[:1] == shape[:1] for part in parts)
+    found = ", ".join(f"'{part.name.strip('/')}' {part.shape}" for part in parts)
+    fits = same_rows and sum(widths) == int(np.prod(shape[1:]))
+    require(fits, f"{path} has {found}; side by side, {task.name} needs {shape}")
+    values = [part[()].reshape(len(part), -1) for part in parts]
+    return np.concatenate(values, axis=1).reshape(shape)
+
+
+def as_column(values: np.ndarray, name: str, path: Path) -> np.ndarray:
+    """Values as float32, or bool for flags; raises `InputError` with the first bad row."""
     if name in ("terminals", "timeouts"):
         check_rows(
             values, (values == 0) | (values == 1), name, path, "is a flag other than 0 and 1"
@@ -258,6 +310,70 @@ def read_column(task: Task, path: Path, file: h5py.File, name: str) -> np.ndarra
         values = values.astype(np.float32)
     check_rows(values, np.isfinite(values), name, path, "is not finite as a 32-bit float")
     return values
+
+
+def read_minari(task: Task, path: Path) -> tuple[dict[str, np.ndarray], str]:
+    """The columns of a Minari dataset, "minari:NAME" or a folder, and where they come from.
+
+    Minari is no requirement of this repository, and is imported here alone.
+    """
+    try:
+        import minari
+    except ImportError:
+        message = f"{path} is a Minari dataset; install Minari to read it: pip install minari[hdf5]"
+        raise InputError(message) from None
+    name = str(path).removeprefix("minari:")
+    try:
+        if name == str(path):
+            found = minari.MinariDataset(path / "data")
+        else:
+            found = minari.load_dataset(name, download=True)
+        environment = found.spec.env_spec.id if found.spec.env_spec else ""
+        episodes = list(found.iterate_episodes())
+    except Exception as error:  # of Minari, of its storage, or of the network
+        reason = " ".join(str(error).split())
+        raise InputError(f"Minari cannot load {name} ({type(error).__name__}: {reason})") from None
+    check_environment(task, path, environment)
+    return columns_of_episodes(task, path, episodes, environment), f"Minari's {found.id}"
+
+
+def columns_of_episodes(task: Task, path: Path, episodes: list, environment: str) -> dict:
+    """D4RL's columns of Minari's episodes, which have a state more than they have actions."""
+    arrays = isinstance(episodes[0].observations, np.ndarray) if episodes else False
+    require(arrays, f"{path} has no episodes whose observations are arrays; {task.name} needs them")
+    parts = [
+        (
+            x.observations[:-1],
+            x.actions,
+            x.rewards,
+            x.observations[1:],
+            x.terminations,
+            x.truncations,
+        )
+        for x in episodes
+    ]
+    columns = dict(zip(COLUMNS, map(np.concatenate, zip(*parts))))
+    joint_dim = task.num_agents * task.action_dim
+    widths = {"observations": task.state_dim, "next_observations": task.state_dim}
+    for name, width in (widths | {"actions": joint_dim}).items():
+        shape, needed = columns[name].shape, (len(columns[name]), width)
+        message = f"'{name}' in {path} has shape {shape}; {task.name} needs {needed}"
+        require(shape == needed, message)
+    columns = {name: as_column(column, name, path) for name, column in columns.items()}
+    columns["rewards"] += np.float32(SAME_IN_V5.get(environment, 0)) * columns["terminals"]
+    columns["timeouts"] &= ~columns["terminals"]
+    check_columns(task, path, columns)
+    return columns
+
+
+def check_environment(task: Task, path: Path, recorded: str) -> None:
+    """Raises `InputError` if data that say where they were recorded do not suit the task."""
+    known = task.environment_name
+    if known not in ENVIRONMENTS or recorded in ("", known):
+        return
+    why = OTHER_IN_V5.get(recorded, "which is another environment")
+    same = recorded in SAME_IN_V5 and recorded.removesuffix("-v5") == known.removesuffix("-v4")
+    require(same, f"{path} was recorded in {recorded}, not in {known}: {why}")
 
 
 def check_rows(values: np.ndarray, good: np.ndarray, name: str, path: Path, fault: str) -> None:

@@ -2,11 +2,14 @@
 
     python scripts/evaluate.py --run runs/RUN
     python scripts/evaluate.py --run runs/RUN --episodes 1000 --output scores.json
+    python scripts/evaluate.py --run runs/RUN --episodes 10 --video    # and films the first one
 
 The run may be finished, stopped or still running. With the default seed the episodes are those of
-the run's own evaluations; another seed gives episodes that nobody has chosen a checkpoint by.
+the run's own evaluations; another seed gives episodes that nobody has chosen a checkpoint by. A
+run needs neither its dataset nor its world model here, unless its task has no environment.
 """
 
+import importlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +32,10 @@ class Args:
     """episode i starts from seed + i"""
     output: Path | None = None
     """a .json file for the scores and raw returns; by default they are printed only"""
+    video: bool = False
+    """also film the first episode, as RUN/film.gif (scripts/render.py)"""
+    task: str | None = None
+    """FILE:NAME of a task of your own whose file has moved; by default as the run knows it"""
 
 
 def main(args: Args) -> dict:
@@ -38,7 +45,11 @@ def main(args: Args) -> dict:
         require(args.output.suffix == ".json", f"--output must end in .json; it is {args.output}")
         require(args.output.parent.is_dir(), f"no folder {args.output.parent} to write to")
         require(not args.output.exists(), f"{args.output} exists; give another --output")
-    checkpoint, team = load_checkpoint(args.run), load_team(args.run)
+    if args.video:  # before the episodes, because not every machine renders
+        render = importlib.import_module("render")
+        film = render.Args(run=args.run, seed=args.seed, task=args.task)
+        render.check(film)
+    checkpoint, team = load_checkpoint(args.run), load_team(args.run, args.task)
     task, script, step = team.task, checkpoint["script"], checkpoint["step"]
     record = evaluate(task, team.act_greedily, args.episodes, args.seed).record()
     if args.output:
@@ -49,8 +60,12 @@ def main(args: Args) -> dict:
     error = "" if record["score_stderr"] is None else f" ± {record['score_stderr']:.3f}"
     episodes = f"{args.episodes} greedy episode{'s' if args.episodes > 1 else ''}"
     print(f"{task.name}, {script}.py after {step} steps: {episodes} from seed {args.seed}")
-    print(f"score {record['score']:.3f}{error} (paper: {task.paper_score(script) or 'no figure'})")
+    where = f" in {record['evaluated_in']}" if "evaluated_in" in record else ""
+    paper = task.paper_score(script) or "no figure"
+    print(f"score {record['score']:.3f}{error}{where} (paper: {paper})")
     print(f"mean return {record['return']:.4g}")
+    if args.video:
+        render.main(film)
     return record
 
 

@@ -1,4 +1,4 @@
-"""Films one greedy episode of a trained team, for any script's run on Reacher or the ant.
+"""Films one greedy episode of a trained team, for any script's run in a gymnasium environment.
 
     python scripts/render.py --run runs/RUN                       # a film: runs/RUN/film.gif
     python scripts/render.py --run runs/RUN --output strip.png    # eight moments of the episode
@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 try:
     from mamujoco_envs import (
-        ENVIRONMENTS,
         EVALUATION_SEED,
         InputError,
         ParallelEnv,
@@ -54,6 +53,8 @@ class Args:
     """seed of the episode; the default is the first episode of an evaluation"""
     steps: int = 300
     """film at most this many steps"""
+    task: str | None = None
+    """FILE:NAME of a task of your own whose file has moved; by default as the run knows it"""
 
 
 class Film(NamedTuple):
@@ -61,14 +62,15 @@ class Film(NamedTuple):
 
     task: Task
     frames: list[np.ndarray]  # [height, width, 3] each
-    positions: list[float]  # of the robot's root along x, in metres
+    positions: list[float]  # of a runner along x, in metres
     step_seconds: float
     episode_return: float
 
 
 def open_environment(task: Task) -> ParallelEnv:
     """The task's environment, once it is certain that this machine renders it."""
-    require(task.environment in ENVIRONMENTS, f"{task.name} cannot be filmed; Reacher and Ant can")
+    can_be_filmed = task.has_environment and not task.discrete
+    require(can_be_filmed, f"{task.name} cannot be filmed; it has no gymnasium environment")
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")
     backend = os.environ.get("MUJOCO_GL", "glfw")
@@ -89,13 +91,12 @@ def open_environment(task: Task) -> ParallelEnv:
 @torch.no_grad()
 def film(args: Args) -> Film:
     """Lets the team act greedily, as an evaluation does, and keeps a frame of every step."""
-    team = load_team(args.run)
+    team = load_team(args.run, args.task)
     task = team.task
     env = open_environment(task)
     env.reset(seed=args.seed)
-    data = env.environment.unwrapped.data
     histories = torch.zeros(1, *task.history_shape)
-    frames, positions, episode_return = [env.render()], [float(data.qpos[0])], 0.0
+    frames, positions, episode_return = [env.render()], [position_of(env)], 0.0
     for _ in tqdm(range(args.steps), unit="step", disable=None):
         observations = task.observe(torch.as_tensor(env.state()[None], dtype=torch.float32))
         actions = team.act_greedily(observations, histories)
@@ -103,12 +104,18 @@ def film(args: Args) -> Film:
         _, rewards, *_ = env.step(dict(zip(env.agents, actions[0].numpy())))
         episode_return += next(iter(rewards.values()))
         frames.append(env.render())
-        positions.append(float(data.qpos[0]))
+        positions.append(position_of(env))
         if not env.agents:
             break
-    step_seconds = env.environment.unwrapped.dt
+    step_seconds = 1 / env.metadata["render_fps"]
     env.close()
     return Film(task, frames, positions, step_seconds, episode_return)
+
+
+def position_of(env: ParallelEnv) -> float:
+    """The first coordinate of MuJoCo's qpos, a runner's x; 0 in other environments."""
+    data = getattr(env.environment.unwrapped, "data", None)
+    return float(data.qpos[0]) if hasattr(data, "qpos") else 0.0
 
 
 def write_gif(film: Film, path: Path) -> None:
@@ -122,7 +129,7 @@ def write_strip(film: Film, path: Path) -> None:
     moments = np.linspace(0, len(film.frames) - 1, MOMENTS).round().astype(int)
     for axes, moment in zip(figure.subplots(2, MOMENTS // 2).flat, moments):
         label = f"{moment * film.step_seconds:.2f} s"
-        if film.task.environment == "Ant-v4":
+        if film.task.locomotion:
             label += f", {film.positions[moment] - film.positions[0]:.1f} m"
         axes.imshow(film.frames[moment])
         axes.set_title(label, fontsize=16)
@@ -135,7 +142,8 @@ def write_strip(film: Film, path: Path) -> None:
 WRITERS = {".gif": write_gif, ".png": write_strip}
 
 
-def main(args: Args) -> None:
+def check(args: Args) -> None:
+    """Raises `InputError` where an option makes no sense or the episode cannot be rendered."""
     output = args.output or args.run / "film.gif"
     require(output.suffix in WRITERS, f"--output must end in .gif or .png; it is {output}")
     require(args.steps > 0, f"--steps must be above 0; it is {args.steps}")
@@ -143,7 +151,12 @@ def main(args: Args) -> None:
     if args.output:
         require(output.parent.is_dir(), f"no folder {output.parent} to write {output.name} to")
         require(not output.exists(), f"{output} exists; delete it or give another --output")
-    episode = film(args)
+    open_environment(load_team(args.run, args.task).task).close()
+
+
+def main(args: Args) -> None:
+    check(args)
+    output, episode = args.output or args.run / "film.gif", film(args)
     try:
         WRITERS[output.suffix](episode, output)
     except OSError as error:

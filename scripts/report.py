@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import tyro
 
-from mamujoco_envs import PAPER_SCORES, InputError, all_tasks, require
+from mamujoco_envs import BODIES, PAPER_SCORES, InputError, all_tasks, require
 from training_run import REPOSITORY, say
 
 RESULTS = REPOSITORY / "docs" / "results"
@@ -44,6 +44,7 @@ GAMES = {
     "peaks": "peaks-",
     "climbing": "climbing-",
 }
+TABLES |= dict.fromkeys(BODIES, "table-other")
 README_TASKS = (
     *("reacher-all-observant", "reacher-independent", "reacher-leader-only"),
     *("coordination-favorable", "coordination-neutral", "coordination-unfavorable"),

@@ -7,6 +7,7 @@
     python scripts/reproduce.py --table 4a         # two-agent Reacher, Table 4 (a)
     python scripts/reproduce.py --table 4b         # four-agent Ant, Table 4 (b)
     python scripts/reproduce.py --table 4b --tasks ant-medium-fo --algorithms ibc moma_ppo --seeds 1
+    python scripts/reproduce.py --table other --tasks halfcheetah-2x3-medium-fo --algorithms ibc
 
 Every run is a process with one thread, and as many run at once as there are cores. Ctrl-C or
 SIGTERM stops them after saving; the same command then resumes. Finished runs are not run again.
@@ -57,8 +58,8 @@ JOB_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
 class Table(NamedTuple):
-    tasks: str | tuple[str, ...]
-    """how the names of its tasks start"""
+    tasks: str | tuple[str, ...] | None
+    """how the names of its tasks start; None: any that --tasks names, also tasks of your own"""
     seeds: int
     """seeds of the paper"""
     compile: bool
@@ -74,17 +75,18 @@ TABLES = {
     "climbing": Table("climbing-", 10, False, ("iql", "maiql", "ibc", "inspo", "moma_ppo")),
     "4a": Table("reacher-", seeds=3, compile=True),
     "4b": Table("ant-", seeds=3, compile=True),
+    "other": Table(None, seeds=3, compile=True),
 }
 
 
 @dataclass
 class Args:
-    table: Literal["3", "4a", "4b", "scaling", "continuous", "climbing"] = "3"
-    """table of the paper, or one of the last three, which go beyond it"""
+    table: Literal["3", "4a", "4b", "scaling", "continuous", "climbing", "other"] = "3"
+    """table of the paper, or one of the last four, which go beyond it; "other" is any tasks"""
     seeds: int | None = None
     """run seeds 1 to this; by default as many as the paper: 10 for the game, 3 for the others"""
     tasks: tuple[str, ...] = ()
-    """only these tasks of the table"""
+    """only these tasks of the table; with --table other any, also FILE:NAME of your own"""
     algorithms: tuple[str, ...] = ()
     """only these algorithms of the table"""
     workers: int = field(default_factory=available_cores)
@@ -119,6 +121,8 @@ def table_cells(args: Args) -> list[Cell]:
     The paper's tables have the cells that it gives a figure for, and InSPO wherever MOMA-PPO is.
     """
     table = TABLES[args.table]
+    if table.tasks is None:
+        return other_cells(args)
     in_paper = PAPER_SCORES | {"inspo": PAPER_SCORES["moma_ppo"]}
     names = [name for name in all_tasks() if name.startswith(table.tasks)]
     cells = [
@@ -138,6 +142,16 @@ def table_cells(args: Args) -> list[Cell]:
     ]
     require(chosen, f"table {args.table} has none of these algorithms on these tasks")
     return chosen
+
+
+def other_cells(args: Args) -> list[Cell]:
+    """Any algorithms on any tasks, whether the paper has a figure or not."""
+    require(args.tasks, "--table other needs --tasks, names or FILE:NAME of your own")
+    unknown = ", ".join(name for name in args.algorithms if name not in ALGORITHMS)
+    require(not unknown, f"no algorithm is called {unknown}; there are {', '.join(ALGORITHMS)}")
+    algorithms = args.algorithms or [name for name in ALGORITHMS if name != "maiql_ft"]
+    tasks = [find_task(name).option for name in args.tasks]
+    return [Cell(algorithm, task) for algorithm in algorithms for task in tasks]
 
 
 def job_command(job: Job, options: list[str]) -> list[str]:
@@ -243,7 +257,8 @@ def report(job: Job, log, exit_status: int, progress: str) -> None:
     else:
         log.seek(0)
         outcome = why_it_failed(log.read(), exit_status)
-    say(f"{progress}: {job.cell.algorithm} on {job.cell.task}, seed {job.seed}: {outcome}")
+    task = find_task(job.cell.task).name
+    say(f"{progress}: {job.cell.algorithm} on {task}, seed {job.seed}: {outcome}")
 
 
 # Showing it.
@@ -270,7 +285,7 @@ def print_table(results: dict[Cell, list[dict]], seeds: int) -> None:
         paper = PAPER_SCORES[cell.algorithm].get(cell.task, "-")
         seconds = [result["seconds"] for result in finished]
         median = f"{statistics.median(seconds):.0f}" if seconds else "-"
-        rows.append((cell.algorithm, cell.task, score, runs, paper, median))
+        rows.append((cell.algorithm, find_task(cell.task).name, score, runs, paper, median))
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, tuple("-" * width for width in widths))
     print()
@@ -307,9 +322,10 @@ def plot_panel(axes, task: str, results: dict[str, list[dict]]) -> None:
         if paper:
             axes.axhline(float(paper.split()[0]), color=color, linestyle=":", linewidth=1)
         mean_return = finished[0]["dataset"]["mean_return"]
-    dataset_score = find_task(task).normalized_score(mean_return)
+    found = find_task(task)
+    dataset_score = found.normalized_score(mean_return)
     axes.axhline(dataset_score, color="black", linestyle="--", linewidth=1)
-    axes.set(title=task, xlabel="seconds of training")
+    axes.set(title=found.name, xlabel="seconds of training")
     axes.set_xlim(left=0)
     axes.locator_params(axis="x", nbins=5)
     axes.grid(alpha=0.3)
@@ -352,7 +368,7 @@ def main(args: Args) -> None:
     require(seeds > 0, f"--seeds must be above 0; it is {seeds}")
     cells, started = table_cells(args), time.perf_counter()
     jobs = [
-        Job(cell, seed, args.folder / f"{cell.task}__{cell.algorithm}__{seed}")
+        Job(cell, seed, args.folder / f"{find_task(cell.task).name}__{cell.algorithm}__{seed}")
         for cell in cells
         for seed in range(1, seeds + 1)
     ]
@@ -376,7 +392,8 @@ def main(args: Args) -> None:
         if result:
             results[job.cell].append(result)
     print_table(results, seeds)
-    name = "_".join(["table", args.table, *args.tasks, *args.algorithms])
+    names = [find_task(task).name for task in args.tasks]
+    name = "_".join(["table", args.table, *names, *args.algorithms])
     plot_curves(results, args.folder / f"{name}.png")
     failed = len(jobs) - sum(map(len, results.values()))
     say(f"{time.perf_counter() - started:.0f} s, {args.workers} runs at once")

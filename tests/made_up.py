@@ -5,6 +5,8 @@ Imported as `made_up`, because pytest puts this folder on the path.
 
 import importlib
 import math
+import textwrap
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -106,6 +108,13 @@ def made_up_dataset(task=REACHER):
     }
     columns = {name: np.asarray(column, dtype=np.float32) for name, column in columns.items()}
     return OfflineDataset(task, columns)
+
+
+def documented_blocks(language):
+    """The code blocks of docs/your_own_task.md in "python", or those without a language."""
+    page = Path(__file__).parents[1] / "docs" / "your_own_task.md"
+    blocks = [block.partition("\n") for block in page.read_text().split("```")[1::2]]
+    return [textwrap.dedent(text) for kind, _, text in blocks if kind.strip() == language]
 
 
 # Networks, one agent and one equation at a time.

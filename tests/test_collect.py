@@ -10,8 +10,8 @@ import torch
 from made_up import ANT, REACHER, with_a_bit_changed
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
-from data import collect_ant, collect_reacher
-from data.collect_ant import ACTION_DIM, STATE_DIM, critic_loss, policy_loss, sample_actions
+from data import collect_mujoco, collect_reacher
+from data.collect_mujoco import TASKS, critic_loss, policy_loss, sample_actions
 from data.collect_reacher import Dataset, Experience, load_experts, mappo_terms, record_dataset
 from data.offline_dataset import load_dataset
 from mamujoco_envs import InputError, Simulator, evaluate, find_task
@@ -200,8 +200,8 @@ def test_a_bad_expert_is_one_line(fault, tmp_path):
 
 @pytest.fixture
 def snapshots(tmp_path):
-    """Policies as `data.collect_ant snapshots` saves them."""
-    policies = [collect_ant.make_policy().state_dict() for _ in range(3)]
+    """Policies as `data.collect_mujoco snapshots` saves them."""
+    policies = [collect_mujoco.make_policy(TASKS["ant"]).state_dict() for _ in range(3)]
     stacked = {name: torch.stack([policy[name] for policy in policies]) for name in policies[0]}
     path = tmp_path / "snapshots.pt"
     torch.save({"policies": stacked, "returns": [500.0, 3100.0, 4600.0]}, path)
@@ -213,15 +213,15 @@ CHOSEN = {"random": None, "medium": [1], "full-replay": [0, 1, 2], "expert": [2]
 
 @pytest.mark.parametrize("name, chosen", CHOSEN.items())
 def test_recorded_episodes_are_the_simulators(name, chosen, tmp_path, snapshots, monkeypatch):
-    monkeypatch.setattr(collect_ant, "TASK", replace(collect_ant.TASK, episode_length=40))
+    monkeypatch.setitem(TASKS, "ant", replace(TASKS["ant"], episode_length=40))
     path, size = tmp_path / "ant.hdf5", 600
-    collect_ant.record_dataset(collect_ant.Dataset(name, size, 3, snapshots, path))
+    collect_mujoco.record_dataset(collect_mujoco.Dataset("ant", name, size, 3, snapshots, path))
     columns, attributes = read(path)
     assert "ours, not D4RL's" in attributes["source"]
     got = attributes.get("snapshots")
     assert (got.tolist() if chosen else got) == chosen
     dataset = load_dataset(find_task(f"ant-{name}-fo"), path)
-    assert dataset.size == size and "collect_ant" in dataset.description["source"]
+    assert dataset.size == size and "collect_mujoco" in dataset.description["source"]
     terminals, timeouts = columns["terminals"], columns["timeouts"]
     ends = terminals | timeouts
     assert terminals.any() and not (terminals & timeouts).any()
@@ -237,7 +237,7 @@ def test_recorded_episodes_are_the_simulators(name, chosen, tmp_path, snapshots,
     lengths = np.subtract(last_rows, first_rows) + 1
     assert lengths.max() == 40 and (lengths < 40).any()
     for episode, (first, last) in enumerate(zip(first_rows, last_rows)):
-        simulator = Simulator(collect_ant.TASK, 1)
+        simulator = Simulator(TASKS["ant"], 1)
         simulator.reset([np.random.default_rng([3, episode])])
         for row in range(first, last + 1):
             got = columns["observations"][row]
@@ -253,8 +253,8 @@ def test_recorded_episodes_are_the_simulators(name, chosen, tmp_path, snapshots,
 
 
 def test_bad_input_of_the_recording_of_the_ant(tmp_path, snapshots):
-    args = collect_ant.Dataset(snapshots=snapshots, output=tmp_path / "ant.hdf5")
-    record, command = collect_ant.record_dataset, "python -m data.collect_ant snapshots"
+    args = collect_mujoco.Dataset(snapshots=snapshots, output=tmp_path / "ant.hdf5")
+    record, command = collect_mujoco.record_dataset, "python -m data.collect_mujoco snapshots"
     nowhere = tmp_path / "nowhere"
     assert_refused(record, replace(args, snapshots=nowhere), nowhere, command)
     assert_refused(record, replace(args, output=nowhere / "ant.hdf5"), nowhere)
@@ -270,8 +270,8 @@ def test_bad_input_of_the_recording_of_the_ant(tmp_path, snapshots):
 
 
 def test_log_densities_of_squashed_actions():
-    policy = collect_ant.make_policy()
-    states, noise = torch.randn(50, STATE_DIM), torch.randn(50, ACTION_DIM)
+    policy = collect_mujoco.make_policy(TASKS["ant"])
+    states, noise = torch.randn(50, 27), torch.randn(50, 8)
     actions, log_probs = sample_actions(policy, states, noise)
     mean, log_std = policy(states[None])[0].chunk(2, dim=-1)
     squashed = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform(cache_size=1))
@@ -281,11 +281,18 @@ def test_log_densities_of_squashed_actions():
 
 
 def test_sac_losses_transition_by_transition():
-    policy, log_alpha, n = collect_ant.make_policy(), torch.tensor(-1.0, requires_grad=True), 7
-    critics, targets = collect_ant.make_critics(), collect_ant.make_critics()
-    batch = [torch.randn(n, STATE_DIM), torch.rand(n, ACTION_DIM), torch.randn(n)]
-    batch += [torch.randn(n, STATE_DIM), (torch.rand(n) > 0.5).float()]
-    noise = torch.randn(2, n, ACTION_DIM)
+    policy, log_alpha, n = (
+        collect_mujoco.make_policy(TASKS["ant"]),
+        torch.tensor(-1.0, requires_grad=True),
+        7,
+    )
+    critics, targets = (
+        collect_mujoco.make_critics(TASKS["ant"]),
+        collect_mujoco.make_critics(TASKS["ant"]),
+    )
+    batch = [torch.randn(n, 27), torch.rand(n, 8), torch.randn(n)]
+    batch += [torch.randn(n, 27), (torch.rand(n) > 0.5).float()]
+    noise = torch.randn(2, n, 8)
 
     def values(networks, state, action):
         return networks(torch.cat([state, action]).expand(2, 1, -1))[:, 0, 0]
@@ -310,19 +317,21 @@ def test_sac_losses_transition_by_transition():
 
 
 def test_snapshots_are_saved_and_record_a_dataset(tmp_path, monkeypatch):
-    monkeypatch.setattr(collect_ant, "TASK", replace(collect_ant.TASK, episode_length=15))
+    monkeypatch.setitem(TASKS, "ant", replace(TASKS["ant"], episode_length=15))
     path, counts = tmp_path / "snapshots.pt", {"total_updates": 8, "updates_per_step": 2}
     counts |= {"num_envs": 4, "warm_up": 40, "snapshot_every": 4}
     counts |= {"buffer_size": 60, "batch_size": 16}
-    args = collect_ant.Snapshots(**counts, output=path)
-    result = collect_ant.train_snapshots(args)
+    args = collect_mujoco.Snapshots(**counts, output=path)
+    result = collect_mujoco.train_snapshots(args)
     assert result["steps"] == 40 + 3 * 4 and len(result["returns"]) == 2
-    assert_refused(collect_ant.train_snapshots, args, "exists")
+    assert_refused(collect_mujoco.train_snapshots, args, "exists")
     fresh = replace(args, output=tmp_path / "fresh.pt")
     for name in ("total_updates", "num_envs", "buffer_size", "batch_size", "seed"):
         flag = f"--{name.replace('_', '-')}"
-        assert_refused(collect_ant.train_snapshots, replace(fresh, **{name: -1}), flag)
+        assert_refused(collect_mujoco.train_snapshots, replace(fresh, **{name: -1}), flag)
     saved = torch.load(path, weights_only=True)["policies"]
     assert all(len(x) == 2 and not torch.equal(x[0], x[1]) for x in saved.values())
-    args = collect_ant.Dataset("full-replay", 20, snapshots=path, output=tmp_path / "ant.hdf5")
-    collect_ant.record_dataset(args)
+    args = collect_mujoco.Dataset(
+        "ant", "full-replay", 20, snapshots=path, output=tmp_path / "ant.hdf5"
+    )
+    collect_mujoco.record_dataset(args)

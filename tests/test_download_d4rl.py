@@ -107,7 +107,7 @@ def assert_refused(args, *words):
 @pytest.mark.parametrize("broken", [0, 2])
 def test_a_download_continues_where_it_broke_off(output, content, broken, ranges):
     server = Server(content, broken, ranges=ranges)
-    assert download(Args("full-replay", output, server.host)) == output
+    assert download(Args("ant", "full-replay", output, server.host)) == output
     assert output.read_bytes() == content and not parts(output)
     starts = [None, "bytes=1000-", "bytes=2000-" if ranges else "bytes=1000-"][: broken + 1]
     assert server.requests == [("/ant_full_replay-v2.hdf5", start) for start in starts]
@@ -117,18 +117,18 @@ def test_a_download_continues_where_it_broke_off(output, content, broken, ranges
 def test_a_later_command_continues_with_what_came(output, content):
     server = Server(content, broken=5, breaks=300)
     words = ("broke off after 1500 of", "the same command resumes", "imone/D4RL")
-    assert_refused(Args("medium", output, server.host), *words)
+    assert_refused(Args("ant", "medium", output, server.host), *words)
     assert not output.exists()
     assert output.with_name("ant.hdf5.part").read_bytes() == content[:1500]
-    download(Args("medium", output, server.host))
+    download(Args("ant", "medium", output, server.host))
     assert output.read_bytes() == content and server.requests[-1][1] == "bytes=1500-"
 
 
 def test_two_versions_of_a_file_are_not_mixed(output, content):
     server = Server(content[::-1], broken=5, breaks=300)
-    assert_refused(Args("medium", output, server.host), "broke off")
+    assert_refused(Args("ant", "medium", output, server.host), "broke off")
     server.content, server.version = content, '"2"'
-    download(Args("medium", output, server.host))
+    download(Args("ant", "medium", output, server.host))
     assert output.read_bytes() == content
 
 
@@ -137,20 +137,20 @@ def test_a_part_that_is_too_long_is_dropped(output, content, extra):
     server = Server(content)
     output.with_name("ant.hdf5.part").write_bytes(content + extra)
     output.with_name("ant.hdf5.part.version").write_text(server.version)
-    download(Args("medium", output, server.host))
+    download(Args("ant", "medium", output, server.host))
     assert output.read_bytes() == content and not parts(output)
 
 
 def test_what_is_no_dataset_is_removed(output):
     server = Server(b"<html>the lab has moved</html>" * 50)
     words = ("ant_medium-v2.hdf5", "it was removed", f"put it at {output}")
-    assert_refused(Args("medium", output, server.host), *words)
+    assert_refused(Args("ant", "medium", output, server.host), *words)
     assert not output.exists() and not parts(output)
 
 
 def test_a_dataset_of_another_environment_gets_no_name(output, tmp_path):
     server = Server(write(tmp_path / "hopper.hdf5", width=3))
-    assert_refused(Args("medium", output, server.host), "'actions'", "(57, 3)")
+    assert_refused(Args("ant", "medium", output, server.host), "'actions'", "(57, 3)")
     assert not output.exists()
 
 
@@ -161,15 +161,15 @@ def test_a_host_that_is_down_names_the_mirror(output, content):
     hosts = [down.host, *(Server(content, status=status).host for status in (404, 503)), "nonsense"]
     for host in hosts:
         words = ("cannot download", "ant_expert-v2.hdf5", "imone/D4RL", f"put it at {output}")
-        assert_refused(Args("expert", output, host), *words)
+        assert_refused(Args("ant", "expert", output, host), *words)
     assert not output.exists() and not parts(output)
 
 
 def test_a_file_that_is_there_stays(output, tmp_path):
     output.write_text("precious")
-    assert_refused(Args("medium", output), "exists; move it away")
+    assert_refused(Args("ant", "medium", output), "exists; move it away")
     assert output.read_text() == "precious"
-    assert_refused(Args("medium", tmp_path / "nowhere" / "ant.hdf5"), "no folder")
+    assert_refused(Args("ant", "medium", tmp_path / "nowhere" / "ant.hdf5"), "no folder")
 
 
 def test_the_default_place_is_next_to_the_loader():

@@ -279,6 +279,8 @@ def test_split_and_join_actions(task):
 def test_normalized_scores_are_table_2s():
     for name, task in all_tasks().items():
         bounds = {"reacher": (-11.144625, -4.2370844), "ant": (-325.6, 3879.7)}
+        bounds |= {"halfcheetah": (-280.178953, 12135.0), "hopper": (-20.272305, 3234.3)}
+        bounds |= {"walker2d": (1.629008, 4592.3)}
         bounds = np.array(bounds.get(name.split("-")[0], (0.0, 10.0)))
         np.testing.assert_allclose(task.normalized_score(bounds), [0, 1], atol=1e-12)
         assert task.normalized_score(float(bounds[1])) == pytest.approx(1)
@@ -300,7 +302,7 @@ def test_unknown_task_names_the_nearest(find):
 
 
 def test_only_mujoco_tasks_have_a_parallel_env():
-    with pytest.raises(InputError, match="coordination-neutral is no MuJoCo task"):
+    with pytest.raises(InputError, match="coordination-neutral has no gymnasium environment"):
         parallel_env("coordination-neutral")
 
 
@@ -358,8 +360,8 @@ def elbow_is_fast(states):
 @pytest.mark.parametrize("dies", [never, elbow_is_fast])
 def test_evaluate_equals_episodes_by_hand(dies, monkeypatch):
     class MortalReacher(mamujoco_envs.Reacher):
-        def terminal(self, next_states):
-            return dies(next_states)
+        def terminal(self, after):
+            return dies(after.states)
 
     monkeypatch.setitem(mamujoco_envs.ENVIRONMENTS, "Reacher-v4", MortalReacher)
     seen, seen_by_hand = [], []

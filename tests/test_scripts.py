@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from made_up import BASELINES, import_script
+from made_up import BASELINES, documented_blocks, import_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mamujoco_envs
@@ -502,6 +502,7 @@ def test_documented_commands_parse(line, run_script, monkeypatch):
         if module == "pytest":
             return
     assert script in SCRIPTS
+    Path("pair.py").write_text(documented_blocks("python")[0])
     main, cli = training_run.main, tyro.cli
     subcommands = tyro.extras.subcommand_cli_from_dict
 

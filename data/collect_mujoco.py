@@ -1,17 +1,23 @@
-"""Records the datasets of four-agent Ant by D4RL's protocol, and trains the policies behind them.
+"""Records datasets of MuJoCo locomotion by D4RL's protocol, and trains the policies behind them.
 
-D4RL (Fu et al. 2020, arXiv 2004.07219) records its ant datasets with online SAC (Haarnoja et al.
-2018, arXiv 1812.05905), a single policy for all legs, and so does this script: "random" with an
+D4RL (Fu et al. 2020, arXiv 2004.07219) records its datasets with online SAC (Haarnoja et al. 2018,
+arXiv 1812.05905), a single policy for the whole body, and so does this script: "random" with an
 untrained policy, "medium" and "expert" with the first snapshot of a training that is about as good
 as D4RL's, and "full-replay", which stands for the replay buffer, with all snapshots alike.
 
-    python -m data.collect_ant dataset --name medium                          # minutes
-    python -m data.collect_ant snapshots --output data/weights/snapshots.pt   # 1.5 hours, one core
+    python -m data.collect_mujoco dataset --environment ant --name medium        # minutes
+    python -m data.collect_mujoco snapshots --environment ant --output ants.pt   # 1.5 hours, a core
 
-The first command writes data/ant-medium.hdf5. Snapshots ship with the repository, and scripts
-record a dataset when they first need it. D4RL's own files: data/download_d4rl.py.
+The first command writes data/ant-medium.hdf5. Snapshots of ant and halfcheetah ship with the
+repository, and scripts record a dataset when they first need it. D4RL's own: data/download_d4rl.py.
 Where it differs from D4RL, why, and by how much: docs/datasets.md.
 """
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # this folder's inspect.py would hide Python's own
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import errno
 import hashlib
@@ -19,16 +25,13 @@ import math
 import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Literal
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads spin only briefly
-sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import h5py
 import numpy as np
@@ -42,28 +45,41 @@ from tqdm import tqdm
 from mamujoco_envs import InputError, Simulator, Task, find_task, require
 from training_run import check_positive, load, say
 
-TASK = find_task("ant-expert-fo")
 FOLDER = Path(__file__).resolve().parent
 WEIGHTS = FOLDER / "weights"
-STATE_DIM, ACTION_DIM = TASK.state_dim, TASK.num_agents * TASK.action_dim
 
-# "medium" and "expert" are recorded from the first snapshot with this score. The means of D4RL's
-# datasets are 0.80 and 1.17 (Table 2 of the paper, arXiv 2305.17198).
-GOOD_ENOUGH = {"medium": 0.75, "expert": 1.15}
+# One task of each environment. How its actions are split does not matter here.
+TASKS = {
+    "ant": find_task("ant-expert-fo"),
+    "halfcheetah": find_task("halfcheetah-2x3-expert-fo"),
+    "hopper": find_task("hopper-3x1-expert-fo"),
+    "walker2d": find_task("walker2d-2x3-expert-fo"),
+}
+# "medium" and "expert" are recorded from the first snapshot with this score, a little below the
+# means of D4RL's datasets, or from the best snapshot. The ant's means are 0.80 and 1.17 (Table 2 of
+# the paper, arXiv 2305.17198).
+GOOD_ENOUGH = {
+    "ant": {"medium": 0.75, "expert": 1.15},
+    "halfcheetah": {"medium": 0.38, "expert": 0.85},
+    "hopper": {"medium": 0.42, "expert": 1.05},
+    "walker2d": {"medium": 0.58, "expert": 1.05},
+}
 
 
 @dataclass
 class Snapshots:
-    """Trains one policy for all legs by online SAC and saves it now and then."""
+    """Trains one policy for the whole body by online SAC and saves it now and then."""
 
+    environment: Literal["ant", "halfcheetah", "hopper", "walker2d"] = "ant"
+    """whose policy"""
     seed: int = 1
     """seed of networks, episodes and exploration"""
     total_updates: int = 400_000
     """gradient steps of the critics; the policy has half as many"""
     updates_per_step: int = 8
-    """gradient steps for each step of all ants"""
+    """gradient steps for each step of all copies"""
     num_envs: int = 64
-    """ants at once"""
+    """copies of the environment at once"""
     learning_rate: float = 1e-3
     """Adam; decays linearly to 40 %"""
     batch_size: int = 256
@@ -74,24 +90,26 @@ class Snapshots:
     """transitions with uniform actions before the first gradient step"""
     snapshot_every: int = 20_000
     """gradient steps between snapshots"""
-    output: Path = WEIGHTS / "ant_snapshots.pt"
-    """file to write"""
+    output: Path | None = None
+    """file to write; by default data/weights/ENVIRONMENT_snapshots.pt"""
 
 
 @dataclass
 class Dataset:
-    """Records one of the four datasets, with sampled actions."""
+    """Records one of an environment's four datasets, with sampled actions."""
 
+    environment: Literal["ant", "halfcheetah", "hopper", "walker2d"] = "ant"
+    """whose dataset"""
     name: Literal["random", "medium", "full-replay", "expert"] = "medium"
     """which dataset"""
     transitions: int = 1_000_000
     """its size"""
     seed: int = 10101
     """seed of episodes and exploration"""
-    snapshots: Path = WEIGHTS / "ant_snapshots.pt"
-    """file that `snapshots` wrote"""
+    snapshots: Path | None = None
+    """file that `snapshots` wrote; by default data/weights/ENVIRONMENT_snapshots.pt"""
     output: Path | None = None
-    """file to write; by default data/ant-NAME.hdf5"""
+    """file to write; by default data/ENVIRONMENT-NAME.hdf5"""
 
 
 # Networks. Twin critics keep separate weights, which run as one batched operation.
@@ -123,17 +141,20 @@ class MLP(nn.Sequential):
         super().__init__(*layers)
 
 
-def make_policy() -> MLP:
-    """Mean and log standard deviation of a squashed Gaussian: [1, batch, state] -> [1, batch, 16].
-
-    Small, because many of them ship (Deviation 8).
-    """
-    return MLP([STATE_DIM], [128, 128], 2 * ACTION_DIM)
+def actuators(task: Task) -> int:
+    """Actions of the whole body."""
+    return task.num_agents * task.action_dim
 
 
-def make_critics() -> MLP:
+def make_policy(task: Task) -> MLP:
+    """Mean and log standard deviation of a squashed Gaussian: [1, batch, state] -> [1, batch, 2 x
+    action]. Small, because many of them ship (Deviation 8)."""
+    return MLP([task.state_dim], [128, 128], 2 * actuators(task))
+
+
+def make_critics(task: Task) -> MLP:
     """Q of twins that start different: [2, batch, state + action] -> [2, batch, 1]."""
-    return MLP([STATE_DIM + ACTION_DIM] * 2, [256, 256], 1)
+    return MLP([task.state_dim + actuators(task)] * 2, [256, 256], 1)
 
 
 # The algorithm: SAC. Equations are those of arXiv 1812.05905.
@@ -175,16 +196,17 @@ def policy_loss(critics, policy, log_alpha, states, noise):
     actions, log_probs = sample_actions(policy, states, noise)
     values = q_values(critics, states, actions).amin(0)
     loss = (log_alpha.exp().detach() * log_probs - values).mean()
-    return loss - log_alpha * (log_probs.detach().mean() - ACTION_DIM)
+    return loss - log_alpha * (log_probs.detach().mean() - actions.shape[-1])
 
 
 class SAC:
     """A policy, its critics, and how they learn."""
 
     def __init__(self, args: Snapshots):
-        self.batch_size = args.batch_size
-        self.policy, self.critics = make_policy(), make_critics()
-        self.target_critics = make_critics().requires_grad_(False)
+        task = TASKS[args.environment]
+        self.noise_shape = 2, args.batch_size, actuators(task)
+        self.policy, self.critics = make_policy(task), make_critics(task)
+        self.target_critics = make_critics(task).requires_grad_(False)
         self.target_critics.load_state_dict(self.critics.state_dict())
         self.log_alpha = torch.zeros((), requires_grad=True)
         actor, rate = [*self.policy.parameters(), self.log_alpha], args.learning_rate
@@ -198,7 +220,7 @@ class SAC:
 
     def update(self, batch, with_policy: bool) -> None:
         """One gradient step of the critics and, if asked for, of policy and temperature."""
-        noise = torch.randn(2, self.batch_size, ACTION_DIM)
+        noise = torch.randn(self.noise_shape)
         networks = self.critics, self.target_critics, self.policy, self.log_alpha
         self.critic_optimizer.zero_grad()
         critic_loss(*networks, batch, noise[0]).backward()
@@ -216,22 +238,23 @@ class SAC:
             schedule.step()
 
 
-class Ants:
-    """Many ants at once; each starts a new episode when its own has ended."""
+class Copies:
+    """Many copies of the environment; each starts a new episode when its own has ended."""
 
     def __init__(self, args: Snapshots):
-        self.simulator = Simulator(TASK, args.num_envs)
+        self.task = TASKS[args.environment]
+        self.simulator = Simulator(self.task, args.num_envs)
         self.rng = np.random.default_rng(args.seed)
         self.states = self.simulator.reset([self.rng] * args.num_envs)
         self.ages = np.zeros(args.num_envs, dtype=int)
 
     def step(self, actions):
-        """States, actions, rewards, next states and masks of one step, [ant, ...]."""
+        """States, actions, rewards, next states and masks of one step, [copy, ...]."""
         states = self.states
-        joint_actions = TASK.split_actions(actions).numpy()
+        joint_actions = self.task.split_actions(actions).numpy()
         next_states, rewards, terminals = self.simulator.step(joint_actions)
         self.states, self.ages = next_states, self.ages + 1
-        ended = terminals | (self.ages == TASK.episode_length)
+        ended = terminals | (self.ages == self.task.episode_length)
         if ended.any():
             self.states = self.simulator.reset([self.rng] * int(ended.sum()), where=ended)
             self.ages = np.where(ended, 0, self.ages)
@@ -242,9 +265,11 @@ class ReplayBuffer:
     """The newest transitions: states, actions, rewards, next states and masks."""
 
     def __init__(self, args: Snapshots):
-        # A multiple of the ants, so that one step of theirs never wraps around.
+        # A multiple of the copies, so that one step of theirs never wraps around.
         self.size = args.buffer_size // args.num_envs * args.num_envs
-        shapes = ((STATE_DIM,), (ACTION_DIM,), (), (STATE_DIM,), ())
+        task = TASKS[args.environment]
+        state, action = (task.state_dim,), (actuators(task),)
+        shapes = (state, action, (), state, ())
         self.fields = [torch.zeros(self.size, *shape) for shape in shapes]
         self.added = 0
 
@@ -266,38 +291,40 @@ def train_snapshots(args: Snapshots) -> dict:
     check_seed(args.seed)
     message = f"--buffer-size must be at least --num-envs, {args.num_envs}; it is"
     require(args.buffer_size >= args.num_envs, f"{message} {args.buffer_size}")
+    task = TASKS[args.environment]
+    args = replace(args, output=args.output or WEIGHTS / f"{args.environment}_snapshots.pt")
     count = math.ceil(args.total_updates / args.snapshot_every)
-    check_output(args.output, size=count * 1e5)  # a policy has 89 kB
+    check_output(args.output, size=count * 1e5)  # a policy has up to 89 kB
     torch.manual_seed(args.seed)
-    learner, ants, buffer = SAC(args), Ants(args), ReplayBuffer(args)
+    learner, copies, buffer = SAC(args), Copies(args), ReplayBuffer(args)
     snapshots, returns = [], []
 
     say(f"training policies for {args.output}")
     while buffer.added < args.warm_up:
-        buffer.add(ants.step(2 * torch.rand(args.num_envs, ACTION_DIM) - 1))
+        buffer.add(copies.step(2 * torch.rand(args.num_envs, actuators(task)) - 1))
     started = time.perf_counter()
     with Progress(args.total_updates, "update") as progress:
         for update in range(args.total_updates):
             # Deviation 5.
             if update and update % args.updates_per_step == 0:
-                states = torch.as_tensor(ants.states, dtype=torch.float32)
+                states = torch.as_tensor(copies.states, dtype=torch.float32)
                 with torch.no_grad():
-                    noise = torch.randn(args.num_envs, ACTION_DIM)
+                    noise = torch.randn(args.num_envs, actuators(task))
                     actions, _ = sample_actions(learner.policy, states, noise)
-                buffer.add(ants.step(actions))
+                buffer.add(copies.step(actions))
             # Deviation 6.
             learner.update(buffer.sample(args.batch_size), with_policy=update % 2 == 0)
             done = update + 1
             progress.advance(1, f"return {returns[-1]:.0f}" if returns else "")
 
             if done % args.snapshot_every == 0 or done == args.total_updates:
-                returns.append(mean_return(learner.policy, progress))
+                returns.append(mean_return(task, learner.policy, progress))
                 advice = "use a smaller --learning-rate"
                 require(math.isfinite(returns[-1]), f"training diverged by update {done}; {advice}")
                 policy = learner.policy.state_dict()
                 snapshots.append({name: value.clone() for name, value in policy.items()})
                 save_snapshots(args, snapshots, returns)
-                score = TASK.normalized_score(returns[-1])
+                score = task.normalized_score(returns[-1])
                 speed = done / (time.perf_counter() - started)
                 progress.bar.clear()
                 say(
@@ -307,9 +334,9 @@ def train_snapshots(args: Snapshots) -> dict:
     return {"returns": returns, "steps": buffer.added}
 
 
-def mean_return(policy, progress, episodes: int = 20) -> float:
+def mean_return(task: Task, policy, progress, episodes: int = 20) -> float:
     """Mean return of sampled actions, always over the same episodes."""
-    simulator, generator = Simulator(TASK, episodes), torch.Generator().manual_seed(0)
+    simulator, generator = Simulator(task, episodes), torch.Generator().manual_seed(0)
     columns, lengths = play(policy, simulator, range(episodes), generator, progress)
     rewards = zip(columns["rewards"], lengths)
     return float(np.mean([episode[:length].sum() for episode, length in rewards]))
@@ -332,67 +359,75 @@ def play(policy, simulator: Simulator, seeds, generator: torch.Generator, progre
     Returns columns [episode, step, ...] and the episodes' lengths [episode]; rows from there on
     mean nothing.
     """
+    task, shape = simulator.task, (len(seeds), simulator.task.episode_length)
     states = simulator.reset([np.random.default_rng(seed) for seed in seeds])
-    columns = empty_columns(len(seeds), TASK.episode_length)
+    columns = empty_columns(task, *shape)
     columns["timeouts"][:, -1] = True
     alive, lengths = np.ones(len(seeds), dtype=bool), np.zeros(len(seeds), dtype=int)
-    for step in range(TASK.episode_length):
-        noise = torch.randn(len(seeds), ACTION_DIM, generator=generator)
+    for step in range(task.episode_length):
+        noise = torch.randn(len(seeds), actuators(task), generator=generator)
         actions, _ = sample_actions(policy, torch.as_tensor(states, dtype=torch.float32), noise)
         columns["observations"][:, step], columns["actions"][:, step] = states, actions
-        states, rewards, terminals = simulator.step(TASK.split_actions(actions).numpy(), alive)
+        states, rewards, terminals = simulator.step(task.split_actions(actions).numpy(), alive)
         columns["rewards"][:, step], columns["next_observations"][:, step] = rewards, states
         columns["terminals"][:, step] = terminals
         lengths += alive
         alive = alive & ~terminals
-        progress.advance(0, f"step {step + 1} of {TASK.episode_length}")
+        progress.advance(0, f"step {step + 1} of {task.episode_length}")
         if not alive.any():
             break
     columns["timeouts"] &= ~columns["terminals"]
     return columns, lengths
 
 
-def choose_policies(args: Dataset) -> tuple[list[MLP], dict]:
+def choose_policies(args: Dataset, task: Task) -> tuple[list[MLP], dict]:
     """The policies to record and, as attributes of the file, where they come from."""
     if args.name == "random":
         torch.manual_seed(args.seed)
-        return [make_policy()], {}
-    command = f"python -m data.collect_ant snapshots --output {args.snapshots}"
-    require(args.snapshots.is_file(), f"no policies at {args.snapshots}; make them with: {command}")
+        return [make_policy(task)], {}
+    path = args.snapshots or WEIGHTS / f"{args.environment}_snapshots.pt"
+    command = "python -m data.collect_mujoco snapshots"
+    command = f"{command} --environment {args.environment} --output {path}"
+    require(path.is_file(), f"no policies at {path}; make them with: {command}")
     try:
-        saved = load(args.snapshots)
-        scores = TASK.normalized_score(np.array(saved["returns"]))
-        policies = [make_policy() for _ in scores]
+        saved = load(path)
+        scores = task.normalized_score(np.array(saved["returns"]))
+        policies = [make_policy(task) for _ in scores]
         for i, policy in enumerate(policies):
             policy.load_state_dict({name: value[i] for name, value in saved["policies"].items()})
     except Exception as error:
-        fault = f"{args.snapshots} is truncated or holds no policies ({type(error).__name__})"
+        fault = f"{path} is truncated or holds no policies of {args.environment}"
+        fault = f"{fault} ({type(error).__name__})"
         raise InputError(f"{fault}; move it away and make it again with: {command}") from None
     # Deviation 9.
     chosen = list(range(len(policies)))
     if args.name != "full-replay":
-        good = np.flatnonzero(scores >= GOOD_ENOUGH[args.name])
+        wanted = GOOD_ENOUGH[args.environment][args.name]
+        good = np.flatnonzero(scores >= wanted)
         chosen = [int(good[0] if len(good) else np.argmax(scores))]
-    digest = hashlib.sha256(args.snapshots.read_bytes()).hexdigest()
+        if not len(good):
+            say(f"note: no policy in {path} scores {wanted}; the best has {max(scores):.2f}")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return [policies[i] for i in chosen], {"snapshots": chosen, "snapshots_sha256": digest}
 
 
 def record_dataset(args: Dataset) -> None:
     """Records whole episodes, with the same number of transitions from every policy."""
-    output = args.output or FOLDER / f"ant-{args.name}.hdf5"
+    task, dataset = TASKS[args.environment], f"{args.environment}-{args.name}"
+    output = args.output or FOLDER / f"{dataset}.hdf5"
     check_seed(args.seed)
-    policies, attributes = choose_policies(args)
+    policies, attributes = choose_policies(args, task)
     least = f"--transitions must be {len(policies)} or more, one for each policy"
     require(args.transitions >= len(policies), f"{least}; it is {args.transitions}")
-    check_output(output, size_of_dataset(args.transitions))
+    check_output(output, size_of_dataset(task, args.transitions))
     # The rows at which the policies' shares end.
     ends = [args.transitions * (i + 1) // len(policies) for i in range(len(policies))]
-    copies = min(math.ceil(ends[0] / TASK.episode_length), 200)
+    copies = min(math.ceil(ends[0] / task.episode_length), 200)
 
-    say(f"recording {args.transitions} transitions of ant-{args.name} to {output}")
-    columns = empty_columns(args.transitions)
+    say(f"recording {args.transitions} transitions of {dataset} to {output}")
+    columns = empty_columns(task, args.transitions)
     returns, lengths, row, episode = [], [], 0, 0
-    simulator = Simulator(TASK, copies)
+    simulator = Simulator(task, copies)
     generator = torch.Generator().manual_seed(args.seed)
     with one_thread(), Progress(args.transitions, "transition") as progress:
         for policy, end in zip(policies, ends):
@@ -413,12 +448,13 @@ def record_dataset(args: Dataset) -> None:
                         columns["timeouts"][row - 1] = ~columns["terminals"][row - 1]
                         break
 
-    options = f"--name {args.name} --transitions {args.transitions} --seed {args.seed}"
-    source = f"python -m data.collect_ant dataset {options} (ours, not D4RL's)"
-    write_dataset(output, columns, environment=TASK.environment, source=source, **attributes)
+    options = f"--environment {args.environment} --name {args.name}"
+    options = f"{options} --transitions {args.transitions} --seed {args.seed}"
+    source = f"python -m data.collect_mujoco dataset {options} (ours, not D4RL's)"
+    write_dataset(output, columns, environment=task.environment, source=source, **attributes)
     say(f"{output}: {len(returns)} whole episodes")
     if returns:
-        say(f"score in %: {spread(100 * TASK.normalized_score(np.array(returns)))}")
+        say(f"score in %: {spread(100 * task.normalized_score(np.array(returns)))}")
         say(f"length: {spread(lengths)}")
 
 
@@ -430,12 +466,13 @@ def spread(values) -> str:
 def record(task: Task, path: Path) -> None:
     """Records the dataset of a task for `load_dataset`, whose caller keeps its random state."""
     with torch.random.fork_rng(devices=[]):
-        record_dataset(Dataset(task.dataset.removeprefix("ant-"), output=path))
+        environment, _, name = task.dataset.partition("-")
+        record_dataset(Dataset(environment, name, output=path))
 
 
-def empty_columns(*shape: int) -> dict[str, np.ndarray]:
+def empty_columns(task: Task, *shape: int) -> dict[str, np.ndarray]:
     """D4RL's columns, all zero, for transitions [*shape]."""
-    states, joint_actions = (*shape, TASK.state_dim), (*shape, TASK.num_agents * TASK.action_dim)
+    states, joint_actions = (*shape, task.state_dim), (*shape, task.num_agents * task.action_dim)
     return {
         "observations": np.zeros(states, dtype=np.float32),
         "actions": np.zeros(joint_actions, dtype=np.float32),
@@ -446,9 +483,9 @@ def empty_columns(*shape: int) -> dict[str, np.ndarray]:
     }
 
 
-def size_of_dataset(rows: int) -> int:
+def size_of_dataset(task: Task, rows: int) -> int:
     """Bytes of a file with that many transitions, up to a few kB."""
-    return rows * sum(column.nbytes for column in empty_columns(1).values())
+    return rows * sum(column.nbytes for column in empty_columns(task, 1).values())
 
 
 def write_dataset(path: Path, columns: dict[str, np.ndarray], **attributes) -> None:

@@ -1,0 +1,501 @@
+"""Tasks of one's own: a file with a class, a gymnasium id or nothing but data, start to end."""
+
+import dataclasses
+import json
+import shlex
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import gymnasium
+import h5py
+import numpy as np
+import pytest
+import torch
+from made_up import documented_blocks, recorded_columns, write_dataset
+
+import data.inspect
+from data import collect_mujoco
+from data.offline_dataset import load_dataset
+from mamujoco_envs import (
+    EVALUATION_SEED,
+    GymnasiumSimulator,
+    InputError,
+    Simulator,
+    Task,
+    blocks,
+    evaluate,
+    find_task,
+    largest_difference,
+    parallel_env,
+)
+from training_run import default_args, load_team
+
+TASK_FILE = """
+import numpy as np
+from gymnasium.envs.mujoco.half_cheetah_v4 import HalfCheetahEnv
+
+from mamujoco_envs import MujocoEnvironment, Task, blocks
+
+ALL = (tuple(range(17)),) * 2
+
+
+class Cheetah(MujocoEnvironment):
+    gymnasium = HalfCheetahEnv
+
+    def reset(self, rng):
+        qpos = self.init_qpos + rng.uniform(-0.1, 0.1, self.model.nq)
+        return qpos, self.init_qvel + 0.1 * rng.standard_normal(self.model.nv)
+
+    def reward(self, before, actions, after):
+        speed = (after.qpos[:, 0] - before.qpos[:, 0]) / self.dt
+        return speed - 0.1 * np.square(actions).sum(1)
+
+
+PAIR = Task(Cheetah, ALL, blocks(3, 3), episode_length=12, dataset="cheetah.hdf5")
+SWIMMERS = Task("Swimmer-v5", (tuple(range(8)), (0, 1, 3)), blocks(1, 1), 12, dataset="swim.hdf5")
+LOGGED = Task("", ALL, blocks(3, 3), episode_length=12, dataset="cheetah.hdf5")
+UNSEEN = Task("", ALL, blocks(3, 3), episode_length=12, dataset="unseen.hdf5")
+"""
+TINY_MODEL = ["--hidden", 16, "--reward-hidden", 16, "--mask-hidden", 16, "--batch-size", 32]
+TINY_MODEL += ["--total-steps", 4, "--eval-every", 4]
+TINY = {
+    "moma_ppo.py": ["--transitions", 400, "--rollout-length", 10, "--epochs", 1],
+    "baselines/ibc.py": ["--batch-size", 16],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A file of tasks, their data, and for the logged one a world model."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "own.py").write_text(TASK_FILE)
+    for name, file in {"PAIR": "cheetah", "SWIMMERS": "swim", "UNSEEN": "unseen"}.items():
+        source = "PAIR" if name == "UNSEEN" else name
+        task = find_task(f"{folder}/own.py:{source}")
+        write_dataset(folder / f"{file}.hdf5", recorded_columns(task, 12, 12, scale=1.0))
+    return folder
+
+
+@pytest.fixture
+def run_own(folder, run_script, tmp_path):
+    """A few updates of a script on one of the tasks; its status, output and result."""
+
+    def run_own(script, name, *options):
+        run_dir = tmp_path / f"{script.split('/')[-1]}-{name}"
+        arguments = ["--task", f"{folder}/own.py:{name}", "--run-dir", run_dir]
+        if script == "world_model.py":
+            arguments += [*TINY_MODEL]
+        else:
+            arguments += [*TINY[script], "--total-steps", 2, "--eval-every", 1]
+            arguments += ["--eval-episodes", 2]
+        status, output = run_script(script, *arguments, *options)
+        path = run_dir / "result.json"
+        return status, output, json.loads(path.read_text()) if path.is_file() else None
+
+    return run_own
+
+
+def assert_one_line(status, *parts):
+    assert isinstance(status, str) and status.startswith("error: "), status
+    assert "\n" not in status
+    for part in parts:
+        assert str(part) in status, status
+
+
+def assert_refused(call, *parts):
+    with pytest.raises(InputError) as error:
+        call()
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert str(part) in message, message
+
+
+# The file.
+
+
+def test_what_a_task_derives(folder):
+    task = find_task(f"{folder}/own.py:PAIR")
+    assert task.name == "PAIR" and task.option == f"{folder}/own.py:PAIR"
+    assert task.state_dim == 17 and task.entropy_target == -6 and task.simulator is Simulator
+    assert task.normalized_score(3.5) == 3.5  # without reference returns
+    assert task.world_model_path == folder / "cheetah.pt"
+    swimmers = find_task(f"{folder}/own.py:SWIMMERS")
+    assert swimmers.state_dim == 8 and swimmers.simulator is GymnasiumSimulator
+    assert not swimmers.continues_from_states
+    logged = find_task(f"{folder}/own.py:LOGGED")
+    assert logged.state_dim == 17 and not logged.has_environment
+    named = Task("", blocks(2, 1), blocks(1, 1), 5, name="mine")
+    assert named.dataset == "mine" and named.state_dim == 3 and named.observed == ((0, 1), (2,))
+
+
+def test_defaults_are_those_of_the_environment_or_of_one_like_it(folder):
+    defaults = {None: SimpleNamespace, "Ant-v4": SimpleNamespace}
+    defaults = {
+        key: dataclasses.make_dataclass("Args", [("task", str), ("key", object)])("", key)
+        for key in defaults
+    }
+    for name, key in {"halfcheetah-6x1-medium-po": "Ant-v4", f"{folder}/own.py:PAIR": None}.items():
+        assert default_args(defaults, name).key == key
+
+
+BAD_TASKS = {
+    "missing file": (None, "no file"),
+    "missing name": ("NOTHING = 1", "holds no Task called MINE; it has none"),
+    "a mistake": ("import nothing_at_all", "fails in line 3: ModuleNotFoundError"),
+    "an action twice": ("MINE = Task('', A, ((0,), (0,)), 5)", "must drive each action once"),
+    "uneven": ("MINE = Task('', A, ((0, 1), (2,)), 5)", "different numbers of actions"),
+    "one agent less": ("MINE = Task('', A, ((0,),), 5)", "2 agents in 'observed', but 1"),
+    "nobody": ("MINE = Task('', (), (), 5)", "needs agents"),
+    "beyond the state": (
+        "MINE = Task('', A, ((0,), (1,)), 5, state_dim=2)",
+        "observes dimension 2",
+    ),
+    "unknown id": ("MINE = Task('Nowhere-v0', A, ((0,), (1,)), 5)", "cannot make 'Nowhere-v0'"),
+}
+
+
+@pytest.mark.parametrize("text, part", BAD_TASKS.values(), ids=BAD_TASKS)
+def test_a_bad_task_is_one_line(text, part, tmp_path):
+    path = tmp_path / "bad.py"
+    if text:
+        path.write_text(f"from mamujoco_envs import Task\nA = ((0, 1), (0, 2))\n{text}\n")
+    assert_refused(lambda: find_task(f"{path}:MINE"), part, path)
+
+
+def test_environments_that_do_not_fit_are_one_line():
+    seen = (tuple(range(4)),) * 2
+    cart = Task("InvertedPendulum-v5", (tuple(range(4)),), ((0,),), 5, name="cart")
+    assert_refused(lambda: parallel_env(cart), "within [-1, 1]", "RescaleAction")
+    few = Task("Swimmer-v5", seen, blocks(2, 2), 5, name="few", state_dim=8)
+    assert_refused(lambda: parallel_env(few), "few needs actions of shape (4,)")
+
+
+# Simulators.
+
+
+@pytest.mark.parametrize(
+    "name", ["halfcheetah-2x3-medium-fo", "hopper-3x1-medium-po", "walker2d-2x3-medium-fo", "PAIR"]
+)
+def test_simulators_equal_gymnasium_to_the_bit(name, folder):
+    task = find_task(f"{folder}/own.py:{name}" if name == "PAIR" else name)
+    assert set(largest_difference(task, 200).values()) == {0.0}
+
+
+@pytest.mark.parametrize("name", ["halfcheetah-2x3-medium-po", "walker2d-2x3-medium-po"])
+def test_planar_bodies_continue_from_any_state(name):
+    task, rng = find_task(name), np.random.default_rng(0)
+    env = gymnasium.make(task.environment, disable_env_checker=True).unwrapped
+    state, _ = env.reset(seed=0)
+    simulator = Simulator(task, 1)
+    for _ in range(20):
+        np.testing.assert_array_equal(simulator.set_states(state[None]), state[None])
+        simulator.data[0].qacc_warmstart[:] = env.data.qacc_warmstart
+        fast = abs(env.data.qvel).max() > 10  # which a walker's state does not show
+        action = rng.uniform(-1, 1, (1, task.num_agents, task.action_dim))
+        states, rewards, terminals = simulator.step(action)
+        state, reward, terminal, *_ = env.step(action.ravel())
+        if not fast:
+            np.testing.assert_allclose(states[0], state, rtol=0, atol=1e-6)
+            np.testing.assert_allclose(rewards[0], reward, rtol=0, atol=1e-6)
+            assert terminals[0] == terminal
+
+
+# Runs.
+
+
+def test_a_class_of_ones_own_from_data_to_a_score(run_own, run_script, folder, tmp_path):
+    """Named by a relative path, resumed and scored from another folder."""
+    model = tmp_path / "model.pt"
+    status, output, result = run_own("world_model.py", "PAIR", "--output", model)
+    assert status == 0, output
+    assert result["random/ten_step_error"] > 0
+    options = ["--world-model", model]
+    status, output, result = run_own("moma_ppo.py", "PAIR", *options)
+    assert status == 0, output
+    assert "evaluated_in" not in result and len(result["returns"]) == 10
+    assert "MINE" not in output and "PAIR: score" in output
+    run_dir = tmp_path / "moma_ppo.py-PAIR"
+    status, output = run_script("moma_ppo.py", "--resume", run_dir, "--total-steps", 3)
+    assert status == 0, output
+    team = load_team(run_dir)
+    assert team.task is find_task(f"{folder}/own.py:PAIR")
+    status, output = run_script("scripts/evaluate.py", "--run", run_dir, "--episodes", 2)
+    assert status == 0 and "PAIR, moma_ppo.py after 3 steps" in output
+    moved = folder / "moved.py"
+    moved.write_text((folder / "own.py").read_text())
+    assert load_team(run_dir, f"{moved}:PAIR").task.file == f"{moved}:PAIR"
+
+
+def test_the_document_runs_as_written(run_script, monkeypatch, capsys):
+    """All its commands and its Python, on data and with budgets so small that it takes seconds."""
+    short = dataclasses.replace(collect_mujoco.TASKS["halfcheetah"], episode_length=20)
+    monkeypatch.setitem(collect_mujoco.TASKS, "halfcheetah", short)
+    task, swimmer, rule, logged, layout, act, sweep = documented_blocks("python")
+    Path("pair.py").write_text(task.replace("episode_length=1000", "episode_length=20"))
+    extra = TINY | {"baselines/matd3_bc.py": ["--batch-size", 16], "world_model.py": TINY_MODEL}
+    record, train, tables, loop = documented_blocks("")
+    for line in f"{record}{train}".strip().splitlines():
+        _, script, *arguments = shlex.split(line)
+        if script == "-m":
+            script = f"{arguments.pop(0).replace('.', '/')}.py"
+        if "collect" in script:  # in this process, where episodes are short
+            args = collect_mujoco.Dataset("halfcheetah", "medium", 400, output=Path("cheetah.hdf5"))
+            assert "--output cheetah.hdf5" in line
+            collect_mujoco.record_dataset(args)
+            continue
+        arguments += extra.get(script, [])
+        if script.startswith(("moma", "base")):
+            arguments += ["--total-steps", 2, "--eval-every", 2, "--eval-episodes", 2]
+        arguments += ["--cloning-steps", 2] if script == "moma_ppo.py" else []
+        status, output = run_script(script, *arguments)
+        assert status == 0, output
+    assert Path("returns.png").is_file() and "PAIR, moma_ppo.py after 2 steps" in output
+
+    Path("swimmers.py").write_text(swimmer)
+    task = find_task("swimmers.py:SWIMMERS")
+    assert set(largest_difference(task, 50).values()) == {0.0}
+    names = {"Task": Task, "blocks": blocks}
+    for text in (logged, layout):
+        exec(text, names)
+    assert names["PLANT"].state_dim == 21 and "staticmethod" in rule
+    for text in (act, sweep):
+        exec(text, {})
+    Path("runs/pair").rename("runs/PAIR__moma_ppo__1")
+    exec(sweep, {})
+    assert len(capsys.readouterr().out.splitlines()[-1].split()) == 4
+    status, output = run_script("scripts/reproduce.py", *shlex.split(tables)[2:], "--dry-run")
+    assert status == 0 and "--lambda-g" in loop
+
+
+def test_a_gymnasium_id_is_played_but_not_continued(run_own, folder):
+    status, output, result = run_own("baselines/ibc.py", "SWIMMERS")
+    assert status == 0, output
+    task = find_task(f"{folder}/own.py:SWIMMERS")
+
+    def act(observations, histories):
+        return torch.full((len(observations), 2, 1), 0.3)
+
+    evaluation, env = evaluate(task, act, 2), parallel_env(task)
+    for episode in range(2):
+        env.reset(seed=EVALUATION_SEED + episode)
+        total = 0.0
+        while env.agents:
+            _, rewards, *_ = env.step({agent: np.float32([0.3]) for agent in env.agents})
+            total += rewards["agent_0"]
+        assert evaluation.returns[episode] == pytest.approx(total)
+        np.testing.assert_allclose(evaluation.last_states[episode], env.state(), atol=1e-9)
+    status, *_ = run_own("moma_ppo.py", "SWIMMERS", "--ground-truth")
+    assert_one_line(status, "--ground-truth needs a simulator of SWIMMERS")
+    status, output, result = run_own("world_model.py", "SWIMMERS")
+    assert status == 0 and "note: SWIMMERS has no simulator that starts anywhere" in output
+    assert result["on_data/ten_step_error"] > 0 and "random/ten_step_error" not in result
+
+
+def test_logged_data_are_scored_in_the_world_model_alone(run_own, folder, run_script, tmp_path):
+    status, *_ = run_own("baselines/ibc.py", "UNSEEN")
+    assert_one_line(status, "no environment, and no world model", "python world_model.py --task")
+    status, output, result = run_own("world_model.py", "UNSEEN", "--output", folder / "unseen.pt")
+    assert status == 0, output
+    # The data say what the simulator would have said.
+    status, output, simulated = run_own("world_model.py", "PAIR")
+    for name in ("one_step_error", "ten_step_error", "return_error", "epsilon_g_0.9"):
+        expected = simulated[f"on_data/{name}"]
+        assert result[f"on_data/{name}"] == pytest.approx(expected, rel=0.02)
+    for script in TINY:
+        status, output, result = run_own(script, "UNSEEN")
+        assert status == 0, output
+        assert result["evaluated_in"] == "the world model unseen.pt alone"
+        assert "note: UNSEEN has no environment" in output
+        assert "greedy episodes in the world model unseen.pt alone" in output
+        # Every evaluation starts from the same first states and draws the same noise.
+        run_dir = tmp_path / f"{script.split('/')[-1]}-UNSEEN"
+        status, output = run_script("scripts/evaluate.py", "--run", run_dir, "--episodes", 10)
+        assert status == 0 and f"{result['score']:.3f}" in output
+    assert_refused(lambda: parallel_env(load_team(run_dir).task), "no gymnasium environment")
+
+
+def test_tables_take_tasks_of_ones_own(run_script, folder):
+    options = ["--table", "other", "--algorithms", "ibc", "moma_ppo", "--seeds", 2, "--dry-run"]
+    status, output = run_script(
+        "scripts/reproduce.py", *options, "--tasks", f"{folder}/own.py:PAIR", "hopper-3x1-random-po"
+    )
+    lines = [line for line in output.splitlines() if "--task" in line]
+    assert status == 0 and len(lines) == 8
+    assert f"--task {folder}/own.py:PAIR" in lines[0] and "runs/PAIR__ibc__1" in lines[0]
+    for options, part in ((["--table", "other"], "needs --tasks"),):
+        status, _ = run_script("scripts/reproduce.py", *options)
+        assert_one_line(status, part)
+
+
+# Data.
+
+
+@pytest.fixture
+def columns(folder):
+    return recorded_columns(find_task(f"{folder}/own.py:PAIR"), 3, 12, scale=1.0)
+
+
+def fields_of(dataset):
+    names = ("states", "actions", "rewards", "masks", "next_states", "episode_starts")
+    return {name: getattr(dataset, name) for name in names}
+
+
+def assert_same_rows(dataset, expected):
+    for name, column in fields_of(expected).items():
+        assert torch.equal(getattr(dataset, name), column), name
+
+
+def as_episodes(columns, length):
+    """Minari's: a state more than actions."""
+    for first in range(0, len(columns["rewards"]), length):
+        rows = slice(first, first + length)
+        states = [columns["observations"][rows], columns["next_observations"][rows][-1:]]
+        yield SimpleNamespace(
+            observations=np.concatenate(states),
+            actions=columns["actions"][rows],
+            rewards=columns["rewards"][rows],
+            terminations=columns["terminals"][rows],
+            truncations=columns["timeouts"][rows],
+        )
+
+
+@pytest.fixture
+def minari(monkeypatch, columns):
+    """Stands for the library, with one dataset; `test_minaris_own_files` has the real one."""
+
+    def load(name, download=True):
+        if name != "cheetah/made-up-v0":
+            raise ValueError("no such dataset\nat all")
+        spec = SimpleNamespace(env_spec=SimpleNamespace(id=module.environment))
+        episodes = list(as_episodes(columns, 12))
+        return SimpleNamespace(spec=spec, id=name, iterate_episodes=lambda: iter(episodes))
+
+    module = ModuleType("minari")
+    module.load_dataset, module.environment = load, "HalfCheetah-v5"
+    monkeypatch.setitem(sys.modules, "minari", module)
+    return module
+
+
+def test_minari_datasets_load_row_for_row(minari, columns, tmp_path, monkeypatch):
+    task = find_task("halfcheetah-2x3-medium-po")
+    path = write_dataset(tmp_path / "x.hdf5", columns)
+    dataset = load_dataset(task, "minari:cheetah/made-up-v0")
+    assert_same_rows(dataset, load_dataset(task, path))
+    assert dataset.description["source"] == "Minari's cheetah/made-up-v0"
+    assert_refused(lambda: load_dataset(task, "minari:other"), "cannot load other (ValueError: no")
+    for recorded, part in {"Walker2d-v5": "friction", "Pusher-v5": "another environment"}.items():
+        minari.environment = recorded
+        assert_refused(lambda: load_dataset(task, "minari:cheetah/made-up-v0"), recorded, part)
+    minari.environment = "HalfCheetah-v5"
+    hopper = find_task("hopper-3x1-medium-po")
+    assert_refused(lambda: load_dataset(hopper, "minari:cheetah/made-up-v0"), "not in Hopper-v4")
+    monkeypatch.setitem(sys.modules, "minari", None)
+    assert_refused(lambda: load_dataset(task, "minari:x"), "pip install minari")
+
+
+def test_minaris_own_files(columns, tmp_path, monkeypatch):
+    """Minari is no requirement of this repository; this runs where it is installed."""
+    minari = pytest.importorskip("minari")
+    from minari.data_collector import EpisodeBuffer
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    buffers = [
+        EpisodeBuffer(
+            observations=list(episode.observations.astype(np.float64)),
+            actions=list(episode.actions),
+            rewards=list(episode.rewards.astype(np.float64)),
+            terminations=list(episode.terminations),
+            truncations=list(episode.truncations),
+        )
+        for episode in as_episodes(columns, 12)
+    ]
+    space = gymnasium.make("HalfCheetah-v5")
+    minari.create_dataset_from_buffers(
+        "cheetah/made-up-v0",
+        buffers,
+        env="HalfCheetah-v5",
+        observation_space=space.observation_space,
+        action_space=space.action_space,
+    )
+    task = find_task("halfcheetah-2x3-medium-po")
+    expected = load_dataset(task, write_dataset(tmp_path / "x.hdf5", columns))
+    for path in ("minari:cheetah/made-up-v0", tmp_path / "minari" / "cheetah" / "made-up-v0"):
+        assert_same_rows(load_dataset(task, path), expected)
+
+
+def test_a_falling_hopper_of_v5_is_paid_as_v4s(minari, monkeypatch, tmp_path):
+    task = dataclasses.replace(find_task("hopper-3x1-random-fo"), episode_length=60)
+    envs = [gymnasium.make(f"Hopper-{v}", disable_env_checker=True) for v in ("v4", "v5")]
+    found = []
+    for env in envs:
+        rng, states, rewards, fallen = np.random.default_rng(0), [env.reset(seed=0)[0]], [], False
+        actions = []
+        while not fallen:
+            actions.append(rng.uniform(-1, 1, 3))
+            state, reward, fallen, *_ = env.step(actions[-1])
+            states.append(state)
+            rewards.append(reward)
+        ends = np.arange(len(rewards)) == len(rewards) - 1
+        found.append(
+            SimpleNamespace(
+                observations=np.array(states),
+                actions=np.array(actions),
+                rewards=np.array(rewards),
+                terminations=ends,
+                truncations=np.zeros(len(rewards), dtype=bool),
+            )
+        )
+    spec = SimpleNamespace(env_spec=SimpleNamespace(id="Hopper-v5"))
+    dataset = SimpleNamespace(spec=spec, id="x", iterate_episodes=lambda: iter(found[1:]))
+    minari.load_dataset = lambda name, download: dataset
+    rewards = load_dataset(task, "minari:x").rewards.numpy()
+    np.testing.assert_allclose(rewards, found[0].rewards, rtol=1e-6)
+    assert not np.allclose(found[0].rewards, found[1].rewards)
+
+
+def test_columns_of_other_names_are_joined_agent_by_agent(columns, tmp_path):
+    seen = {"observations": "obs", "next_observations": "next_obs"}
+    names = {name: (f"{own}_0", f"agents/1/{own}") for name, own in seen.items()}
+    path = tmp_path / "multi.hdf5"
+    with h5py.File(path, "w") as file:
+        for name, (first, second) in names.items():
+            file[first], file[second] = np.split(columns[name], [9], axis=1)
+        file["actions"] = columns["actions"].reshape(-1, 2, 3)  # [row, agent, action]
+        file["reward"], file["done"] = columns["rewards"], columns["terminals"]
+        columns["observations"][12::12]  # episodes end at discontinuities, without flags
+    layout = names | {"actions": "actions", "rewards": "reward", "terminals": "done"}
+    task = Task("", blocks(9, 8), blocks(3, 3), 12, name="multi", layout=layout)
+    plain = dataclasses.replace(task, layout=None)
+    expected = load_dataset(plain, write_dataset(tmp_path / "plain.hdf5", columns))
+    assert_same_rows(load_dataset(task, path), expected)
+    narrow = dataclasses.replace(task, observed=blocks(9, 9), state_dim=18)
+    assert_refused(lambda: load_dataset(narrow, path), "side by side", "(36, 18)")
+    other = dataclasses.replace(task, layout=layout | {"rewards": "rew"})
+    assert_refused(lambda: load_dataset(other, path), "has no 'rew'", "its own layout")
+
+
+def test_inspecting_data(columns, tmp_path, capsys):
+    columns["timeouts"][:] = False
+    columns["observations"][:, 3] = columns["next_observations"][:, 3] = 1
+    path, picture = write_dataset(tmp_path / "x.hdf5", columns), tmp_path / "x.png"
+    data.inspect.main(data.inspect.Args(path, histogram=picture))
+    output = capsys.readouterr().out
+    assert "36 transitions, 3 episodes, 0 terminal states" in output
+    assert "HalfCheetah-v4, Walker2d-v4" in output and "score" not in output
+    assert "never change: [3]" in output and "2 episodes end without a flag" in output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    data.inspect.main(data.inspect.Args(path, task="walker2d-2x3-random-fo"))
+    assert "score:" in capsys.readouterr().out
+    for args, part in [
+        (data.inspect.Args(tmp_path / "no.hdf5"), "no file at"),
+        (data.inspect.Args(path, histogram=picture), "exists"),
+        (data.inspect.Args(path, histogram=tmp_path / "x.pdf"), ".png"),
+        (data.inspect.Args(path, task="hopper-3x1-random-fo"), "(36, 17)"),
+        (data.inspect.Args(tmp_path), "needs --task"),
+    ]:
+        assert_refused(lambda args=args: data.inspect.main(args), part)
+    del columns["rewards"]
+    other = write_dataset(tmp_path / "y.hdf5", columns)
+    assert_refused(lambda: data.inspect.main(data.inspect.Args(other)), "has no rewards", "layout")
