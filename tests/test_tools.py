@@ -215,7 +215,7 @@ def test_why_a_run_failed():
 
 
 def test_the_cells_of_the_tables_are_those_with_a_figure():
-    for table in reproduce.TABLES:
+    for table in set(reproduce.TABLES) - {"other"}:  # any tasks
         for cell in reproduce.table_cells(reproduce.Args(table)):
             known = mamujoco_envs.PAPER_SCORES[cell.algorithm]
             assert table == "scaling" or cell.task in known
