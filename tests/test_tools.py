@@ -216,7 +216,7 @@ def test_why_a_run_failed():
 
 
 def test_the_cells_of_the_tables_are_those_with_a_figure():
-    for table in reproduce.TABLES:
+    for table in set(reproduce.TABLES) - {"other"}:  # any tasks
         for cell in reproduce.table_cells(reproduce.Args(table)):
             beyond = reproduce.TABLES[table].algorithms
             algorithm = "moma_ppo" if cell.algorithm == "inspo" else cell.algorithm
