@@ -494,7 +494,7 @@ def train(args: Args) -> dict:
             shape = args.members, args.batch_size
             rows = training_rows[torch.randint(len(training_rows), shape, device=device)]
             batch = [column[rows] for column in columns]
-            # Data have hardly any absorbing states: one in sixteen that the mask networks see is.
+            # Hardly any state of the data is absorbing; of what the masks see, one in sixteen is.
             if len(absorbing_rows):
                 shape = rows[:, ::16].shape
                 picks = torch.randint(len(absorbing_rows), shape, device=device)
