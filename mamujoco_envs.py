@@ -11,6 +11,7 @@ HalfCheetah, Hopper and Walker2d are split as in Multi-Agent MuJoCo (Peng et al.
 - `MujocoEnvironment`: a gymnasium environment as functions of arrays; a new one is ten lines.
 - `Simulator`: many copies of one, stepped together on all cores.
 - `evaluate`: greedy episodes of a team. `plot_team_strategy`: what a Reacher team agreed on.
+  `plot_ant_paths`: where an Ant team walks, seen from above.
 - `parallel_env`: the same tasks behind PettingZoo's Parallel API, for other projects:
 
     env = mamujoco_envs.parallel_env("reacher-leader-only")
@@ -266,6 +267,7 @@ ANT_OBSERVED = {
 # agent drives the leg that it observes; with "other legs", the paper's release, its neighbour's.
 ANT_OWN_LEGS = ((2, 3), (4, 5), (6, 7), (0, 1))
 ANT_OTHER_LEGS = ((0, 1), (2, 3), (4, 5), (6, 7))
+ANT_STEP_SECONDS = 0.05
 
 
 def reacher_task(view: str) -> Task:
@@ -302,6 +304,7 @@ def ant_task(behavior: str, view: str) -> Task:
         entropy_target=-6.0,
         recorder="data.collect_mujoco",
         locomotion=True,
+        plot=plot_ant_paths,
     )
 
 
@@ -959,6 +962,43 @@ def plot_team_strategy(evaluation: Evaluation, path: Path) -> None:
     right.set_title(f"θ2 > 0 in {np.mean(bend > 0):.0%} of episodes")
     score = evaluation.record()["score"]
     figure.suptitle(f"{evaluation.task.name}: score {score:.2f} over {len(bend)} episodes")
+    figure.savefig(path, dpi=120)
+
+
+def plot_ant_paths(evaluation: Evaluation, path: Path) -> None:
+    """Saves what an Ant team does, seen from above: its paths, and where it heads.
+
+    The state has no position, so a path is the sum of the torso's velocities.
+    """
+    from matplotlib.figure import Figure
+
+    states, count = evaluation.transitions["states"], len(evaluation.lengths)
+    # Transitions are sorted by time, then by episode, of those that still last.
+    lasts = evaluation.lengths > np.arange(evaluation.lengths.max())[:, None]  # [time, episode]
+    velocities = np.zeros((*lasts.shape, 2))
+    velocities[lasts] = states[:, 13:15]
+    positions = np.cumsum(velocities * ANT_STEP_SECONDS, axis=0)
+    ends, falls = positions[-1], evaluation.lengths < evaluation.task.episode_length
+    w, x, y, z = states[:, 1:5].T
+    headings = np.degrees(np.arctan2(2 * (w * z + x * y), 1 - 2 * (y**2 + z**2)))
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for episode, length in enumerate(evaluation.lengths):
+        left.plot(*positions[:length, episode].T, color="C0", linewidth=0.7, alpha=0.5)
+    left.plot(*ends[~falls].T, "o", color="C0", markersize=3, label="after the last step")
+    left.plot(*ends[falls].T, "x", color="C3", markersize=5, label="where it fell")
+    left.plot(0, 0, "k+", markersize=10, label="start")
+    left.set(xlabel="x (m), which is rewarded", ylabel="y (m)")
+    left.set_aspect("equal", adjustable="datalim")
+    left.set_title(f"{falls.mean():.0%} of episodes end in a fall")
+    left.legend(fontsize=8)
+    right.hist(headings, bins=72, range=(-180, 180), color="C0")
+    right.set(xlabel="heading of the torso (°)", ylabel="states visited", xlim=(-180, 180))
+    speed = states[:, 13].mean()
+    right.set_title(f"mean speed along x {speed:.1f} m/s")
+    score = evaluation.record()["score"]
+    figure.suptitle(f"{evaluation.task.name}: score {score:.2f} over {count} episodes")
     figure.savefig(path, dpi=120)
 
 

@@ -19,6 +19,7 @@ from mamujoco_envs import (
     evaluate,
     find_task,
     parallel_env,
+    plot_ant_paths,
     plot_team_strategy,
 )
 
@@ -407,6 +408,17 @@ def test_a_record_keeps_scores_and_raw_returns():
 def test_plot_team_strategy_writes_a_png(tmp_path):
     evaluation = evaluate(REACHER, lambda observations, _: torch.zeros(4, 2, 1), episodes=4)
     plot_team_strategy(evaluation, tmp_path / "strategy.png")
+    assert (tmp_path / "strategy.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_plot_ant_paths_writes_a_png(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+
+    def act(observations, _):
+        return 2 * torch.rand(len(observations), 4, 2, generator=generator) - 1
+
+    evaluation = evaluate(replace(ANT, episode_length=20), act, episodes=3)
+    plot_ant_paths(evaluation, tmp_path / "strategy.png")
     assert (tmp_path / "strategy.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
