@@ -91,6 +91,7 @@ class Args:
 
 DEFAULTS = {
     None: Args(),
+    "Reacher-v4": Args(learning_rate=1e-3, beta=0.0),
     "Ant-v4": Args(total_steps=27_000, eval_every=3000),
     "coordination": Args(
         total_steps=500, eval_every=250, hidden=(64, 64), mask_hidden=(64,), learning_rate=3e-3,
