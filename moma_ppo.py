@@ -43,6 +43,8 @@ from mamujoco_envs import (
 )
 from training_run import FINAL_EPISODES, Run, check_positive, check_range, compiled, load, main
 
+BOX_MARGIN = 0.5  # in widths of the data's bounding box
+
 
 @dataclass
 class Args:
@@ -123,7 +125,7 @@ DEFAULTS = {
     ),
     # The game is played in single steps and has no uncertainty (Section 5.2).
     "coordination": Args(
-        total_steps=10, eval_every=2, start_states="any", rollout_length=1,
+        total_steps=40, eval_every=4, start_states="any", rollout_length=1,
         penalty="none", max_uncertainty=math.inf, gamma=0.5,
     ),
 }  # fmt: skip
@@ -363,6 +365,12 @@ class WorldModel:
         stds = torch.cat([state_std, reward_std], dim=-1)
         return means, stds
 
+    def clip(self, values, name):
+        """States or rewards, kept in the data's bounding box and a margin (Deviation 14)."""
+        low, high = self.model[f"{name}_min"], self.model[f"{name}_max"]
+        margin = BOX_MARGIN * (high - low)
+        return values.clamp(low - margin, high + margin)
+
     def masks(self, next_states):
         """A majority vote: 0 where a next state is absorbing [batch]."""
         mean, std = (self.model[f"input_{x}"][: self.task.state_dim] for x in ("mean", "std"))
@@ -394,8 +402,8 @@ class WorldModel:
 
         # The masks judge it before the box could hide that it is absorbing (Deviation 13).
         return Step(
-            next_states.clamp(m["state_min"], m["state_max"]),
-            rewards.mean(0).clamp(m["reward_min"], m["reward_max"]),
+            self.clip(next_states, "state"),
+            self.clip(rewards.mean(0), "reward"),
             self.masks(next_states),
             rewards.var(0),
             epsilon_g,

@@ -95,7 +95,7 @@ DEFAULTS = {
     None: Args(),
     "Ant-v4": Args(eval_episodes=10),
     "coordination": Args(
-        total_steps=600, eval_every=100, turn_steps=20, learning_rate=1e-3, gamma=0.5
+        total_steps=600, eval_every=100, turn_steps=20, learning_rate=1e-3, gamma=0.5, alpha=0.1
     ),
 }
 

@@ -562,8 +562,8 @@ def test_who_agrees_in_the_coordination_game(name, behavior, score, run_script, 
 
 def test_moma_ppo_agrees_where_the_data_leads_apart(run_script, tmp_path):
     """On the unfavorable dataset most joint actions of the data fail."""
-    options = ["--task", "coordination-unfavorable", "--run-dir", tmp_path / "run"]
-    status, output = run_script("moma_ppo.py", *options)
+    options = ["--task", "coordination-unfavorable", "--total-steps", 10]
+    status, output = run_script("moma_ppo.py", *options, "--run-dir", tmp_path / "run")
     assert status == 0, output
     result = result_of(tmp_path / "run")
     assert result["score"] == 1 and result["args"]["rollout_length"] == 1
