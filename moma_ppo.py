@@ -54,9 +54,9 @@ class Args:
     """seed of networks, rollouts and minibatches"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses a CUDA GPU if there is one"""
-    total_steps: int = 500
+    total_steps: int = 900
     """learning steps (the paper: 100,000)"""
-    eval_every: int = 50
+    eval_every: int = 100
     """learning steps between evaluations; each is followed by a checkpoint"""
     eval_episodes: int = 100
     """greedy episodes per evaluation (the paper: 5); the final one always has 100"""
@@ -94,8 +94,8 @@ class Args:
     """gradient steps of behavioural cloning before the first learning step (the paper: 0)"""
     transitions: int = 2000
     """transitions per learning step"""
-    epochs: int = 5
-    """passes over these transitions"""
+    epochs: int = 2
+    """passes over these transitions (the paper: 5)"""
     minibatch_size: int = 256
     """transitions per gradient step"""
     learning_rate: float = 1e-3
@@ -121,12 +121,12 @@ DEFAULTS = {
     "Reacher-v4": Args(next_states="mean"),
     "Ant-v4": Args(
         total_steps=2000, eval_every=200, eval_episodes=20, start_states="any",
-        cloning_steps=3000, epochs=2, learning_rate=1e-4, gamma=0.99,
+        cloning_steps=3000, learning_rate=1e-4, gamma=0.99,
     ),
     # The game is played in single steps and has no uncertainty (Section 5.2).
     "coordination": Args(
         total_steps=40, eval_every=4, start_states="any", rollout_length=1,
-        penalty="none", max_uncertainty=math.inf, gamma=0.5,
+        penalty="none", max_uncertainty=math.inf, epochs=5, gamma=0.5,
     ),
 }  # fmt: skip
 
