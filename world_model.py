@@ -246,6 +246,16 @@ def member_losses(ensemble, batch, mask_batch, changes, beta):
     return torch.stack([state_loss.mean((1, 2)), reward_loss.mean((1, 2)), mask_loss.mean(1)])
 
 
+def with_rare(rows, rare_rows):
+    """`rows` [member, batch], of which one in sixteen gives way to one of `rare_rows`, if any."""
+    if len(rare_rows) == 0:
+        return rows
+    rows = rows.clone()
+    picks = torch.randint(len(rare_rows), rows[:, ::16].shape, device=rows.device)
+    rows[:, ::16] = rare_rows[picks]
+    return rows
+
+
 def clip_each_agent(parameters, agents, max_norm):
     """Clips the gradient norm of each agent's parameters, [agent, ...] or [twin * agent, ...]."""
     gradients = [parameter.grad.unflatten(0, (-1, agents)) for parameter in parameters]
@@ -485,6 +495,8 @@ def train(args: Args) -> dict:
         loss_function = compiled(member_losses, args, device)
         joint_actions = task.join_actions(dataset.actions)
         absorbing_rows = training_rows[dataset.masks[training_rows] == 0]
+        rewards = dataset.rewards[training_rows]
+        outlying_rows = training_rows[(rewards - rewards.mean()).abs() > 10 * rewards.std()]
         columns = (dataset.states, joint_actions, dataset.next_states, dataset.rewards)
 
         def evaluate(_=None):
@@ -494,13 +506,10 @@ def train(args: Args) -> dict:
             # Each member draws its own minibatch from the same training rows.
             shape = args.members, args.batch_size
             rows = training_rows[torch.randint(len(training_rows), shape, device=device)]
-            batch = [column[rows] for column in columns]
-            # Hardly any state of the data is absorbing; of what the masks see, one in sixteen is.
-            if len(absorbing_rows):
-                shape = rows[:, ::16].shape
-                picks = torch.randint(len(absorbing_rows), shape, device=device)
-                rows[:, ::16] = absorbing_rows[picks]
-            mask_batch = dataset.next_states[rows], dataset.masks[rows]
+            # Few transitions, or none, have an outlying reward or end in an absorbing state.
+            batch = [column[with_rare(rows, outlying_rows)] for column in columns]
+            mask_rows = with_rare(rows, absorbing_rows)
+            mask_batch = dataset.next_states[mask_rows], dataset.masks[mask_rows]
             losses = loss_function(ensemble, batch, mask_batch, changes, args.beta)
             optimizer.zero_grad()
             losses.sum().backward()

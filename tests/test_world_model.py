@@ -351,3 +351,11 @@ def test_a_linear_world_is_learned(target, beta):
     for name in ("state_error", "reward_error"):
         assert (errors[name] < 0.05 * untrained[name]).all(), (name, errors, untrained)
     assert (errors["mask_error"] < 0.05).all(), errors  # one in five is absorbing
+
+
+def test_one_row_in_sixteen_is_rare():
+    rows, rare_rows = torch.zeros(3, 64, dtype=torch.long), torch.tensor([5, 7, 9])
+    mixed = world_model.with_rare(rows, rare_rows)
+    assert (rows == 0).all() and world_model.with_rare(rows, rare_rows[:0]) is rows
+    assert set(mixed.unique().tolist()) == {0, 5, 7, 9}
+    assert ((mixed > 0).sum(dim=1) == 4).all()
