@@ -63,6 +63,28 @@ def require(condition, message: str) -> None:
 INDEX_TENSORS: dict[tuple, torch.Tensor] = {}
 
 
+class Symmetry(NamedTuple):
+    """A heading to which the dynamics of a task are indifferent, though its reward is not."""
+
+    heading: Callable
+    """`heading(states)`: angles [...] of states [..., state]"""
+    turn: Callable
+    """`turn(states, angles)`: the states, turned by these angles"""
+    speed: Callable
+    """`speed(states)`: what the reward pays for, the speed along x [...]"""
+
+    def turn_transition(self, angles, states, next_states, rewards):
+        """The same transition at another heading, whose reward differs by the speed along x.
+
+        That speed is the mean of those before and after the step, where the environment takes the
+        distance over the time.
+        """
+        before = self.speed(states) + self.speed(next_states)
+        states, next_states = self.turn(states, angles), self.turn(next_states, angles)
+        after = self.speed(states) + self.speed(next_states)
+        return states, next_states, rewards + (after - before) / 2
+
+
 def index_tensor(indices: tuple, device) -> torch.Tensor:
     """int64 tensor of nested tuples, kept per device: a copy from the host would stall a GPU.
 
@@ -108,6 +130,8 @@ class Task:
     """module whose `record(task, path)` makes the dataset when it is missing"""
     plot: Callable | None = None
     """`plot(evaluation, path)` draws what a team agreed on"""
+    symmetry: Symmetry | None = None
+    """what the dynamics are indifferent to, so that a world model is asked where the data are"""
     model_errors: Callable | None = None
     """`model_errors(predict, states)`: errors of a world model that only this task can know"""
     layout: dict[str, str | tuple[str, ...]] | None = None
@@ -270,6 +294,33 @@ ANT_OTHER_LEGS = ((0, 1), (2, 3), (4, 5), (6, 7))
 ANT_STEP_SECONDS = 0.05
 
 
+def ant_heading(states):
+    """The angle by which the torso is turned about the vertical axis [...], from -2 pi to 2 pi.
+
+    It is the twist of the orientation q = (w, x, y, z) about that axis, so that turning back makes
+    z = 0 and w positive: q and -q are one orientation, but two states.
+    """
+    return 2 * torch.atan2(states[..., 4], states[..., 1])
+
+
+def turn_ant(states, angles):
+    """Orientation and velocity of the torso, turned about the vertical axis; joints stay."""
+    w, x, y, z = states[..., 1:5].unbind(-1)
+    speed_x, speed_y = states[..., 13], states[..., 14]
+    cos, sin = (angles / 2).cos(), (angles / 2).sin()
+    turned = states.clone()
+    turned[..., 1] = cos * w - sin * z
+    turned[..., 2] = cos * x - sin * y
+    turned[..., 3] = cos * y + sin * x
+    turned[..., 4] = cos * z + sin * w
+    turned[..., 13] = angles.cos() * speed_x - angles.sin() * speed_y
+    turned[..., 14] = angles.sin() * speed_x + angles.cos() * speed_y
+    return turned
+
+
+ANT_SYMMETRY = Symmetry(ant_heading, turn_ant, speed=lambda states: states[..., 13])
+
+
 def reacher_task(view: str) -> Task:
     """Two-agent Reacher: `view` is a key of REACHER_OBSERVED."""
     return Task(
@@ -304,6 +355,7 @@ def ant_task(behavior: str, view: str) -> Task:
         entropy_target=-6.0,
         recorder="data.collect_mujoco",
         locomotion=True,
+        symmetry=ANT_SYMMETRY,
         plot=plot_ant_paths,
     )
 

@@ -381,6 +381,11 @@ class WorldModel:
     @torch.no_grad()
     def step(self, states, actions, generator=None):
         """One step from [batch, state] and [batch, agent, action] (Section 3.1)."""
+        # Deviation 15. An Ant is turned to heading 0, where the data are, and back in the end.
+        symmetry, heading = self.task.symmetry, None
+        if symmetry:
+            heading = symmetry.heading(states)
+            states = symmetry.turn(states, -heading)
         means, stds = self.predict(states, actions)
         m, count, device = self.model, len(states), states.device
 
@@ -401,10 +406,15 @@ class WorldModel:
             next_states = next_states + stds[chosen][:, :-1] * noise
 
         # The masks judge it before the box could hide that it is absorbing (Deviation 13).
+        masks, next_states = self.masks(next_states), self.clip(next_states, "state")
+        mean_rewards = self.clip(rewards.mean(0), "reward")
+        if symmetry:
+            transition = states, next_states, mean_rewards
+            _, next_states, mean_rewards = symmetry.turn_transition(heading, *transition)
         return Step(
-            self.clip(next_states, "state"),
-            self.clip(rewards.mean(0), "reward"),
-            self.masks(next_states),
+            next_states,
+            mean_rewards,
+            masks,
             rewards.var(0),
             epsilon_g,
             epsilon_a,
@@ -673,6 +683,10 @@ def errors_on(model, transitions):
     states, actions, rewards, next_states, _ = (
         torch.as_tensor(column[rows], device=low.device) for column in transitions.values()
     )
+    if model.task.symmetry:  # the members are asked at heading 0
+        transition, symmetry = (states, next_states, rewards), model.task.symmetry
+        transition = symmetry.turn_transition(-symmetry.heading(states), *transition)
+        states, next_states, rewards = transition
     means, _ = model.predict(states, actions)
     outside = ((next_states < low) | (next_states > high)).any(dim=-1)
     return {

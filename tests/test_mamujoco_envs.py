@@ -422,6 +422,35 @@ def test_plot_ant_paths_writes_a_png(tmp_path):
     assert (tmp_path / "strategy.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
+def test_the_ants_world_is_indifferent_to_its_heading():
+    states = torch.as_tensor(random_states(ANT, 20, steps=30))
+    rng, symmetry = np.random.default_rng(1), ANT.symmetry
+    angles = torch.as_tensor(rng.uniform(-6, 6, 20))
+    actions = rng.uniform(-1, 1, (20, 4, 2))
+
+    def step(states):
+        simulator = Simulator(ANT, len(states))
+        simulator.set_states(states.numpy())
+        next_states, rewards, terminals = simulator.step(actions)
+        return torch.as_tensor(next_states), torch.as_tensor(rewards), terminals
+
+    next_states, rewards, terminals = step(states)
+    turned, next_turned, turned_rewards = symmetry.turn_transition(
+        angles, states, next_states, rewards
+    )
+    expected, expected_rewards, expected_terminals = step(turned)
+    torch.testing.assert_close(next_turned, expected, rtol=0, atol=1e-4)
+    assert (terminals == expected_terminals).all()
+    # The mean speed is nearly the distance over the time.
+    error = (turned_rewards - expected_rewards).abs().mean()
+    assert error < 0.2 * (rewards - expected_rewards).abs().mean()
+
+    upright = symmetry.turn(states, -symmetry.heading(states))
+    torch.testing.assert_close(upright[:, 4], torch.zeros_like(upright[:, 4]))
+    assert (upright[:, 1] > 0).all()
+    torch.testing.assert_close(symmetry.turn(upright, symmetry.heading(states)), states)
+
+
 # PettingZoo's Parallel API.
 
 

@@ -280,6 +280,31 @@ def test_masks_judge_the_next_state_before_the_box_hides_it(saved, tmp_path):
     assert step.next_states.max() <= 0.9
 
 
+def test_the_world_model_is_indifferent_to_an_ants_heading(saved, tmp_path):
+    layers = [(0.1 * torch.randn(ELITES, 35, 54), torch.zeros(ELITES, 1, 54))]
+    saved |= {"state": layers, "mask": [(torch.randn(ELITES, 27, 1), torch.ones(ELITES, 1, 1))]}
+    saved |= {"reward": [(torch.randn(ELITES, 35, 2), torch.zeros(ELITES, 1, 2))]}
+    saved |= {"input_mean": torch.zeros(35), "input_std": torch.ones(35)}
+    saved |= {"target_mean": torch.zeros(27), "target_std": torch.ones(27)}
+    saved |= {"state_min": torch.full((27,), -9.0), "state_max": torch.full((27,), 9.0)}
+    saved |= {"reward_min": torch.tensor(-9.0), "reward_max": torch.tensor(9.0)}
+    saved["scale"], saved["dataset"] = torch.ones(28), {"name": ANT.dataset, "source": "made up"}
+    model = read(saved, tmp_path, task=ANT)
+    states, actions = torch.randn(30, 27), torch.rand(30, 4, 2)
+    angles = 2 * torch.randn(30)
+    steps = [
+        model.step(x, actions, torch.Generator().manual_seed(0))
+        for x in (states, ANT.symmetry.turn(states, angles))
+    ]
+    transition = states, steps[0].next_states, steps[0].rewards
+    _, next_states, rewards = ANT.symmetry.turn_transition(angles, *transition)
+    close = {"rtol": 1e-3, "atol": 1e-4}
+    torch.testing.assert_close(steps[1].next_states, next_states, **close)
+    torch.testing.assert_close(steps[1].rewards, rewards, **close)
+    for name in ("masks", "epsilon_r", "epsilon_g", "epsilon_a"):
+        torch.testing.assert_close(getattr(steps[1], name), getattr(steps[0], name), **close)
+
+
 @pytest.mark.parametrize("votes, mask", [([1, 1, 0, 0], 0), ([1, 1, 1, 0], 1), ([1, 0, 0, 0], 0)])
 def test_the_mask_is_a_majority_vote(votes, mask, saved, tmp_path):
     """However sure the minority is; a tie is absorbing."""
