@@ -63,6 +63,16 @@ def require(condition, message: str) -> None:
 INDEX_TENSORS: dict[tuple, torch.Tensor] = {}
 
 
+def index_tensor(indices: tuple, device) -> torch.Tensor:
+    """int64 tensor of nested tuples, kept per device: a copy from the host would stall a GPU.
+
+    A plain dictionary, because torch.compile cannot trace functools.cache.
+    """
+    if (indices, device) not in INDEX_TENSORS:
+        INDEX_TENSORS[indices, device] = torch.tensor(indices, device=device)
+    return INDEX_TENSORS[indices, device]
+
+
 class Symmetry(NamedTuple):
     """A heading to which the dynamics of a task are indifferent, though its reward is not."""
 
@@ -83,16 +93,6 @@ class Symmetry(NamedTuple):
         states, next_states = self.turn(states, angles), self.turn(next_states, angles)
         after = self.speed(states) + self.speed(next_states)
         return states, next_states, rewards + (after - before) / 2
-
-
-def index_tensor(indices: tuple, device) -> torch.Tensor:
-    """int64 tensor of nested tuples, kept per device: a copy from the host would stall a GPU.
-
-    A plain dictionary, because torch.compile cannot trace functools.cache.
-    """
-    if (indices, device) not in INDEX_TENSORS:
-        INDEX_TENSORS[indices, device] = torch.tensor(indices, device=device)
-    return INDEX_TENSORS[indices, device]
 
 
 @dataclass(frozen=True)

@@ -382,7 +382,7 @@ class WorldModel:
     def step(self, states, actions, generator=None):
         """One step from [batch, state] and [batch, agent, action] (Section 3.1)."""
         # Deviation 15. An Ant is turned to heading 0, where the data are, and back in the end.
-        symmetry, heading = self.task.symmetry, None
+        symmetry = self.task.symmetry
         if symmetry:
             heading = symmetry.heading(states)
             states = symmetry.turn(states, -heading)
