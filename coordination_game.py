@@ -258,8 +258,9 @@ def train_world_model(task: Task, seed: int, run_dir: Path) -> Path:
     path = run_dir / "world_model.pt"
     if not path.is_file():
         script = Path(__file__).resolve().parent / "world_model.py"
-        # Agreement gets rarer with every agent, so its reward takes longer to learn.
-        steps = 500 * (task.num_agents - 1)
+        # Agreement gets rarer with every agent, so its reward takes longer to learn; so does a
+        # reward of numbers, which is a curved surface instead of a table.
+        steps = 500 * (task.num_agents - 1) if task.discrete else 3000
         options = ["--task", task.name, "--seed", str(seed), "--total-steps", str(steps)]
         options += ["--run-dir", run_dir]
         if (run_dir / "checkpoint.pt").is_file():
