@@ -1187,6 +1187,7 @@ PAPER_SCORES = {
         "ant-expert-fo": "1.26 ± 0.01",
     },
     "inspo": {},  # is not in the paper
+    "logo": {},
     "maiql": {
         "coordination-favorable": "1.00 ± 0.00",
         "coordination-neutral": "0.90 ± 0.10",

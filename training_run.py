@@ -526,8 +526,10 @@ class Run:
         """Writes result.json from the final evaluation, draws the task's figure, and returns it."""
         final = evaluation.record()
         self._log_evaluation(final)
+        # Not those of a world model that is trained first.
+        scores = [old["score"] for old in self.evaluations if "score" in old]
         result = final | {
-            "best_score": max([final["score"], *(old["score"] for old in self.evaluations)]),
+            "best_score": max([final["score"], *scores]),
             "paper_score": self.task.paper_score(self.algorithm),
             "steps": self.step,
             "evaluations": self.evaluations,

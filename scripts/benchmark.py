@@ -34,7 +34,7 @@ from data.offline_dataset import dataset_path
 from mamujoco_envs import InputError, available_cores, find_task, require
 from training_run import PACKAGES, Run, check_positive, compiled, default_args, save, say
 
-BASELINES = ("iql", "maiql", "matd3_bc", "ibc", "itd3_bc", "icql", "iomar", "inspo")
+BASELINES = ("iql", "maiql", "matd3_bc", "ibc", "itd3_bc", "icql", "iomar", "inspo", "logo")
 SCRIPTS = ("world_model", "moma_ppo", *BASELINES)
 MODES = ("eager", "compiled")
 # Scripts of which one learner sees the whole state are timed on the task where agents see it, too.

@@ -34,6 +34,7 @@ NAMES = {
     "icql": "ICQL",
     "iomar": "IOMAR",
     "inspo": "InSPO",
+    "logo": "LOGO-style",
     "moma_ppo": "MOMA-PPO",
 }
 TABLES = {"coordination": "table-3", "reacher": "table-4a", "ant": "table-4b"}
@@ -166,7 +167,7 @@ def table_of_algorithm(algorithm: str, cells) -> str:
 
 def players(table: str) -> list[str]:
     """The algorithms of a table of games; with many agents only two are compared."""
-    return ["inspo", "moma_ppo"] if table == "scaling" else list(NAMES)
+    return ["inspo", "logo", "moma_ppo"] if table == "scaling" else list(NAMES)
 
 
 def table_of_games(table: str, cells) -> str:

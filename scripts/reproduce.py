@@ -50,9 +50,10 @@ ALGORITHMS = {
     "icql": ["baselines/icql.py"],
     "iomar": ["baselines/iomar.py"],
     "inspo": ["baselines/inspo.py"],
+    "logo": ["baselines/logo.py"],
     "moma_ppo": ["moma_ppo.py"],
 }
-OFFLINE = tuple(name for name in ALGORITHMS if name != "maiql_ft")
+OFFLINE = tuple(name for name in ALGORITHMS if name not in ("maiql_ft", "logo"))
 # One thread a run; waiting threads leave a busy core to others.
 JOB_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
@@ -70,7 +71,7 @@ class Table(NamedTuple):
 
 TABLES = {
     "3": Table("coordination-", seeds=10, compile=False),
-    "scaling": Table("coordination-unfavorable", 10, False, ("moma_ppo", "inspo")),
+    "scaling": Table("coordination-unfavorable", 10, False, ("moma_ppo", "inspo", "logo")),
     "continuous": Table(("continuous-", "peaks-"), 10, False, OFFLINE),
     "climbing": Table("climbing-", 10, False, ("iql", "maiql", "ibc", "inspo", "moma_ppo")),
     "4a": Table("reacher-", seeds=3, compile=True),

@@ -21,7 +21,7 @@ REACHER = find_task("reacher-leader-only")
 # Four agents with two actions each, the first of which sees more than the others.
 ANT = find_task("ant-medium-po")
 GAME = find_task("coordination-unfavorable")
-BASELINES = ("ibc", "iql", "maiql", "itd3_bc", "matd3_bc", "icql", "iomar", "inspo")
+BASELINES = ("ibc", "iql", "maiql", "itd3_bc", "matd3_bc", "icql", "iomar", "inspo", "logo")
 
 
 def import_script(name):

@@ -22,13 +22,15 @@ from training_run import load_checkpoint, load_team
 
 ROOT = Path(__file__).parents[1]
 TRAINING = [*BASELINES, "moma_ppo", "world_model"]
+TD3_FAMILY = ("itd3_bc", "matd3_bc", "icql", "iomar")
 TINY = {name: ["--batch-size", 16, "--total-steps", 4, "--eval-every", 2] for name in BASELINES}
 TINY["moma_ppo"] = ["--transitions", 500, "--epochs", 1, "--total-steps", 4, "--eval-every", 2]
 TINY["world_model"] = ["--hidden", 16, 16, "--reward-hidden", 16, "--mask-hidden", 16]
 TINY["world_model"] += ["--total-steps", 40, "--eval-every", 20]
 TINY["inspo"] += ["--turn-steps", 2, "--pool-size", 64]
+TINY["logo"] += ["--model-steps", 4, "--rollouts", 4, "--cql-batch-size", 8]
 # Runs that go through other code than the script's default.
-VARIANTS = [*TRAINING, "maiql --finetune", "moma_ppo --ground-truth"]
+VARIANTS = [*TRAINING, "maiql --finetune", "moma_ppo --ground-truth", "logo --synthetic-share 0"]
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 each_script = pytest.mark.parametrize("script", TRAINING)
 
@@ -230,7 +232,7 @@ def test_compile_on_a_gpu_computes_what_eager_mode_computes(script, run_tiny):
         torch.testing.assert_close(one[name], other[name], rtol=1e-2, atol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("name", ["itd3_bc", "matd3_bc", "icql", "iomar"])
+@pytest.mark.parametrize("name", TD3_FAMILY)
 def test_learners_of_torques_refuse_choices(name, run_tiny):
     status, _, _ = run_tiny(name, task="coordination-neutral")
     assert_one_line(status, "coordination-neutral", "discrete")
@@ -382,14 +384,17 @@ NONSENSE = [
     *[(name, "batch_size", 10**12) for name in (*BASELINES, "world_model")],
     *[(name, "seed", value) for name in TRAINING for value in (-1, 2**32)],
     *[("maiql --finetune", name, 0) for name in ("rollout_every", "rollout_length")],
-    *[(name, "policy_delay", 0) for name in ("itd3_bc", "matd3_bc", "icql", "iomar")],
-    *[(name, "policy_noise", "nan") for name in ("itd3_bc", "matd3_bc", "icql", "iomar")],
+    *[(name, "policy_delay", 0) for name in (*TD3_FAMILY, "logo")],
+    *[(name, "policy_noise", "nan") for name in (*TD3_FAMILY, "logo")],
     *[(name, "alpha", "inf") for name in ("itd3_bc", "matd3_bc")],
-    *[(name, x, 0) for name in ("icql", "iomar") for x in ("cql_points", "cql_batch_size")],
+    *[(name, x, 0) for name in ("icql", "iomar", "logo") for x in ("cql_points", "cql_batch_size")],
     *[("iomar", "omar_elites", value) for value in (1, 21)],  # no variance; of twenty samples
     ("iomar", "omega", 1.1),
     *[("inspo", name, 0) for name in ("alpha", "turn_steps", "pool_size", "policy_samples")],
     ("inspo", "cloning_share", 1.1),
+    *[("logo", name, 0) for name in ("model_steps", "horizon", "rollouts", "generations")],
+    *[("logo", name, 0) for name in ("refresh_every", "embedding", "model_width")],
+    *[("logo", "synthetic_share", value) for value in (-0.1, 0.9)],  # too little of the data
     *[("moma_ppo", "transitions", value) for value in (-400, 0, 200)],
     *[("moma_ppo", "rollout_length", value) for value in (-1, 0, 501)],
     *[("moma_ppo", name, 0) for name in ("minibatch_size", "epochs", "eval_episodes")],
@@ -569,7 +574,7 @@ def test_moma_ppo_agrees_where_the_data_leads_apart(run_script, tmp_path):
     assert result["score"] == 1 and result["args"]["rollout_length"] == 1
 
 
-@pytest.mark.parametrize("name", ["itd3_bc", "matd3_bc", "icql", "iomar"])
+@pytest.mark.parametrize("name", TD3_FAMILY)
 def test_learners_of_torques_improve_on_the_continuous_game(name, run_script, tmp_path):
     """Agents of the data earn 0.06; who climbs a critic goes to the end of the interval."""
     options = ["--task", "continuous-favorable", "--total-steps", 200, "--eval-every", 200]

@@ -1,0 +1,794 @@
+"""LOGO-style: a local-to-global world model, and conservative Q-learning in its rollouts.
+
+Paper: Li et al., "Puzzle it Out: Local-to-Global World Model for Offline Multi-Agent Reinforcement
+Learning", AAMAS 2026 (arXiv 2601.07463), as far as public sources describe it. Each agent's next
+observation is predicted from what it sees and does; the predictions together tell the next global
+state. The team learns from the data and from rollouts in this model, which count the less the more
+uncertain they are.
+
+    python baselines/logo.py --task reacher-leader-only
+    python baselines/logo.py --task reacher-leader-only --synthetic-share 0     # data alone: MACQL
+    python baselines/logo.py --resume runs/RUN
+
+What is ours where the sources are silent, and why: docs/logo.md.
+"""
+
+import copy
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads spin only briefly
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.func import functional_call
+from torch.optim.lr_scheduler import LambdaLR
+
+from data.offline_dataset import Batch, OfflineDataset, load_dataset
+from mamujoco_envs import ACTION_LIMIT, HISTORY_LENGTH, Task, evaluate, find_task, require
+from training_run import FINAL_EPISODES, Run, check_positive, check_range, compiled, main, save, say
+
+BOX_MARGIN = 0.5  # in widths of the data's bounding box
+MODEL_LOSSES = ("losses/predictive", "losses/deductive", "losses/auxiliary", "losses/mask")
+TEAM_LOSSES = ("losses/critics", "losses/conservative", "losses/policy")
+
+
+@dataclass
+class Args:
+    task: str = "reacher-leader-only"
+    """one of docs/tasks.md, or FILE:NAME of your own"""
+    seed: int = 1
+    """seed of networks, minibatches, rollouts and noise"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto uses a CUDA GPU if there is one"""
+    total_steps: int = 5000
+    """gradient steps of the team, after those of the model"""
+    eval_every: int = 500
+    """gradient steps between evaluations; each is followed by a checkpoint"""
+    eval_episodes: int = 100
+    """greedy episodes per evaluation; the final one always has 100"""
+    run_dir: Path | None = None
+    """run folder; by default runs/TASK__logo__SEED__TIME"""
+    resume: Path | None = None
+    """run folder to resume; only --device and --total-steps may be given with it"""
+    compile: bool = False
+    """use the fastest form of the losses on this device: torch.compile, CUDA graphs on a GPU"""
+    dataset: Path | None = None
+    """HDF5 file in D4RL's layout; by default the task's own"""
+    memory: Literal["auto", "attention", "none"] = "auto"
+    """history encoder; auto leaves it out where every agent sees the whole state"""
+    batch_size: int = 256
+    """transitions per gradient step, of the model and of the team"""
+    model_steps: int = 5000
+    """gradient steps of the world model, before the team's"""
+    model_learning_rate: float = 3e-3
+    """Adam, world model; decays to zero along a cosine"""
+    model_width: int = 128
+    """units of its hidden layers"""
+    embedding: int = 64
+    """width of what its encoders return"""
+    reconstruction: float = 0.1
+    """weight of the losses that reconstruct what the encoders were given"""
+    horizon: int = 15
+    """steps per rollout in the model (the paper: 15 is best)"""
+    synthetic_share: float = 0.5
+    """share of a batch that comes from rollouts; 0 leaves the model out"""
+    rollouts: int = 400
+    """rollouts that start at once, from random states of the data"""
+    refresh_every: int = 100
+    """gradient steps of the team between such starts"""
+    generations: int = 10
+    """starts that are kept; then the oldest rollouts give way"""
+    exploration: float = 0.1
+    """standard deviation of the noise on a rollout's actions, or share of its random options"""
+    uncertainty: Literal["weighting", "penalty", "none"] = "weighting"
+    """whether uncertain transitions are drawn less often, earn less, or count like all others"""
+    confidence: float = 1.0
+    """C: uncertainty up to which transitions count fully, in units of its 0.99 quantile on data"""
+    learning_rate: float = 3e-4
+    """Adam, policies and critics; decays linearly to zero"""
+    memory_learning_rate: float = 1e-4
+    """Adam, history encoders; decays alike"""
+    gamma: float = 0.99
+    """discount factor"""
+    polyak: float = 0.05
+    """how far targets move at a policy step"""
+    policy_delay: int = 2
+    """gradient steps of the critics per step of policies and targets"""
+    policy_noise: float = 0.2
+    """standard deviation of the noise that smooths the target policies' actions"""
+    noise_clip: float = 0.5
+    """largest size of that noise"""
+    cql_alpha: float = 0.1
+    """weight of the conservative loss"""
+    cql_points: int = 24
+    """points per action dimension of the quadrature in the conservative loss"""
+    cql_batch_size: int = 32
+    """transitions of the data per gradient step that the conservative loss uses"""
+    max_grad_norm: float = 1.0
+    """gradient norms of the model and of each kind of network are clipped at this value"""
+
+
+DEFAULTS = {
+    None: Args(),
+    "Ant-v4": Args(model_steps=20_000, eval_episodes=10, cql_points=6),
+    "coordination": Args(
+        total_steps=500, eval_every=250, model_steps=500, gamma=0.5, rollouts=200, refresh_every=20,
+    ),
+}  # fmt: skip
+
+
+# Networks. Agents keep separate weights, which run as one batched operation.
+
+
+class BatchedLinear(nn.Module):
+    """One `nn.Linear` per agent or ensemble member: [agent, batch, in] -> [agent, batch, out]."""
+
+    def __init__(self, in_dims, out_dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(len(in_dims), max(in_dims), out_dim))
+        self.bias = nn.Parameter(torch.zeros(len(in_dims), 1, out_dim))
+        # Each slice starts as an nn.Linear of its true width; weights of padding stay zero.
+        for weight, bias, width in zip(self.weight.data, self.bias.data, in_dims):
+            weight[:width].uniform_(-(width**-0.5), width**-0.5)
+            bias.uniform_(-(width**-0.5), width**-0.5)
+
+    def forward(self, x):
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class MLP(nn.Sequential):
+    """One perceptron per agent or ensemble member: [agent, batch, in] -> [agent, batch, out]."""
+
+    def __init__(self, in_dims, hidden, out_dim, activation=nn.ReLU):
+        layers = [BatchedLinear(in_dims, hidden[0])]
+        for width_in, width_out in zip(hidden, [*hidden[1:], out_dim]):
+            layers += [activation(), BatchedLinear([width_in] * len(in_dims), width_out)]
+        super().__init__(*layers)
+
+
+class Critics(MLP):
+    """Q(h, a) of many actions a for each h; what h adds to the first layer is computed once."""
+
+    def forward(self, inputs, actions):
+        """[agent, batch, in], [agent, sample, batch or 1, action] -> [agent, sample, batch]."""
+        first, *others = self
+        # Actions come first, so that the padding of inputs stays last.
+        action_weight, input_weight = first.weight.split([actions.shape[-1], inputs.shape[-1]], 1)
+        from_actions = (actions.flatten(1, 2) @ action_weight).unflatten(1, actions.shape[1:3])
+        x = from_actions + torch.baddbmm(first.bias, inputs, input_weight)[:, None]
+        hidden = x.flatten(1, 2)
+        for layer in others:
+            hidden = layer(hidden)
+        return hidden.view(x.shape[:3])
+
+
+class HistoryEncoder(nn.Module):
+    """Encodes each agent's last ten (action, observation) pairs in one vector (Appendix A.1).
+
+    Pairs are standardised, embedded and given positions; then come self-attention with a skip
+    connection and LayerNorm, and soft attention over the ten results. Up to the two softmaxes all
+    of this is linear in a token (pair, 1 if it is known, one-hot position), so `forward` multiplies
+    the weights with each other before they touch the batch: the same function in a third of the
+    time. docs/history_encoder.md derives it, and a test compares it with the plain form.
+    """
+
+    def __init__(self, in_dims, pair_mean, pair_std, dim=128):
+        """`pair_mean`, `pair_std` [agent, pair] standardise; missing pairs stay zero."""
+        super().__init__()
+        agents = len(in_dims)
+        self.embedding = BatchedLinear(in_dims, dim)
+        self.query, self.key, self.value = (BatchedLinear([dim] * agents, dim) for _ in range(3))
+        # The embedding starts as noise, so it starts small.
+        self.norm_weight = nn.Parameter(torch.full((agents, 1, dim), 0.1))
+        self.norm_bias = nn.Parameter(torch.zeros(agents, 1, dim))
+        scale = dim**-0.5
+        self.soft_key = nn.Parameter(torch.empty(agents, dim, dim).uniform_(-scale, scale))
+        self.soft_query = nn.Parameter(torch.randn(agents, 1, dim))
+        angles = torch.arange(HISTORY_LENGTH)[:, None] * 10000 ** (-torch.arange(0, dim, 2) / dim)
+        positions = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+        self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("pair_mean", pair_mean[:, None])
+        self.register_buffer("pair_std", pair_std[:, :, None])
+
+    def forward(self, histories):
+        """[batch, agent, 10, pair] -> [agent, batch, dim]."""
+        batch, agents, length, width = histories.shape
+        pairs = histories.transpose(0, 1)
+        known = (pairs != 0).any(dim=-1, keepdim=True).to(pairs)
+        one_hot = torch.eye(length, device=pairs.device).expand(agents, batch, length, length)
+        tokens = torch.cat([pairs, known, one_hot], dim=-1)  # [agent, batch, 10, token]
+
+        # A token times this matrix [agent, token, dim] is its embedding plus its position.
+        weight = self.embedding.weight / self.pair_std
+        positions = self.embedding.bias + self.positions
+        embedding = torch.cat([weight, -self.pair_mean @ weight, positions], dim=1)
+
+        def fold(layer):  # every token has one position, which takes the bias along
+            bias = F.pad(layer.bias.expand(-1, length, -1), (0, 0, width + 1, 0))
+            return embedding @ layer.weight + bias
+
+        # Self-attention: queries times keys is a bilinear form in tokens.
+        scale = self.soft_key.shape[-1] ** -0.5
+        form = scale * fold(self.query) @ fold(self.key).transpose(1, 2)
+        queries = (tokens.flatten(1, 2) @ form).view_as(tokens)
+        attention = (queries @ tokens.transpose(2, 3)).softmax(dim=-1)  # [agent, batch, 10, 10]
+        x = torch.cat([tokens, attention @ tokens], dim=-1).flatten(1, 2)
+
+        # Skip connection plus attended values are x @ matrix. Its LayerNorm, without the affine
+        # part, is x @ centred / sqrt(x @ gram @ x).
+        matrix = torch.cat([embedding, fold(self.value)], dim=1)
+        centred = matrix - matrix.mean(dim=-1, keepdim=True)
+        gram = centred @ centred.transpose(1, 2) / centred.shape[-1]
+        variance = ((x @ gram) * x).sum(dim=-1, keepdim=True)
+        x = x * (variance + 1e-5).rsqrt()
+
+        # Soft attention: weights from tanh(hidden @ soft_key) @ soft_query, then the average.
+        soft_key = centred @ (self.norm_weight.transpose(1, 2) * self.soft_key)
+        keys = torch.baddbmm(self.norm_bias @ self.soft_key, x, soft_key).tanh()
+        scores = (keys * self.soft_query).sum(dim=-1).view(agents, batch, length, 1)
+        average = (scores.softmax(dim=2) * x.view(agents, batch, length, -1)).sum(dim=2)
+        return (average @ centred) * self.norm_weight + self.norm_bias
+
+
+def observation_statistics(task: Task, states):
+    """Mean and standard deviation of what each agent observes in `states` [N, state]: [agent, obs].
+
+    The deviation of padding and of dimensions that never change is 1.
+    """
+    mean, std = task.observe(states.mean(0)), task.observe(states.std(0))
+    return mean, torch.where(std < 1e-6, 1, std)
+
+
+def make_memory(task: Task, memory: str, obs_mean, obs_std):
+    """The history encoder, or None where --memory or the task does without one."""
+    if memory == "none" or (memory == "auto" and not task.partially_observable):
+        return None
+    actions = (task.action_dim, 0)  # come first in a pair, and are not standardised
+    return HistoryEncoder(
+        task.pair_dims, F.pad(obs_mean, actions), F.pad(obs_std, actions, value=1)
+    )
+
+
+def quadrature(points, dims):
+    """Gauss-Legendre nodes of [-1, 1]^dims, and the logarithms of their weights.
+
+    An integral is the sum over nodes of the function times the weight; it is exact for polynomials
+    of degree 2 * points - 1 in each dimension.
+    """
+    nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(points))
+    nodes = torch.cartesian_prod(*[nodes] * dims).view(-1, dims)
+    weights = torch.cartesian_prod(*[weights] * dims).view(-1, dims)
+    return nodes.float(), weights.log().sum(-1).float()  # [node, action], [node]
+
+
+class Team(nn.Module):
+    """Policies, twin critics, their mixer and history encoders of all agents, and targets.
+
+    Where actions are options there are no policies: an agent takes the one that its critic prefers.
+    """
+
+    def __init__(self, task: Task, states, args: Args):
+        """`states` [N, state]: their mean and standard deviation standardise the inputs."""
+        super().__init__()
+        self.task = task
+        obs_mean, obs_std = observation_statistics(task, states)
+        self.register_buffer("obs_mean", obs_mean)
+        self.register_buffer("obs_std", obs_std)
+        self.register_buffer("state_mean", states.mean(0))
+        self.register_buffer("state_std", torch.where(states.std(0) < 1e-6, 1, states.std(0)))
+        self.memory = make_memory(task, args.memory, obs_mean, obs_std)
+        memory_dim = 128 if self.memory else 0
+        in_dims = [memory_dim + width for width in task.obs_dims]
+        critic_dims = [memory_dim + width for width in task.pair_dims]
+        self.policy = None if task.discrete else MLP(in_dims, [256, 256], task.action_dim)
+        # The first critics of all agents, then their twins, which start from other weights.
+        self.critics = Critics(critic_dims * 2, [256, 256], 1)
+        self.mixer = MLP([task.state_dim], [256, 256], task.num_agents + 1)
+        for name in ("policy", "critics", "mixer", "memory"):
+            network = getattr(self, name)
+            target = network and copy.deepcopy(network).requires_grad_(False)
+            setattr(self, f"target_{name}", target)
+        # All options, or points of an integral over all actions.
+        nodes, log_weights = torch.eye(task.action_dim), torch.zeros(task.action_dim)
+        if not task.discrete:
+            nodes, log_weights = quadrature(args.cql_points, task.action_dim)
+        nodes = nodes[:, None, None].expand(-1, 1, task.num_agents, -1)
+        self.register_buffer("nodes", nodes, persistent=False)  # [node, 1, agent, action]
+        self.register_buffer("log_weights", log_weights, persistent=False)
+
+    def inputs(self, observations, histories, target=False):
+        """h_t^i, what agent i acts on: [memory, observation] [agent, batch, memory + obs]."""
+        observations = ((observations - self.obs_mean) / self.obs_std).transpose(0, 1)
+        if self.memory is None:
+            return observations
+        memory = self.target_memory if target else self.memory
+        return torch.cat([memory(histories), observations], dim=-1)
+
+    def q_values(self, inputs, actions, target=False):
+        """Q_ij(h_i, a_i) of both twins j of every agent i: [twin, agent, sample, batch].
+
+        `actions` [sample, batch, agent, action]; with a batch of 1 they are those of all rows.
+        """
+        critics = self.target_critics if target else self.critics
+        actions = actions.permute(2, 0, 1, 3).repeat(2, 1, 1, 1)
+        return critics(inputs.repeat(2, 1, 1), actions).unflatten(0, (2, len(inputs)))
+
+    def first_q_values(self, inputs, actions):
+        """Q_i1(h_i, a_i): [agent, sample, batch]. Gradients reach the actions, but no critic."""
+        # The first half of the critics.
+        weights = {name: w.detach()[: len(inputs)] for name, w in self.critics.named_parameters()}
+        return functional_call(self.critics, weights, (inputs, actions.permute(2, 0, 1, 3)))
+
+    def mixing(self, states, target=False):
+        """w(s) [agent, batch], which are positive, and b(s) [batch]."""
+        mixer = self.target_mixer if target else self.mixer
+        outputs = mixer(((states - self.state_mean) / self.state_std)[None])[0].T
+        return F.softplus(outputs[:-1]), outputs[-1]
+
+    def mix(self, q, states, target=False):
+        """Q_j(s, a) = sum_i w_i(s) Q_ij(h_i, a_i) + b(s): [twin, agent, batch] -> [twin, batch]."""
+        weights, bias = self.mixing(states, target)
+        return (weights * q).sum(1) + bias
+
+    def act(self, inputs, target=False):
+        """Every agent's greedy action: [batch, agent, action]."""
+        if self.task.discrete:
+            best = self.q_values(inputs, self.nodes, target)[0].argmax(1)  # [agent, batch]
+            return F.one_hot(best.T, self.task.action_dim).to(inputs)
+        policy = self.target_policy if target else self.policy
+        return policy(inputs).tanh().transpose(0, 1)
+
+    def act_greedily(self, observations, histories):
+        """[batch, agent, action] in [-1, 1]."""
+        return self.act(self.inputs(observations, histories))
+
+    def explore(self, observations, histories, scale):
+        """Greedy actions with normal noise of this scale, or this share of random options."""
+        actions = self.act_greedily(observations, histories)
+        if not self.task.discrete:
+            noise = scale * torch.randn_like(actions)
+            return (actions + noise).clamp(-ACTION_LIMIT, ACTION_LIMIT)
+        options = torch.randint(actions.shape[-1], actions.shape[:-1], device=actions.device)
+        replaced = torch.rand(options.shape, device=actions.device) < scale
+        random_actions = F.one_hot(options, actions.shape[-1]).to(actions)
+        return torch.where(replaced[..., None], random_actions, actions)
+
+
+class LocalToGlobal(nn.Module):
+    """The world model: from local predictions to the global state.
+
+    Networks deal in standardised states and changes of state, of which agents see their part.
+    """
+
+    def __init__(self, task: Task, args: Args):
+        super().__init__()
+        self.task = task
+        width, embedding = [args.model_width], args.embedding
+        agents, observed = task.num_agents, max(task.obs_dims)
+        local_dims = [embedding + pair for pair in task.pair_dims]
+        joint_dim = agents * task.action_dim
+        # The predictive model: (o_i, a_i), and an embedding of the state, to o_i'.
+        self.context = MLP([task.state_dim], 2 * width, embedding, nn.SiLU)
+        self.local_encoder = MLP(local_dims, width, embedding, nn.SiLU)
+        local_outputs = observed + task.action_dim + observed  # o_i', and what was encoded
+        self.local_decoder = MLP([embedding] * agents, width, local_outputs, nn.SiLU)
+        # The deductive model: all agents' o_i' to s' and r, and s' to whether it is absorbing.
+        deduced = task.state_dim + 1 + agents * observed  # s', r, and what was encoded
+        self.encoder = MLP([agents * observed + embedding], 2 * width, embedding, nn.SiLU)
+        self.decoder = MLP([embedding], width, deduced, nn.SiLU)
+        self.mask = MLP([task.state_dim], [128, 128], 1)
+        # The auxiliary encoder: (s, a) to the deductive decoder, past the agents.
+        self.auxiliary = MLP([task.state_dim + joint_dim], 2 * width, embedding, nn.SiLU)
+        sizes = {"state": task.state_dim, "change": task.state_dim, "reward": 1}
+        for name, size in sizes.items():
+            self.register_buffer(f"{name}_mean", torch.zeros(size))
+            self.register_buffer(f"{name}_std", torch.ones(size))
+        for name in ("state_min", "state_max"):
+            self.register_buffer(name, torch.zeros(task.state_dim))
+        for name in ("reward_min", "reward_max", "quantile"):
+            self.register_buffer(name, torch.ones(()))
+
+    @torch.no_grad()
+    def standardize(self, dataset: OfflineDataset, rows):
+        """Takes statistics from the training rows, and the bounding box from all data.
+
+        The deviation of a change that never happens is 0: such a dimension is copied.
+        """
+        states, rewards = dataset.states[rows], dataset.rewards[rows, None]
+        values = {"state": states, "change": dataset.next_states[rows] - states, "reward": rewards}
+        for name, value in values.items():
+            mean, std = value.double().mean(0), value.double().std(0)
+            getattr(self, f"{name}_mean").copy_(mean)
+            unchanging = 0 if name == "change" else 1
+            getattr(self, f"{name}_std").copy_(torch.where(std < 1e-6, unchanging, std))
+        for name, bound in dataset.bounding_box().items():
+            getattr(self, name).copy_(bound)
+
+    def embed(self, states, actions):
+        """What the networks read: states [1, batch, state], their embedding [1, batch, embedding],
+        and each agent's actions and observations [agent, batch, pair]."""
+        x = (states - self.state_mean) / self.state_std
+        pairs = torch.cat([actions, self.task.observe(x)], dim=-1).transpose(0, 1)
+        return x[None], self.context(x[None]), pairs
+
+    def predict_locally(self, context, pairs):
+        """Changes of every agent's observation [agent, batch, obs], and the pairs reconstructed."""
+        inputs = torch.cat([context.expand(len(pairs), -1, -1), pairs], dim=-1)
+        outputs = self.local_decoder(self.local_encoder(inputs))
+        return outputs.split([outputs.shape[-1] - pairs.shape[-1], pairs.shape[-1]], dim=-1)
+
+    def deduce(self, context, changes):
+        """Change of the state and reward [batch, state + 1], and `changes` reconstructed."""
+        joint = changes.transpose(0, 1).flatten(1)[None]
+        outputs = self.decoder(self.encoder(torch.cat([joint, context], dim=-1)))[0]
+        deduced, reconstruction = outputs.split([len(self.state_mean) + 1, joint.shape[-1]], dim=-1)
+        return deduced, reconstruction.unflatten(1, (-1, changes.shape[-1])).transpose(0, 1)
+
+    def predict_directly(self, x, actions):
+        """The same without the agents' predictions, by the auxiliary encoder."""
+        embedding = self.auxiliary(torch.cat([x, actions.flatten(1)[None]], dim=-1))
+        return self.decoder(embedding)[0, :, : len(self.state_mean) + 1]
+
+    def predict(self, states, actions):
+        """(Next state, reward) as deduced and as predicted directly, each [batch, state + 1]."""
+        x, context, pairs = self.embed(states, actions)
+        deduced, _ = self.deduce(context, self.predict_locally(context, pairs)[0])
+        mean = torch.cat([states + self.change_mean, self.reward_mean.expand(len(states), 1)], 1)
+        std = torch.cat([self.change_std, self.reward_std])
+        return mean + std * deduced, mean + std * self.predict_directly(x, actions)
+
+    def clip(self, values, name):
+        """States or rewards, kept in the data's bounding box and a margin."""
+        low, high = getattr(self, f"{name}_min"), getattr(self, f"{name}_max")
+        margin = BOX_MARGIN * (high - low)
+        return values.clamp(low - margin, high + margin)
+
+    def mask_logits(self, next_states):
+        """Logits [batch] of next states [batch, state] not being absorbing."""
+        return self.mask(((next_states - self.state_mean) / self.state_std)[None])[0, :, 0]
+
+    @torch.no_grad()
+    def step(self, states, actions):
+        """Next states, rewards, masks and uncertainty u(s, a) (Eq. 5) of [batch, state] and
+        [batch, agent, action]."""
+        symmetry = self.task.symmetry
+        if symmetry:  # an Ant is turned to heading 0, where the data are, and back in the end
+            heading = symmetry.heading(states)
+            states = symmetry.turn(states, -heading)
+        deduced, direct = self.predict(states, actions)
+        uncertainty = ((direct - deduced)[:, :-1] / self.state_std).norm(dim=-1)
+        masks = (self.mask_logits(deduced[:, :-1]) > 0).float()
+        next_states = self.clip(deduced[:, :-1], "state")
+        rewards = self.clip(deduced[:, -1], "reward")
+        if symmetry:
+            transition = states, next_states, rewards
+            _, next_states, rewards = symmetry.turn_transition(heading, *transition)
+        return next_states, rewards, masks, uncertainty
+
+
+# The world model (Section 4.1 of our reading of it: docs/logo.md).
+
+
+def model_losses(model: LocalToGlobal, batch, mask_batch, reconstruction_weight):
+    """Losses of the predictive model, of the deductive model given true and predicted
+    observations, of the auxiliary encoder, and of the mask.
+
+    `batch` is states, actions, next states and rewards, `mask_batch` next states and masks.
+    """
+    states, actions, next_states, rewards = batch
+    x, context, pairs = model.embed(states, actions)
+    change = next_states - states - model.change_mean
+    change = change / torch.where(model.change_std > 0, model.change_std, 1)
+    reward = (rewards[:, None] - model.reward_mean) / model.reward_std
+    target = torch.cat([change, reward], dim=-1)
+    local_target = model.task.observe(change).transpose(0, 1)  # [agent, batch, obs]
+
+    # Each agent predicts its own next observation.
+    local, reconstruction = model.predict_locally(context, pairs)
+    predictive = F.l1_loss(local, local_target)
+    predictive = predictive + reconstruction_weight * F.l1_loss(reconstruction, pairs)
+
+    # From true and from predicted observations state and reward are deduced.
+    deductive = 0
+    for changes in (local_target, local):
+        deduced, reconstruction = model.deduce(context, changes)
+        deductive = deductive + F.l1_loss(deduced, target)
+        reconstruction_loss = F.l1_loss(reconstruction, changes.detach())
+        deductive = deductive + reconstruction_weight * reconstruction_loss
+
+    # The auxiliary encoder takes another way to the same state.
+    auxiliary = F.l1_loss(model.predict_directly(x, actions), target)
+    next_states, masks = mask_batch
+    mask = F.binary_cross_entropy_with_logits(model.mask_logits(next_states), masks)
+    return predictive, deductive, auxiliary, mask
+
+
+def with_rare(rows, rare_rows):
+    """`rows` [member, batch], of which one in sixteen gives way to one of `rare_rows`, if any."""
+    if len(rare_rows) == 0:
+        return rows
+    rows = rows.clone()
+    picks = torch.randint(len(rare_rows), rows[:, ::16].shape, device=rows.device)
+    rows[:, ::16] = rare_rows[picks]
+    return rows
+
+
+@torch.no_grad()
+def model_errors(model: LocalToGlobal, dataset: OfflineDataset, rows) -> dict:
+    """Errors on held-out rows: next state (L2) and reward (absolute), deduced and direct, wrong
+    masks, and how u goes with the true error (correlation of logarithms)."""
+    rows = rows[:: math.ceil(len(rows) / 20_000)]
+    states, next_states, rewards = dataset.states[rows], dataset.next_states[rows], dataset.rewards
+    deduced, direct = model.predict(states, dataset.actions[rows])
+    uncertainty = ((direct - deduced)[:, :-1] / model.state_std).norm(dim=-1)
+    errors = ((deduced[:, :-1] - next_states) / model.state_std).norm(dim=-1)
+    logarithms = torch.stack([uncertainty, errors]).clamp(min=1e-9).log()
+    wrong = (model.mask_logits(next_states) > 0) != (dataset.masks[rows] > 0)
+    return {
+        "state_error": (deduced[:, :-1] - next_states).norm(dim=-1).mean().item(),
+        "reward_error": (deduced[:, -1] - rewards[rows]).abs().mean().item(),
+        "direct_state_error": (direct[:, :-1] - next_states).norm(dim=-1).mean().item(),
+        "direct_reward_error": (direct[:, -1] - rewards[rows]).abs().mean().item(),
+        "mask_error": wrong.float().mean().item(),
+        "uncertainty": uncertainty.mean().item(),
+        "uncertainty_0.99": uncertainty.quantile(0.99).item(),
+        "correlation": logarithms.corrcoef()[0, 1].item(),
+    }
+
+
+# Synthetic data.
+
+
+class SyntheticData:
+    """The dataset followed by the newest rollouts in the world model.
+
+    A rollout follows a copy of the ten rows before its first state, for the agents' histories.
+    """
+
+    COLUMNS = ("states", "next_states", "actions", "rewards", "masks", "episode_starts")
+
+    def __init__(self, dataset: OfflineDataset, args: Args):
+        self.dataset, self.args, self.started = dataset, args, 0
+        length = HISTORY_LENGTH + args.horizon
+        room = args.generations * args.rollouts * length
+        for name in self.COLUMNS:
+            column = getattr(dataset, name)
+            column = torch.cat([column, column.new_zeros(room, *column.shape[1:])])
+            setattr(dataset, name, column)
+        offsets = torch.arange(args.rollouts * length, device=dataset.device)
+        self.offsets = offsets.view(args.rollouts, length)
+        self.weights = torch.zeros(room, device=dataset.device)
+
+    def sample_rows(self, count: int):
+        """Random rows [count] of the data, then of rollouts, each as often as it weighs."""
+        synthetic = round(self.args.synthetic_share * count)
+        rows = self.dataset.sample_rows(count - synthetic)
+        if not synthetic:
+            return rows
+        chosen = torch.multinomial(self.weights, synthetic, replacement=True)
+        return torch.cat([rows, self.dataset.size + chosen])
+
+    def judge(self, uncertainty, rewards, reward_std):
+        """Weights and rewards [rollout] of transitions, given their u in units of its quantile."""
+        if self.args.uncertainty == "weighting":  # exp(C - u), of which at most 1 counts
+            return (self.args.confidence - uncertainty).clamp(-10, 0).exp(), rewards
+        if self.args.uncertainty == "penalty":  # a standard deviation of the reward at the quantile
+            rewards = rewards - reward_std * uncertainty
+        return torch.ones_like(rewards), rewards
+
+    @torch.no_grad()
+    def refresh(self, team: Team, model: LocalToGlobal) -> None:
+        """Rollouts of the team as it is now take the place of the oldest."""
+        data, count = self.dataset, self.offsets.numel()
+        generation = self.started % self.args.generations
+        rows = data.size + generation * count + self.offsets  # [rollout, 10 + step]
+        self.started += 1
+
+        # Copy the past of the first states. It is shorter where an episode has just begun.
+        starts = data.sample_rows(len(rows))
+        past = starts[:, None] + torch.arange(-HISTORY_LENGTH, 0, device=data.device)
+        for column in (data.states, data.actions):
+            column[rows[:, :HISTORY_LENGTH]] = column[past.clamp(min=0)]
+        ages = (starts - data.episode_starts[starts]).clamp(max=HISTORY_LENGTH)
+        data.episode_starts[rows] = rows[:, HISTORY_LENGTH, None] - ages[:, None]
+
+        states, alive = data.states[starts], torch.ones_like(data.rewards[starts])
+        for now in rows[:, HISTORY_LENGTH:].T:  # [rollout]
+            data.states[now] = states
+            histories = data.histories(now) if team.memory else None
+            observations = team.task.observe(states)
+            actions = team.explore(observations, histories, self.args.exploration)
+            next_states, rewards, masks, uncertainty = model.step(states, actions)
+            weights, rewards = self.judge(uncertainty / model.quantile, rewards, model.reward_std)
+            data.actions[now], data.next_states[now] = actions, next_states
+            data.rewards[now], data.masks[now] = rewards, masks
+            self.weights[now - data.size] = alive * weights  # after its end a rollout is no data
+            states, alive = next_states, alive * masks
+
+    def state_dict(self) -> dict:
+        new = slice(self.dataset.size, None)
+        columns = {name: getattr(self.dataset, name)[new].clone() for name in self.COLUMNS}
+        return columns | {"weights": self.weights, "started": self.started}
+
+    def load_state_dict(self, saved: dict) -> None:
+        self.started = saved["started"]
+        self.weights.copy_(saved["weights"])
+        for name in self.COLUMNS:
+            getattr(self.dataset, name)[self.dataset.size :] = saved[name]
+
+
+# The learner: conservative Q-learning of mixed critics (MACQL).
+
+
+def macql_losses(team: Team, batch: Batch, noise, args: Args, learn_policy: bool):
+    """TD loss and conservative loss of the critics and, with `learn_policy`, the policies' loss.
+
+    `noise` [batch, agent, action] is standard normal. The first rows are the data's.
+    """
+    inputs = team.inputs(batch.observations, batch.histories)
+
+    # y = r + gamma min_j Q'_j(s', a'), where a' is greedy, of policies with clipped noise.
+    with torch.no_grad():
+        next_inputs = team.inputs(batch.next_observations, batch.next_histories, target=True)
+        next_actions = team.act(next_inputs, target=True)
+        if not team.task.discrete:
+            smoothing = (args.policy_noise * noise).clamp(-args.noise_clip, args.noise_clip)
+            next_actions = (next_actions + smoothing).clamp(-1, 1)
+        next_q = team.q_values(next_inputs, next_actions[None], target=True)[:, :, 0]
+        next_q = team.mix(next_q, batch.next_states, target=True).amin(0)
+        td_targets = batch.rewards + args.gamma * batch.masks * next_q  # [batch]
+
+    # Both mixed critics learn y.
+    q = team.q_values(inputs, batch.actions[None])[:, :, 0]  # [twin, agent, batch]
+    td_loss = (team.mix(q, batch.states) - td_targets).square().mean(1).sum()
+
+    # Every agent's critics are pushed down on all its actions and up on the data's (CQL, Eq. 4).
+    rows = slice(args.cql_batch_size)
+    node_q = team.q_values(inputs[:, rows], team.nodes)  # [twin, agent, node, row]
+    log_integral = (node_q + team.log_weights[:, None]).logsumexp(2)
+    conservative_loss = args.cql_alpha * (log_integral - q[..., rows]).mean(-1).sum()
+    if not learn_policy:
+        return td_loss, conservative_loss
+
+    # Policies maximise the mixture of the first critics.
+    own_q = team.first_q_values(inputs.detach(), team.act(inputs)[None])[:, 0]  # [agent, batch]
+    weights, _ = team.mixing(batch.states)
+    return td_loss, conservative_loss, -(weights.detach() * own_q).sum(0).mean()
+
+
+# Running it.
+
+
+def exported_model(model: LocalToGlobal, args: Args, dataset: OfflineDataset, errors: dict) -> dict:
+    """The model in the form of world_model.py's, for moma_ppo.py --world-model."""
+    exported = {}
+    for name, network in model.named_children():
+        layers = [x for x in network if isinstance(x, BatchedLinear)]
+        exported[name] = [(x.weight.data, x.bias.data) for x in layers]
+    exported |= dict(model.named_buffers())
+    # By the rule of world_model.py: a standard deviation of the reward at the quantile, 10 of them.
+    quantile = errors["uncertainty_0.99"]
+    exported |= {"lambda_g": model.reward_std.item() / quantile, "l_epsilon": 10 * quantile}
+    exported["first_states"] = dataset.states[dataset.first_rows[:1000]]
+    description = {"script": "logo", "seed": args.seed, "total_steps": args.model_steps}
+    return exported | {
+        "dataset": dataset.description, "description": description, "errors": errors
+    }  # fmt: skip
+
+
+def check(args: Args) -> None:
+    """Ends with one clear line if an argument makes no sense."""
+    check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size", "model_steps")
+    check_positive(args, "model_learning_rate", "model_width", "embedding", "horizon", "rollouts")
+    check_positive(args, "refresh_every", "generations", "learning_rate", "memory_learning_rate")
+    check_positive(args, "policy_delay", "cql_batch_size", "max_grad_norm")
+    check_range(args, 1, 1000, "cql_points")
+    check_range(args, 0, 1, "gamma", "polyak", "synthetic_share", "exploration")
+    check_range(args, 0, 1e9, "reconstruction", "confidence", "policy_noise", "noise_clip")
+    check_range(args, 0, 1e9, "cql_alpha")
+    from_data = args.batch_size - round(args.synthetic_share * args.batch_size)
+    message = f"a batch has {from_data} transitions of the data; use a smaller --synthetic-share"
+    require(from_data >= args.cql_batch_size, f"{message} or --cql-batch-size")
+
+
+def train(args: Args) -> dict:
+    check(args)
+    with Run(args, "logo") as run:
+        task, device = find_task(args.task), run.device
+        dataset = load_dataset(task, args.dataset, device)
+        torch.manual_seed(args.seed)
+        training_rows, held_out_rows = dataset.split()
+        absorbing_rows = training_rows[dataset.masks[training_rows] == 0]
+        rewards = dataset.rewards[training_rows]
+        outlying_rows = training_rows[(rewards - rewards.mean()).abs() > 10 * rewards.std()]
+        team = Team(task, dataset.states, args).to(device)
+        networks = [net for net in (team.policy, team.critics, team.mixer) if net is not None]
+        groups = [{"params": net.parameters()} for net in networks]
+        if team.memory:
+            groups.append({"params": team.memory.parameters(), "lr": args.memory_learning_rate})
+        optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True)
+        schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)
+        targets = {k: v for k, v in team.named_parameters() if k.startswith("target_")}
+        online = [team.get_parameter(name.removeprefix("target_")) for name in targets]
+        # Values are about 1 on every task, so that the conservative loss weighs alike.
+        reward_scale = (1 - args.gamma) / max(float(dataset.rewards.abs().mean()), 1e-3)
+
+        model = LocalToGlobal(task, args).to(device)
+        model.standardize(dataset, training_rows)
+        model_steps = args.model_steps if args.synthetic_share else 0
+        model_optimizer = torch.optim.Adam(model.parameters(), args.model_learning_rate, fused=True)
+        cosine = LambdaLR(
+            model_optimizer, lambda step: math.cos(0.5 * math.pi * step / args.model_steps) ** 2
+        )
+
+        synthetic = SyntheticData(dataset, args)
+        tracked = {"model": model, "model_optimizer": model_optimizer, "cosine": cosine}
+        tracked |= {"team": team, "optimizer": optimizer, "schedule": schedule}
+        run.restore({"dataset": dataset.description}, **tracked, synthetic=synthetic)
+        model_loss_function = compiled(model_losses, args, device)
+        team_loss_function = compiled(macql_losses, args, device)
+        columns = dataset.states, dataset.actions, dataset.next_states, dataset.rewards
+
+        def evaluate_run(episodes):
+            if run.step < model_steps:
+                return model_errors(model, dataset, held_out_rows)
+            return evaluate(task, team.act_greedily, episodes, device=device)
+
+        for step in run.steps(evaluate_run, model_steps + args.total_steps):
+            # First the world model learns the data.
+            if step <= model_steps:
+                shape = (1, args.batch_size)
+                rows = training_rows[torch.randint(len(training_rows), shape, device=device)]
+                # Few transitions, or none, have an outlying reward or end in an absorbing state.
+                batch = [column[with_rare(rows, outlying_rows)[0]] for column in columns]
+                mask_rows = with_rare(rows, absorbing_rows)[0]
+                mask_batch = dataset.next_states[mask_rows], dataset.masks[mask_rows]
+                losses = model_loss_function(model, batch, mask_batch, args.reconstruction)
+                model_optimizer.zero_grad()
+                sum(losses).backward()
+                nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                model_optimizer.step()
+                cosine.step()
+                run.log(dict(zip(MODEL_LOSSES, losses)))
+                if step == model_steps:
+                    errors = model_errors(model, dataset, held_out_rows)
+                    model.quantile.fill_(errors["uncertainty_0.99"])
+                    save(exported_model(model, args, dataset, errors), run.dir / "world_model.pt")
+                    say(f"held-out errors of the world model: {errors}")
+                continue
+
+            # Then the team learns from the data and from its rollouts in the model.
+            step -= model_steps
+            if args.synthetic_share and (step - 1) % args.refresh_every == 0:
+                synthetic.refresh(team, model)
+            batch = dataset.batch(synthetic.sample_rows(args.batch_size), bool(team.memory))
+            batch = batch._replace(rewards=reward_scale * batch.rewards)
+            # The noise is drawn here, so that compiling the losses changes no random number.
+            noise = torch.randn_like(batch.actions)
+            learn_policy = step % args.policy_delay == 0 and not task.discrete
+            losses = team_loss_function(team, batch, noise, args, learn_policy)
+            optimizer.zero_grad()
+            sum(losses).backward()
+            for group in optimizer.param_groups:
+                if group["params"][0].grad is not None:  # policies have none between their steps
+                    nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            if step % args.policy_delay == 0:
+                with torch.no_grad():
+                    torch._foreach_lerp_(list(targets.values()), online, args.polyak)
+            run.log(dict(zip(TEAM_LOSSES, losses)))
+
+        return run.finish(evaluate_run(FINAL_EPISODES))
+
+
+if __name__ == "__main__":
+    main(train, DEFAULTS)

@@ -1,0 +1,349 @@
+"""The local-to-global model, its rollouts and its learner against slow literal versions."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from made_up import (
+    ANT,
+    GAME,
+    REACHER,
+    all_literal_inputs,
+    literal_mlp,
+    made_up_batch,
+    made_up_states,
+    recorded_columns,
+    scramble,
+)
+
+from baselines import logo
+from data.offline_dataset import OfflineDataset, load_dataset
+from mamujoco_envs import append_to_histories, find_task
+
+ANT_FO = find_task("ant-medium-fo")
+
+
+def each(*tasks):
+    return pytest.mark.parametrize("task", tasks, ids=lambda task: task.name)
+
+
+def made_up_model(task, dtype=torch.float64, **options):
+    """Off its start, with statistics that standardisation has to use, and two dead dimensions."""
+    model = scramble(logo.LocalToGlobal(task, logo.Args(model_width=16, embedding=5, **options)))
+    for buffer in model.buffers():
+        buffer.copy_(torch.rand(buffer.shape) + 0.5)
+    model.change_std[:2] = 0
+    for name in ("state", "reward"):
+        getattr(model, f"{name}_min").sub_(20)
+        getattr(model, f"{name}_max").add_(20)
+    return model.to(dtype)
+
+
+def made_up_team(task, **options):
+    team = scramble(logo.Team(task, made_up_states(50, task), logo.Args(**options)))
+    return team.to(torch.get_default_dtype())
+
+
+# The model, one transition at a time.
+
+
+class Literal:
+    """What the model makes of one state [state] and joint action [agent, action]."""
+
+    def __init__(self, model, state, action):
+        self.model, self.task, self.action = model, model.task, action
+        self.x = (state - model.state_mean) / model.state_std
+        self.context = literal_mlp(model.context, 0, self.x)
+
+    def part(self, i, values):
+        return values[list(self.task.observed[i])]
+
+    def local(self, i):
+        """The change that agent i predicts of what it sees, and what it was given, twice."""
+        given = torch.cat([self.action[i], self.part(i, self.x)])
+        inputs = torch.cat([self.context, given])
+        hidden = literal_mlp(self.model.local_encoder, i, inputs)
+        outputs = literal_mlp(self.model.local_decoder, i, hidden)
+        widest, seen = max(self.task.obs_dims), self.task.obs_dims[i]
+        padded = F.pad(given, (0, widest - seen))
+        return outputs[:widest], outputs[widest:], padded
+
+    def deduce(self, changes):
+        """Change of state, and reward, from the agents' changes, padded; and these again."""
+        joint = torch.cat([*changes, self.context])
+        hidden = literal_mlp(self.model.encoder, 0, joint)
+        outputs = literal_mlp(self.model.decoder, 0, hidden)
+        return outputs.split([self.task.state_dim + 1, len(joint) - len(self.context)])
+
+    def direct(self):
+        hidden = literal_mlp(self.model.auxiliary, 0, torch.cat([self.x, *self.action]))
+        return literal_mlp(self.model.decoder, 0, hidden)[: self.task.state_dim + 1]
+
+
+@each(REACHER, ANT, GAME)
+@torch.no_grad()
+def test_model_losses_equal_the_equations_transition_by_transition(task, float64):
+    model, batch = made_up_model(task), made_up_batch(task)
+    mask_batch = batch.next_states, batch.masks
+    columns = batch.states, batch.actions, batch.next_states, batch.rewards
+    got = logo.model_losses(model, columns, mask_batch, 0.3)
+    sums, size = torch.zeros(4), len(batch.rewards)
+    for b in range(size):
+        literal = Literal(model, batch.states[b], batch.actions[b])
+        change = batch.next_states[b] - batch.states[b] - model.change_mean
+        change[2:] /= model.change_std[2:]
+        reward = (batch.rewards[b] - model.reward_mean) / model.reward_std
+        target, widest = torch.cat([change, reward]), max(task.obs_dims)
+        truths = [
+            F.pad(literal.part(i, change), (0, widest - task.obs_dims[i]))
+            for i in range(task.num_agents)
+        ]
+        predictions = []
+        for i in range(task.num_agents):
+            predicted, reconstructed, given = literal.local(i)
+            predictions.append(predicted)
+            error = (predicted - truths[i]).abs().mean() + 0.3 * (
+                reconstructed - given
+            ).abs().mean()
+            sums[0] += error / task.num_agents
+        for changes in (truths, predictions):
+            deduced, reconstructed = literal.deduce(changes)
+            sums[1] += (deduced - target).abs().mean()
+            sums[1] += 0.3 * (reconstructed - torch.cat(changes)).abs().mean()
+        sums[2] += (literal.direct() - target).abs().mean()
+        logit = literal_mlp(
+            model.mask, 0, (batch.next_states[b] - model.state_mean) / model.state_std
+        )
+        sums[3] += F.binary_cross_entropy_with_logits(logit[0], batch.masks[b])
+    torch.testing.assert_close(torch.stack(got), sums / size, rtol=1e-6, atol=1e-9)
+
+
+@each(REACHER, GAME)
+@torch.no_grad()
+def test_a_step_is_deduced_and_its_uncertainty_is_how_far_the_direct_way_leads(task, float64):
+    model, batch = made_up_model(task), made_up_batch(task)
+    next_states, rewards, masks, uncertainty = model.step(batch.states, batch.actions)
+    mean = torch.cat([model.change_mean, model.reward_mean])
+    std = torch.cat([model.change_std, model.reward_std])
+    for b in range(len(batch.rewards)):
+        literal = Literal(model, batch.states[b], batch.actions[b])
+        changes = [literal.local(i)[0] for i in range(task.num_agents)]
+        one, other = (mean + std * x for x in (literal.deduce(changes)[0], literal.direct()))
+        torch.testing.assert_close(next_states[b], batch.states[b] + one[:-1])
+        torch.testing.assert_close(rewards[b], one[-1])
+        distance = ((one - other)[:-1] / model.state_std).square().sum().sqrt()
+        torch.testing.assert_close(uncertainty[b], distance)
+        x = (batch.states[b] + one[:-1] - model.state_mean) / model.state_std
+        assert masks[b] == (literal_mlp(model.mask, 0, x)[0] > 0)
+
+
+@torch.no_grad()
+def test_an_agent_predicts_from_the_state_and_its_own_action_alone(float64):
+    model, batch = made_up_model(REACHER), made_up_batch(REACHER)
+    _, context, pairs = model.embed(batch.states, batch.actions)
+    before, _ = model.predict_locally(context, pairs)
+    batch.actions[:, 1] += 0.1
+    after, _ = model.predict_locally(*model.embed(batch.states, batch.actions)[1:])
+    assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
+
+
+@torch.no_grad()
+def test_the_model_does_not_see_an_ants_heading(float64):
+    """Turned states lead to turned next states, with the same mask and uncertainty."""
+    model, batch = made_up_model(ANT_FO), made_up_batch(ANT_FO)
+    symmetry = ANT_FO.symmetry
+    upright = batch.states.clone()
+    upright[:, 1:5] = F.normalize(upright[:, 1:5], dim=1)
+    angles = torch.linspace(-2, 2, len(upright))
+    next_states, _, masks, uncertainty = model.step(upright, batch.actions)
+    turned = model.step(symmetry.turn(upright, angles), batch.actions)
+    heading = symmetry.heading(symmetry.turn(upright, angles)) - symmetry.heading(upright)
+    torch.testing.assert_close(turned[0], symmetry.turn(next_states, heading))
+    torch.testing.assert_close(turned[2:], (masks, uncertainty))
+
+
+def test_statistics_come_from_the_training_rows_and_the_box_from_all():
+    task = REACHER
+    dataset = OfflineDataset(task, recorded_columns(task))
+    rows, model = torch.arange(100), logo.LocalToGlobal(task, logo.Args())
+    model.standardize(dataset, rows)
+    change = (dataset.next_states - dataset.states)[rows]
+    torch.testing.assert_close(model.change_mean, change.mean(0))
+    assert model.change_std[4:6].tolist() == [0, 0]  # targets stay where they are
+    assert torch.equal(model.state_max, torch.cat([dataset.states, dataset.next_states]).amax(0))
+
+
+# Synthetic data.
+
+
+@pytest.fixture
+def synthetic():
+    """Room for two generations of rollouts in a model that ends some of them."""
+    task = REACHER
+    dataset = OfflineDataset(task, recorded_columns(task))
+    args = logo.Args(horizon=6, rollouts=8, generations=2, memory="attention")
+    team = logo.Team(task, dataset.states, args)
+    model = made_up_model(task, torch.float32)
+    model.standardize(dataset, torch.arange(200))
+    # At every step the rollout whose arm points furthest to the left ends.
+    model.mask_logits = lambda next_states: next_states[:, 0] - next_states[:, 0].min()
+    return logo.SyntheticData(dataset, args), team, model
+
+
+def test_synthetic_data_are_rollouts_in_the_model_with_their_histories(synthetic):
+    synthetic, team, model = synthetic
+    dataset, task = synthetic.dataset, team.task
+    synthetic.refresh(team, model)
+    rows = dataset.size + synthetic.offsets
+    weights = synthetic.weights.view(2, 8, 16)
+    assert (weights[0, :, :10] == 0).all() and (weights[1] == 0).all()
+    assert (weights[0, :, 10] > 0).all()
+    alive = torch.ones(8, dtype=torch.bool)
+    for t in range(10, 16):
+        now = rows[:, t]
+        assert torch.equal(weights[0, :, t] > 0, alive)
+        step = model.step(dataset.states[now], dataset.actions[now])
+        torch.testing.assert_close(dataset.next_states[now], step[0])
+        torch.testing.assert_close(dataset.rewards[now], step[1])
+        assert torch.equal(dataset.masks[now], step[2])
+        expected = (1 - step[3] / model.quantile).clamp(-10, 0).exp()
+        torch.testing.assert_close(weights[0, :, t], alive * expected)
+        pair = task.observe(dataset.states[now]), dataset.actions[now]
+        if t < 15:
+            after = append_to_histories(dataset.histories(now), *pair)
+            torch.testing.assert_close(dataset.histories(now + 1), after)
+        alive &= step[2] == 1
+    assert 0 < alive.sum() < 8
+    # A rollout continues a history of the data.
+    start = (dataset.states[:200] == dataset.states[rows[0, 10]]).all(1).nonzero()[0]
+    torch.testing.assert_close(dataset.histories(rows[0, 10:11]), dataset.histories(start))
+
+
+def test_half_a_batch_is_synthetic_and_the_oldest_rollouts_go(synthetic):
+    synthetic, team, model = synthetic
+    size = synthetic.dataset.size
+    synthetic.refresh(team, model)
+    first = synthetic.dataset.states[size:].clone()
+    rows = synthetic.sample_rows(400)
+    assert (rows[:200] < size).all() and (rows[200:] >= size).all()
+    assert (synthetic.weights[rows[200:] - size] > 0).all()
+    synthetic.refresh(team, model)
+    second = synthetic.dataset.states[size:].clone()
+    assert torch.equal(first[:128], second[:128]) and not torch.equal(first[128:], second[128:])
+    synthetic.refresh(team, model)
+    third = synthetic.dataset.states[size:]
+    assert not torch.equal(second[:128], third[:128]) and torch.equal(second[128:], third[128:])
+
+
+def test_uncertain_transitions_are_drawn_less_often_or_earn_less(synthetic):
+    synthetic, *_ = synthetic
+    uncertainty, rewards = torch.tensor([0.5, 1.0, 2.0, 50.0]), torch.ones(4)
+    weights, same = synthetic.judge(uncertainty, rewards, torch.tensor([3.0]))
+    torch.testing.assert_close(weights, torch.tensor([1, 1, math.exp(-1), math.exp(-10)]))
+    assert torch.equal(same, rewards)
+    synthetic.args.uncertainty = "penalty"
+    weights, less = synthetic.judge(uncertainty, rewards, torch.tensor([3.0]))
+    assert weights.tolist() == [1] * 4 and less.tolist() == [-0.5, -2, -5, -149]
+    synthetic.args.uncertainty = "none"
+    weights, same = synthetic.judge(uncertainty, rewards, torch.tensor([3.0]))
+    assert weights.tolist() == same.tolist() == [1] * 4
+
+
+# The learner, one agent and one transition at a time.
+
+
+def literal_q(team, twin, agent, action, x, target=False):
+    critics = team.target_critics if target else team.critics
+    return literal_mlp(critics, twin * team.task.num_agents + agent, torch.cat([action, x]))[0]
+
+
+def literal_mixed(team, twin, state, actions, own_inputs, target=False):
+    mixer = team.target_mixer if target else team.mixer
+    outputs = literal_mlp(mixer, 0, (state - team.state_mean) / team.state_std)
+    qs = [
+        literal_q(team, twin, i, a, x, target) for i, (a, x) in enumerate(zip(actions, own_inputs))
+    ]
+    return sum(math.log1p(math.exp(w)) * q for w, q in zip(outputs, qs)) + outputs[-1]
+
+
+def literal_action(team, agent, x, target=False):
+    if not team.task.discrete:
+        return literal_mlp(team.target_policy if target else team.policy, agent, x).tanh()
+    options = torch.eye(team.task.action_dim)
+    return max(options, key=lambda option: literal_q(team, 0, agent, option, x, target))
+
+
+@each(REACHER, ANT, GAME)
+@torch.no_grad()
+def test_macql_losses_equal_the_equations_transition_by_transition(task, float64):
+    team, batch = made_up_team(task), made_up_batch(task)
+    args = logo.Args(gamma=0.9, cql_alpha=0.5, cql_batch_size=3)
+    noise = 2 * torch.randn(7, task.num_agents, task.action_dim)
+    inputs = all_literal_inputs(team, batch.observations, batch.histories)
+    next_inputs = all_literal_inputs(team, batch.next_observations, batch.next_histories, True)
+    agents, td_loss, conservative, policy = range(task.num_agents), 0, 0, 0
+    for b in range(7):
+        x, next_x = [x[b] for x in inputs], [x[b] for x in next_inputs]
+        next_actions = [literal_action(team, i, next_x[i], target=True) for i in agents]
+        if not task.discrete:
+            smoothing = (0.2 * noise[b]).clamp(-0.5, 0.5)
+            next_actions = [(a + z).clamp(-1, 1) for a, z in zip(next_actions, smoothing)]
+        next_q = min(
+            literal_mixed(team, j, batch.next_states[b], next_actions, next_x, True) for j in (0, 1)
+        )
+        td_target = batch.rewards[b] + 0.9 * batch.masks[b] * next_q
+        data = list(batch.actions[b])
+        for j in (0, 1):
+            td_loss += (literal_mixed(team, j, batch.states[b], data, x) - td_target) ** 2 / 7
+            for i in agents if b < 3 else ():
+                nodes = team.nodes[:, 0, i]
+                qs = torch.stack([literal_q(team, j, i, node, x[i]) for node in nodes])
+                log_integral = (qs + team.log_weights).exp().sum().log()
+                conservative += 0.5 * (log_integral - literal_q(team, j, i, data[i], x[i])) / 3
+        if not task.discrete:
+            outputs = literal_mlp(
+                team.mixer, 0, (batch.states[b] - team.state_mean) / team.state_std
+            )
+            for i in agents:
+                q = literal_q(team, 0, i, literal_action(team, i, x[i]), x[i])
+                policy -= math.log1p(math.exp(outputs[i])) * q / 7
+    got = logo.macql_losses(team, batch, noise, args, learn_policy=not task.discrete)
+    expected = [td_loss, conservative] + ([] if task.discrete else [policy])
+    torch.testing.assert_close(torch.stack(got), torch.stack(expected), rtol=1e-6, atol=1e-9)
+
+
+def test_each_loss_of_the_learner_trains_its_own_networks_only(float64):
+    team, batch = made_up_team(REACHER, memory="attention"), made_up_batch(REACHER)
+    noise = torch.randn(7, 2, 1)
+    trained = [{"critics", "mixer", "memory"}, {"critics", "memory"}, {"policy", "memory"}]
+    for index, expected in enumerate(trained):
+        team.zero_grad()
+        losses = logo.macql_losses(team, batch, noise, logo.Args(), learn_policy=True)
+        losses[index].backward()
+        named = team.named_parameters()
+        got = {name.split(".")[0] for name, p in named if p.grad is not None and p.grad.any()}
+        assert got == expected
+
+
+def test_rollouts_explore_around_the_greedy_team(float64):
+    for task, scale in ((REACHER, 0.1), (GAME, 0.5)):
+        team, batch = made_up_team(task), made_up_batch(task, 2000)
+        seen = batch.observations, batch.histories
+        greedy, explored = team.act_greedily(*seen), team.explore(*seen, scale)
+        if task.discrete:
+            assert torch.equal(explored.sum(-1), torch.ones(2000, 2))
+            changed = (explored != greedy).any(-1).double().mean()
+            assert abs(changed - 0.25) < 0.03  # half of the random options are the greedy one's
+        else:
+            inside = greedy.abs() < 0.5
+            assert abs((explored - greedy)[inside].std() - 0.1) < 0.01
+
+
+def test_options_are_chosen_by_the_first_critics(float64):
+    team, dataset = made_up_team(GAME), load_dataset(GAME)
+    x = all_literal_inputs(team, dataset.batch(torch.arange(20), False).observations.double(), None)
+    got = team.act(torch.stack(x))
+    for b in range(20):
+        for i in (0, 1):
+            assert torch.equal(got[b, i], literal_action(team, i, x[i][b]))
