@@ -69,7 +69,7 @@ class Args:
     dataset: Path | None = None
     """HDF5 file, Minari folder or minari:NAME; by default the task's own"""
     world_model: Path | None = None
-    """checkpoint written by world_model.py; by default the one shipped for the task's dataset"""
+    """written by world_model.py or logo.py; by default the one shipped for the task's dataset"""
     memory: Literal["auto", "attention", "none"] = "auto"
     """history encoder; auto leaves it out where every agent sees the whole state"""
     ground_truth: bool = False
@@ -329,7 +329,7 @@ class WorldModel:
             self.lambda_g, self.max_uncertainty = self.model["lambda_g"], self.model["l_epsilon"]
             self.description = {"dataset": self.model["dataset"], **self.model["description"]}
             self.description["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-            self.members = len(self.model["state"][0][0])
+            self.members = len(self.model["mask"][0][0])
             self.delta = self.description["target"] == "delta"
             self.activation = {"silu": F.silu, "relu": F.relu}[self.description["activation"]]
             zeros = torch.zeros(1, task.num_agents, task.action_dim, device=device)
@@ -381,11 +381,19 @@ class WorldModel:
     @torch.no_grad()
     def step(self, states, actions, generator=None):
         """One step from [batch, state] and [batch, agent, action] (Section 3.1)."""
-        # Deviation 15. An Ant is turned to heading 0, where the data are, and back in the end.
         symmetry = self.task.symmetry
-        if symmetry:
-            heading = symmetry.heading(states)
-            states = symmetry.turn(states, -heading)
+        if symmetry is None:
+            return self.sample(states, actions, generator)
+        # Deviation 15. An Ant is turned to heading 0, where the data are, and back in the end.
+        heading = symmetry.heading(states)
+        states = symmetry.turn(states, -heading)
+        step = self.sample(states, actions, generator)
+        transition = states, step.next_states, step.rewards
+        _, next_states, rewards = symmetry.turn_transition(heading, *transition)
+        return step._replace(next_states=next_states, rewards=rewards)
+
+    def sample(self, states, actions, generator):
+        """`step`, where the members are asked."""
         means, stds = self.predict(states, actions)
         m, count, device = self.model, len(states), states.device
 
@@ -408,17 +416,39 @@ class WorldModel:
         # The masks judge it before the box could hide that it is absorbing (Deviation 13).
         masks, next_states = self.masks(next_states), self.clip(next_states, "state")
         mean_rewards = self.clip(rewards.mean(0), "reward")
-        if symmetry:
-            transition = states, next_states, mean_rewards
-            _, next_states, mean_rewards = symmetry.turn_transition(heading, *transition)
-        return Step(
-            next_states,
-            mean_rewards,
-            masks,
-            rewards.var(0),
-            epsilon_g,
-            epsilon_a,
-        )
+        return Step(next_states, mean_rewards, masks, rewards.var(0), epsilon_g, epsilon_a)
+
+
+class LocalToGlobal(WorldModel):
+    """The world model that baselines/logo.py exported; its uncertainty u takes eps_g's place."""
+
+    def predict(self, states, actions):
+        """(Next state, reward) as deduced from the agents' predictions, and directly: means
+        [2, batch, state + 1] from [batch, state] and [batch, agent, action], and no deviations."""
+        m, actions = self.model, actions.clamp(-1, 1)
+        x = ((states - m["state_mean"]) / m["state_std"])[None]
+        context = self.network("context", x, F.silu)
+        pairs = torch.cat([actions, self.task.observe(x[0])], dim=-1).transpose(0, 1)
+        inputs = torch.cat([context.expand(len(pairs), -1, -1), pairs], dim=-1)
+        local = self.network("local_decoder", self.network("local_encoder", inputs, F.silu), F.silu)
+        changes = local[..., : max(self.task.obs_dims)].transpose(0, 1).flatten(1)[None]
+        deduced = self.network("encoder", torch.cat([changes, context], dim=-1), F.silu)
+        joint = torch.cat([x, actions.flatten(1)[None]], dim=-1)
+        direct = self.network("auxiliary", joint, F.silu)
+        both = self.network("decoder", torch.cat([deduced, direct], dim=1), F.silu)
+        both = both[..., : self.task.state_dim + 1].view(2, len(states), -1)
+        next_states = states + both[..., :-1] * m["change_std"] + m["change_mean"]
+        rewards = both[..., -1:] * m["reward_std"] + m["reward_mean"]
+        means = torch.cat([next_states, rewards], dim=-1)
+        return means, torch.zeros_like(means)
+
+    def sample(self, states, actions, generator):
+        """`step`, where the model is asked; it has no randomness."""
+        (deduced, direct), _ = self.predict(states, actions)
+        uncertainty = ((direct - deduced)[:, :-1] / self.model["state_std"]).norm(dim=-1)
+        next_states, rewards, zeros = deduced[:, :-1], deduced[:, -1], torch.zeros_like(uncertainty)
+        masks, next_states = self.masks(next_states), self.clip(next_states, "state")
+        return Step(next_states, self.clip(rewards, "reward"), masks, zeros, uncertainty, zeros)
 
 
 class GroundTruth:
@@ -697,6 +727,14 @@ def errors_on(model, transitions):
     }
 
 
+def is_local_to_global(path):
+    """Whether baselines/logo.py wrote the world model; a damaged file is left to `WorldModel`."""
+    try:
+        return "local_encoder" in load(path)
+    except Exception:
+        return False
+
+
 def make_model(task, args, run):
     """The world model or simulator to roll out in."""
     if args.ground_truth:
@@ -706,7 +744,8 @@ def make_model(task, args, run):
     path = args.world_model or task.world_model_path
     if task.columns and not args.world_model:  # a game whose data are generated
         path = coordination_game.train_world_model(task, args.seed, run.dir / "world_model")
-    return WorldModel(task, path, run.device, args.next_states)
+    kind = LocalToGlobal if path.is_file() and is_local_to_global(path) else WorldModel
+    return kind(task, path, run.device, args.next_states)
 
 
 def calibrated(args, model):

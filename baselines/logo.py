@@ -674,11 +674,13 @@ def exported_model(model: LocalToGlobal, args: Args, dataset: OfflineDataset, er
         layers = [x for x in network if isinstance(x, BatchedLinear)]
         exported[name] = [(x.weight.data, x.bias.data) for x in layers]
     exported |= dict(model.named_buffers())
+    exported["input_mean"], exported["input_std"] = model.state_mean, model.state_std
     # By the rule of world_model.py: a standard deviation of the reward at the quantile, 10 of them.
     quantile = errors["uncertainty_0.99"]
     exported |= {"lambda_g": model.reward_std.item() / quantile, "l_epsilon": 10 * quantile}
     exported["first_states"] = dataset.states[dataset.first_rows[:1000]]
-    description = {"script": "logo", "seed": args.seed, "total_steps": args.model_steps}
+    description = {"target": "delta", "activation": "silu", "seed": args.seed}
+    description["total_steps"] = args.model_steps
     return exported | {
         "dataset": dataset.description, "description": description, "errors": errors
     }  # fmt: skip

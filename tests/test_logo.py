@@ -17,9 +17,11 @@ from made_up import (
     scramble,
 )
 
+import moma_ppo
 from baselines import logo
 from data.offline_dataset import OfflineDataset, load_dataset
 from mamujoco_envs import append_to_histories, find_task
+from training_run import save
 
 ANT_FO = find_task("ant-medium-fo")
 
@@ -172,6 +174,25 @@ def test_statistics_come_from_the_training_rows_and_the_box_from_all():
     torch.testing.assert_close(model.change_mean, change.mean(0))
     assert model.change_std[4:6].tolist() == [0, 0]  # targets stay where they are
     assert torch.equal(model.state_max, torch.cat([dataset.states, dataset.next_states]).amax(0))
+
+
+@each(REACHER, ANT, GAME)
+@torch.no_grad()
+def test_moma_ppo_steps_the_exported_model_as_this_script_does(task, tmp_path):
+    model, batch = made_up_model(task, torch.float32), made_up_batch(task)
+    dataset = load_dataset(task) if task is GAME else OfflineDataset(task, recorded_columns(task))
+    exported = logo.exported_model(model, logo.Args(), dataset, {"uncertainty_0.99": 0.5})
+    save(exported, tmp_path / "model.pt")
+    assert moma_ppo.is_local_to_global(tmp_path / "model.pt")
+    loaded = moma_ppo.LocalToGlobal(task, tmp_path / "model.pt", "cpu")
+    assert loaded.lambda_g == model.reward_std.item() / 0.5 and loaded.max_uncertainty == 5
+    next_states, rewards, masks, uncertainty = model.step(batch.states, batch.actions)
+    step = loaded.step(batch.states, batch.actions)
+    torch.testing.assert_close(step.next_states, next_states)
+    torch.testing.assert_close(step.rewards, rewards)
+    torch.testing.assert_close(step.epsilon_g, uncertainty)
+    assert torch.equal(step.masks, masks)
+    assert not step.epsilon_a.any() and not step.epsilon_r.any()
 
 
 # Synthetic data.
