@@ -1,0 +1,110 @@
+"""Compares world models of a task: errors on and off the data, what their uncertainty knows, speed.
+
+    python baselines/logo.py --task reacher-leader-only --run-dir runs/logo
+    python scripts/compare_models.py --task reacher-leader-only \\
+        --models data/weights/reacher-expert-mix.pt runs/logo/world_model.pt
+
+Models start from held-out states of the data and are compared with the true simulator for ten
+steps, with the data's own actions, with noise of 0.3 on them, and with uniformly random ones. A
+model is asked for its mean next states. "correlation" is that of the logarithms of the uncertainty
+and of the true one-step error, both in standard deviations of the data.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import torch
+import tyro
+
+import moma_ppo
+import world_model
+from data.offline_dataset import load_dataset
+from mamujoco_envs import InputError, find_task, require
+from training_run import check_positive, say
+
+
+@dataclass
+class Args:
+    task: str = "reacher-leader-only"
+    """one of docs/tasks.md, or FILE:NAME of your own"""
+    models: tuple[Path, ...] = ()
+    """files that world_model.py or baselines/logo.py wrote"""
+    dataset: Path | None = None
+    """HDF5 file; by default the task's own"""
+    starts: int = 1000
+    """states of held-out episodes to start from"""
+
+
+def open_model(task, path: Path):
+    kind = moma_ppo.LocalToGlobal if moma_ppo.is_local_to_global(path) else moma_ppo.WorldModel
+    return kind(task, path, "cpu", next_states="mean")
+
+
+@torch.no_grad()
+def errors(model, dataset, rows, behavior: str) -> dict[str, float]:
+    """State and reward errors after one and ten steps, and how well they were foreseen."""
+    task, generator = dataset.task, torch.Generator().manual_seed(0)
+    states, simulator = dataset.states[rows], task.simulator(task, len(rows))
+    simulator.set_states(states.numpy())
+    std = dataset.states.std(0).clamp(min=1e-6)
+    alive = torch.ones(len(rows), dtype=torch.bool)
+    foreseen, found, state_errors, reward_errors = [], [], [], []
+    for t in range(world_model.OPEN_LOOP_STEPS):
+        actions = world_model.disturb(task, dataset.actions[rows + t], behavior, generator)
+        step = model.step(states, actions, generator)
+        true_states, rewards, terminals = map(torch.as_tensor, simulator.step(actions.numpy()))
+        error = step.next_states - true_states
+        state_errors.append(error.norm(dim=1)[alive].mean().item())
+        reward_errors.append((step.rewards - rewards).abs()[alive].mean().item())
+        if t == 0:
+            foreseen, found = step.epsilon_g, (error / std).norm(dim=1)
+        states = step.next_states
+        alive &= ~terminals
+    pair = torch.stack([foreseen.double(), found.double()]).clamp(min=1e-12).log()
+    return {
+        "state, 1 step": state_errors[0],
+        "reward, 1 step": reward_errors[0],
+        "state, 10 steps": state_errors[-1],
+        "reward, 10 steps": reward_errors[-1],
+        "correlation": pair.corrcoef()[0, 1].item(),
+    }
+
+
+@torch.no_grad()
+def milliseconds(model, dataset, count: int = 400, repeats: int = 30) -> float:
+    """Of one step of 400 rollouts, the median of many."""
+    rows, times = torch.arange(count) % dataset.size, []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        model.step(dataset.states[rows], dataset.actions[rows])
+        times.append(time.perf_counter() - started)
+    return 1000 * sorted(times)[repeats // 2]
+
+
+def main(args: Args) -> None:
+    check_positive(args, "starts")
+    require(args.models, "give --models, files of world_model.py or baselines/logo.py")
+    task = find_task(args.task)
+    message = f"{task.name} has no simulator that starts from the data's states"
+    require(task.continues_from_states, message)
+    models = {path: open_model(task, path) for path in args.models}
+    dataset = load_dataset(task, args.dataset)
+    rows = world_model.open_loop_starts(dataset, dataset.split()[1])
+    require(len(rows), f"no held-out episode has {world_model.OPEN_LOOP_STEPS} steps")
+    rows = rows[:: max(1, len(rows) // args.starts)]
+    for path, model in models.items():
+        say(f"{path}: {milliseconds(model, dataset):.1f} ms for a step of 400 rollouts")
+        for behavior in world_model.BEHAVIORS:
+            found = errors(model, dataset, rows, behavior)
+            say(f"  {behavior:10}" + "".join(f"  {k}: {v:.4g}" for k, v in found.items()))
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except InputError as error:
+        sys.exit(f"error: {error}")
