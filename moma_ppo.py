@@ -419,12 +419,12 @@ class WorldModel:
         return Step(next_states, mean_rewards, masks, rewards.var(0), epsilon_g, epsilon_a)
 
 
-class LocalToGlobal(WorldModel):
+class LocalToGlobalModel(WorldModel):
     """The world model that baselines/logo.py exported; its uncertainty u takes eps_g's place."""
 
-    def predict(self, states, actions):
-        """(Next state, reward) as deduced from the agents' predictions, and directly: means
-        [2, batch, state + 1] from [batch, state] and [batch, agent, action], and no deviations."""
+    def both_ways(self, states, actions):
+        """(Next state, reward) as deduced from the agents' predictions and as predicted directly
+        [2, batch, state + 1], from [batch, state] and [batch, agent, action]."""
         m, actions = self.model, actions.clamp(-1, 1)
         x = ((states - m["state_mean"]) / m["state_std"])[None]
         context = self.network("context", x, F.silu)
@@ -432,19 +432,24 @@ class LocalToGlobal(WorldModel):
         inputs = torch.cat([context.expand(len(pairs), -1, -1), pairs], dim=-1)
         local = self.network("local_decoder", self.network("local_encoder", inputs, F.silu), F.silu)
         changes = local[..., : max(self.task.obs_dims)].transpose(0, 1).flatten(1)[None]
-        deduced = self.network("encoder", torch.cat([changes, context], dim=-1), F.silu)
+        seen = torch.cat([changes, context], dim=-1)
         joint = torch.cat([x, actions.flatten(1)[None]], dim=-1)
-        direct = self.network("auxiliary", joint, F.silu)
-        both = self.network("decoder", torch.cat([deduced, direct], dim=1), F.silu)
-        both = both[..., : self.task.state_dim + 1].view(2, len(states), -1)
-        next_states = states + both[..., :-1] * m["change_std"] + m["change_mean"]
-        rewards = both[..., -1:] * m["reward_std"] + m["reward_mean"]
-        means = torch.cat([next_states, rewards], dim=-1)
+        deduced = self.network("deductive_encoder", seen, F.silu)
+        direct = self.network("auxiliary_encoder", joint, F.silu)
+        both = torch.cat([deduced, direct], dim=1)
+        both = self.network("deductive_decoder", both, F.silu)[0, :, : self.task.state_dim + 1]
+        change, reward = both.view(2, len(states), -1).split([self.task.state_dim, 1], dim=-1)
+        next_states = states + change * m["change_std"] + m["change_mean"]
+        return torch.cat([next_states, reward * m["reward_std"] + m["reward_mean"]], dim=-1)
+
+    def predict(self, states, actions):
+        """What is deduced, as that of one member, and no deviation."""
+        means = self.both_ways(states, actions)[:1]
         return means, torch.zeros_like(means)
 
     def sample(self, states, actions, generator):
         """`step`, where the model is asked; it has no randomness."""
-        (deduced, direct), _ = self.predict(states, actions)
+        deduced, direct = self.both_ways(states, actions)
         uncertainty = ((direct - deduced)[:, :-1] / self.model["state_std"]).norm(dim=-1)
         next_states, rewards, zeros = deduced[:, :-1], deduced[:, -1], torch.zeros_like(uncertainty)
         masks, next_states = self.masks(next_states), self.clip(next_states, "state")
@@ -744,7 +749,7 @@ def make_model(task, args, run):
     path = args.world_model or task.world_model_path
     if task.columns and not args.world_model:  # a game whose data are generated
         path = coordination_game.train_world_model(task, args.seed, run.dir / "world_model")
-    kind = LocalToGlobal if path.is_file() and is_local_to_global(path) else WorldModel
+    kind = LocalToGlobalModel if path.is_file() and is_local_to_global(path) else WorldModel
     return kind(task, path, run.device, args.next_states)
 
 

@@ -507,8 +507,8 @@ def train(args: Args) -> dict:
             shape = args.members, args.batch_size
             rows = training_rows[torch.randint(len(training_rows), shape, device=device)]
             # Few transitions, or none, have an outlying reward or end in an absorbing state.
-            batch = [column[with_rare(rows, outlying_rows)] for column in columns]
-            mask_rows = with_rare(rows, absorbing_rows)
+            mask_rows, rows = with_rare(rows, absorbing_rows), with_rare(rows, outlying_rows)
+            batch = [column[rows] for column in columns]
             mask_batch = dataset.next_states[mask_rows], dataset.masks[mask_rows]
             losses = loss_function(ensemble, batch, mask_batch, changes, args.beta)
             optimizer.zero_grad()

@@ -33,7 +33,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from data.offline_dataset import Batch, OfflineDataset, load_dataset
 from mamujoco_envs import ACTION_LIMIT, HISTORY_LENGTH, Task, evaluate, find_task, require
-from training_run import FINAL_EPISODES, Run, check_positive, check_range, compiled, main, save, say
+from training_run import FINAL_EPISODES, Run, check_positive, check_range, compiled, main, save
 
 BOX_MARGIN = 0.5  # in widths of the data's bounding box
 MODEL_LOSSES = ("losses/predictive", "losses/deductive", "losses/auxiliary", "losses/mask")
@@ -257,6 +257,196 @@ def make_memory(task: Task, memory: str, obs_mean, obs_std):
     )
 
 
+# The world model.
+
+
+class LocalToGlobal(nn.Module):
+    """The world model: from local predictions to the global state.
+
+    Networks deal in standardised states and changes of state, of which agents see their part.
+    """
+
+    def __init__(self, task: Task, args: Args):
+        super().__init__()
+        self.task = task
+        width, embedding = [args.model_width], args.embedding
+        agents, observed = task.num_agents, max(task.obs_dims)
+        local_dims = [embedding + pair for pair in task.pair_dims]
+        joint_dim = agents * task.action_dim
+        # The predictive model: (o_i, a_i), and an embedding of the state, to o_i'.
+        self.context = MLP([task.state_dim], 2 * width, embedding, nn.SiLU)
+        self.local_encoder = MLP(local_dims, width, embedding, nn.SiLU)
+        local_outputs = observed + task.action_dim + observed  # o_i', and what was encoded
+        self.local_decoder = MLP([embedding] * agents, width, local_outputs, nn.SiLU)
+        # The deductive model: all agents' o_i' to s' and r, and s' to whether it is absorbing.
+        deduced = task.state_dim + 1 + agents * observed  # s', r, and what was encoded
+        self.deductive_encoder = MLP([agents * observed + embedding], 2 * width, embedding, nn.SiLU)
+        self.deductive_decoder = MLP([embedding], width, deduced, nn.SiLU)
+        self.mask_network = MLP([task.state_dim], [128, 128], 1)
+        # The auxiliary encoder: (s, a) to the deductive decoder, past the agents.
+        self.auxiliary_encoder = MLP([task.state_dim + joint_dim], 2 * width, embedding, nn.SiLU)
+        sizes = {"state": task.state_dim, "change": task.state_dim, "reward": 1}
+        for name, size in sizes.items():
+            self.register_buffer(f"{name}_mean", torch.zeros(size))
+            self.register_buffer(f"{name}_std", torch.ones(size))
+        for name in ("state_min", "state_max"):
+            self.register_buffer(name, torch.zeros(task.state_dim))
+        for name in ("reward_min", "reward_max", "uncertainty_scale"):
+            self.register_buffer(name, torch.ones(()))
+
+    @torch.no_grad()
+    def standardize(self, dataset: OfflineDataset, rows):
+        """Takes statistics from the training rows, and the bounding box from all data.
+
+        The deviation of a change that never happens is 0: such a dimension is copied.
+        """
+        states, rewards = dataset.states[rows], dataset.rewards[rows, None]
+        values = {"state": states, "change": dataset.next_states[rows] - states, "reward": rewards}
+        for name, value in values.items():
+            mean, std = value.double().mean(0), value.double().std(0)
+            getattr(self, f"{name}_mean").copy_(mean)
+            unchanging = 0 if name == "change" else 1
+            getattr(self, f"{name}_std").copy_(torch.where(std < 1e-6, unchanging, std))
+        for name, bound in dataset.bounding_box().items():
+            getattr(self, name).copy_(bound)
+
+    def network_inputs(self, states, actions):
+        """States [1, batch, state], their embedding [1, batch, embedding], and each agent's action
+        and observation [agent, batch, pair], all standardised."""
+        x = (states - self.state_mean) / self.state_std
+        pairs = torch.cat([actions, self.task.observe(x)], dim=-1).transpose(0, 1)
+        return x[None], self.context(x[None]), pairs
+
+    def predict_locally(self, context, pairs):
+        """Changes of every agent's observation [agent, batch, obs], and the pairs reconstructed."""
+        inputs = torch.cat([context.expand(len(pairs), -1, -1), pairs], dim=-1)
+        outputs = self.local_decoder(self.local_encoder(inputs))
+        return outputs.split([outputs.shape[-1] - pairs.shape[-1], pairs.shape[-1]], dim=-1)
+
+    def deduce(self, context, changes):
+        """Change of the state and reward [batch, state + 1], and `changes` reconstructed."""
+        joint = changes.transpose(0, 1).flatten(1)[None]
+        outputs = self.deductive_decoder(
+            self.deductive_encoder(torch.cat([joint, context], dim=-1))
+        )[0]
+        deduced, reconstruction = outputs.split([len(self.state_mean) + 1, joint.shape[-1]], dim=-1)
+        return deduced, reconstruction.unflatten(1, (-1, changes.shape[-1])).transpose(0, 1)
+
+    def predict_directly(self, x, actions):
+        """Change of the state and reward [batch, state + 1], from the auxiliary encoder, which
+        bypasses the agents."""
+        embedding = self.auxiliary_encoder(torch.cat([x, actions.flatten(1)[None]], dim=-1))
+        return self.deductive_decoder(embedding)[0, :, : len(self.state_mean) + 1]
+
+    def predict(self, states, actions):
+        """(Next state, reward) as deduced and as predicted directly, each [batch, state + 1], and
+        their distance, the uncertainty u(s, a) [batch] (Eq. 5)."""
+        x, context, pairs = self.network_inputs(states, actions)
+        deduced, _ = self.deduce(context, self.predict_locally(context, pairs)[0])
+        mean = torch.cat([states + self.change_mean, self.reward_mean.expand(len(states), 1)], 1)
+        std = torch.cat([self.change_std, self.reward_std])
+        deduced, direct = mean + std * deduced, mean + std * self.predict_directly(x, actions)
+        uncertainty = ((direct - deduced)[:, :-1] / self.state_std).norm(dim=-1)
+        return deduced, direct, uncertainty
+
+    def clip(self, values, name):
+        """States or rewards, kept in the data's bounding box and a margin."""
+        low, high = getattr(self, f"{name}_min"), getattr(self, f"{name}_max")
+        margin = BOX_MARGIN * (high - low)
+        return values.clamp(low - margin, high + margin)
+
+    def mask_logits(self, next_states):
+        """Logits [batch] of next states [batch, state] not being absorbing."""
+        return self.mask_network(((next_states - self.state_mean) / self.state_std)[None])[0, :, 0]
+
+    @torch.no_grad()
+    def step(self, states, actions):
+        """Next states, rewards, masks and uncertainties of [batch, state] and [batch, agent,
+        action]."""
+        symmetry = self.task.symmetry
+        if symmetry:  # an Ant is turned to heading 0, where the data are, and back in the end
+            heading = symmetry.heading(states)
+            states = symmetry.turn(states, -heading)
+        deduced, _, uncertainty = self.predict(states, actions)
+        masks = (self.mask_logits(deduced[:, :-1]) > 0).float()
+        next_states = self.clip(deduced[:, :-1], "state")
+        rewards = self.clip(deduced[:, -1], "reward")
+        if symmetry:
+            transition = states, next_states, rewards
+            _, next_states, rewards = symmetry.turn_transition(heading, *transition)
+        return next_states, rewards, masks, uncertainty
+
+
+def model_losses(model: LocalToGlobal, batch, mask_batch, reconstruction_weight):
+    """Losses of the predictive model, of the deductive model given true and predicted
+    observations, of the auxiliary encoder, and of the mask.
+
+    `batch` is states, actions, next states and rewards, `mask_batch` next states and masks.
+    """
+    states, actions, next_states, rewards = batch
+    x, context, pairs = model.network_inputs(states, actions)
+    # A dimension that never changes has deviation 0, and its target is 0 as it is.
+    change = next_states - states - model.change_mean
+    change = change / torch.where(model.change_std > 0, model.change_std, 1)
+    reward = (rewards[:, None] - model.reward_mean) / model.reward_std
+    target = torch.cat([change, reward], dim=-1)
+    local_target = model.task.observe(change).transpose(0, 1)  # [agent, batch, obs]
+
+    # Each agent predicts its own next observation.
+    local, reconstruction = model.predict_locally(context, pairs)
+    predictive = F.l1_loss(local, local_target)
+    predictive = predictive + reconstruction_weight * F.l1_loss(reconstruction, pairs)
+
+    # From true and from predicted observations state and reward are deduced.
+    deductive = 0
+    for changes in (local_target, local):
+        deduced, reconstruction = model.deduce(context, changes)
+        deductive = deductive + F.l1_loss(deduced, target)
+        reconstruction_loss = F.l1_loss(reconstruction, changes.detach())
+        deductive = deductive + reconstruction_weight * reconstruction_loss
+
+    # The auxiliary encoder takes another way to the same state.
+    auxiliary = F.l1_loss(model.predict_directly(x, actions), target)
+    next_states, masks = mask_batch
+    mask = F.binary_cross_entropy_with_logits(model.mask_logits(next_states), masks)
+    return predictive, deductive, auxiliary, mask
+
+
+def with_rare(rows, rare_rows):
+    """`rows` [member, batch], of which one in sixteen gives way to one of `rare_rows`, if any."""
+    if len(rare_rows) == 0:
+        return rows
+    rows = rows.clone()
+    picks = torch.randint(len(rare_rows), rows[:, ::16].shape, device=rows.device)
+    rows[:, ::16] = rare_rows[picks]
+    return rows
+
+
+@torch.no_grad()
+def model_errors(model: LocalToGlobal, dataset: OfflineDataset, rows) -> dict:
+    """Errors on held-out rows: next state (L2) and reward (absolute), deduced and direct, wrong
+    masks, and how u goes with the true error (correlation of logarithms)."""
+    rows = rows[:: math.ceil(len(rows) / 20_000)]
+    states, next_states, rewards = dataset.states[rows], dataset.next_states[rows], dataset.rewards
+    deduced, direct, uncertainty = model.predict(states, dataset.actions[rows])
+    errors = ((deduced[:, :-1] - next_states) / model.state_std).norm(dim=-1)
+    logarithms = torch.stack([uncertainty, errors]).clamp(min=1e-9).log()
+    wrong = (model.mask_logits(next_states) > 0) != (dataset.masks[rows] > 0)
+    return {
+        "state_error": (deduced[:, :-1] - next_states).norm(dim=-1).mean().item(),
+        "reward_error": (deduced[:, -1] - rewards[rows]).abs().mean().item(),
+        "direct_state_error": (direct[:, :-1] - next_states).norm(dim=-1).mean().item(),
+        "direct_reward_error": (direct[:, -1] - rewards[rows]).abs().mean().item(),
+        "mask_error": wrong.float().mean().item(),
+        "uncertainty": uncertainty.mean().item(),
+        "uncertainty_0.99": uncertainty.quantile(0.99).item(),
+        "correlation": logarithms.corrcoef()[0, 1].nan_to_num().item(),
+    }
+
+
+# The team.
+
+
 def quadrature(points, dims):
     """Gauss-Legendre nodes of [-1, 1]^dims, and the logarithms of their weights.
 
@@ -362,188 +552,6 @@ class Team(nn.Module):
         return torch.where(replaced[..., None], random_actions, actions)
 
 
-class LocalToGlobal(nn.Module):
-    """The world model: from local predictions to the global state.
-
-    Networks deal in standardised states and changes of state, of which agents see their part.
-    """
-
-    def __init__(self, task: Task, args: Args):
-        super().__init__()
-        self.task = task
-        width, embedding = [args.model_width], args.embedding
-        agents, observed = task.num_agents, max(task.obs_dims)
-        local_dims = [embedding + pair for pair in task.pair_dims]
-        joint_dim = agents * task.action_dim
-        # The predictive model: (o_i, a_i), and an embedding of the state, to o_i'.
-        self.context = MLP([task.state_dim], 2 * width, embedding, nn.SiLU)
-        self.local_encoder = MLP(local_dims, width, embedding, nn.SiLU)
-        local_outputs = observed + task.action_dim + observed  # o_i', and what was encoded
-        self.local_decoder = MLP([embedding] * agents, width, local_outputs, nn.SiLU)
-        # The deductive model: all agents' o_i' to s' and r, and s' to whether it is absorbing.
-        deduced = task.state_dim + 1 + agents * observed  # s', r, and what was encoded
-        self.encoder = MLP([agents * observed + embedding], 2 * width, embedding, nn.SiLU)
-        self.decoder = MLP([embedding], width, deduced, nn.SiLU)
-        self.mask = MLP([task.state_dim], [128, 128], 1)
-        # The auxiliary encoder: (s, a) to the deductive decoder, past the agents.
-        self.auxiliary = MLP([task.state_dim + joint_dim], 2 * width, embedding, nn.SiLU)
-        sizes = {"state": task.state_dim, "change": task.state_dim, "reward": 1}
-        for name, size in sizes.items():
-            self.register_buffer(f"{name}_mean", torch.zeros(size))
-            self.register_buffer(f"{name}_std", torch.ones(size))
-        for name in ("state_min", "state_max"):
-            self.register_buffer(name, torch.zeros(task.state_dim))
-        for name in ("reward_min", "reward_max", "quantile"):
-            self.register_buffer(name, torch.ones(()))
-
-    @torch.no_grad()
-    def standardize(self, dataset: OfflineDataset, rows):
-        """Takes statistics from the training rows, and the bounding box from all data.
-
-        The deviation of a change that never happens is 0: such a dimension is copied.
-        """
-        states, rewards = dataset.states[rows], dataset.rewards[rows, None]
-        values = {"state": states, "change": dataset.next_states[rows] - states, "reward": rewards}
-        for name, value in values.items():
-            mean, std = value.double().mean(0), value.double().std(0)
-            getattr(self, f"{name}_mean").copy_(mean)
-            unchanging = 0 if name == "change" else 1
-            getattr(self, f"{name}_std").copy_(torch.where(std < 1e-6, unchanging, std))
-        for name, bound in dataset.bounding_box().items():
-            getattr(self, name).copy_(bound)
-
-    def embed(self, states, actions):
-        """What the networks read: states [1, batch, state], their embedding [1, batch, embedding],
-        and each agent's actions and observations [agent, batch, pair]."""
-        x = (states - self.state_mean) / self.state_std
-        pairs = torch.cat([actions, self.task.observe(x)], dim=-1).transpose(0, 1)
-        return x[None], self.context(x[None]), pairs
-
-    def predict_locally(self, context, pairs):
-        """Changes of every agent's observation [agent, batch, obs], and the pairs reconstructed."""
-        inputs = torch.cat([context.expand(len(pairs), -1, -1), pairs], dim=-1)
-        outputs = self.local_decoder(self.local_encoder(inputs))
-        return outputs.split([outputs.shape[-1] - pairs.shape[-1], pairs.shape[-1]], dim=-1)
-
-    def deduce(self, context, changes):
-        """Change of the state and reward [batch, state + 1], and `changes` reconstructed."""
-        joint = changes.transpose(0, 1).flatten(1)[None]
-        outputs = self.decoder(self.encoder(torch.cat([joint, context], dim=-1)))[0]
-        deduced, reconstruction = outputs.split([len(self.state_mean) + 1, joint.shape[-1]], dim=-1)
-        return deduced, reconstruction.unflatten(1, (-1, changes.shape[-1])).transpose(0, 1)
-
-    def predict_directly(self, x, actions):
-        """The same without the agents' predictions, by the auxiliary encoder."""
-        embedding = self.auxiliary(torch.cat([x, actions.flatten(1)[None]], dim=-1))
-        return self.decoder(embedding)[0, :, : len(self.state_mean) + 1]
-
-    def predict(self, states, actions):
-        """(Next state, reward) as deduced and as predicted directly, each [batch, state + 1]."""
-        x, context, pairs = self.embed(states, actions)
-        deduced, _ = self.deduce(context, self.predict_locally(context, pairs)[0])
-        mean = torch.cat([states + self.change_mean, self.reward_mean.expand(len(states), 1)], 1)
-        std = torch.cat([self.change_std, self.reward_std])
-        return mean + std * deduced, mean + std * self.predict_directly(x, actions)
-
-    def clip(self, values, name):
-        """States or rewards, kept in the data's bounding box and a margin."""
-        low, high = getattr(self, f"{name}_min"), getattr(self, f"{name}_max")
-        margin = BOX_MARGIN * (high - low)
-        return values.clamp(low - margin, high + margin)
-
-    def mask_logits(self, next_states):
-        """Logits [batch] of next states [batch, state] not being absorbing."""
-        return self.mask(((next_states - self.state_mean) / self.state_std)[None])[0, :, 0]
-
-    @torch.no_grad()
-    def step(self, states, actions):
-        """Next states, rewards, masks and uncertainty u(s, a) (Eq. 5) of [batch, state] and
-        [batch, agent, action]."""
-        symmetry = self.task.symmetry
-        if symmetry:  # an Ant is turned to heading 0, where the data are, and back in the end
-            heading = symmetry.heading(states)
-            states = symmetry.turn(states, -heading)
-        deduced, direct = self.predict(states, actions)
-        uncertainty = ((direct - deduced)[:, :-1] / self.state_std).norm(dim=-1)
-        masks = (self.mask_logits(deduced[:, :-1]) > 0).float()
-        next_states = self.clip(deduced[:, :-1], "state")
-        rewards = self.clip(deduced[:, -1], "reward")
-        if symmetry:
-            transition = states, next_states, rewards
-            _, next_states, rewards = symmetry.turn_transition(heading, *transition)
-        return next_states, rewards, masks, uncertainty
-
-
-# The world model (Section 4.1 of our reading of it: docs/logo.md).
-
-
-def model_losses(model: LocalToGlobal, batch, mask_batch, reconstruction_weight):
-    """Losses of the predictive model, of the deductive model given true and predicted
-    observations, of the auxiliary encoder, and of the mask.
-
-    `batch` is states, actions, next states and rewards, `mask_batch` next states and masks.
-    """
-    states, actions, next_states, rewards = batch
-    x, context, pairs = model.embed(states, actions)
-    change = next_states - states - model.change_mean
-    change = change / torch.where(model.change_std > 0, model.change_std, 1)
-    reward = (rewards[:, None] - model.reward_mean) / model.reward_std
-    target = torch.cat([change, reward], dim=-1)
-    local_target = model.task.observe(change).transpose(0, 1)  # [agent, batch, obs]
-
-    # Each agent predicts its own next observation.
-    local, reconstruction = model.predict_locally(context, pairs)
-    predictive = F.l1_loss(local, local_target)
-    predictive = predictive + reconstruction_weight * F.l1_loss(reconstruction, pairs)
-
-    # From true and from predicted observations state and reward are deduced.
-    deductive = 0
-    for changes in (local_target, local):
-        deduced, reconstruction = model.deduce(context, changes)
-        deductive = deductive + F.l1_loss(deduced, target)
-        reconstruction_loss = F.l1_loss(reconstruction, changes.detach())
-        deductive = deductive + reconstruction_weight * reconstruction_loss
-
-    # The auxiliary encoder takes another way to the same state.
-    auxiliary = F.l1_loss(model.predict_directly(x, actions), target)
-    next_states, masks = mask_batch
-    mask = F.binary_cross_entropy_with_logits(model.mask_logits(next_states), masks)
-    return predictive, deductive, auxiliary, mask
-
-
-def with_rare(rows, rare_rows):
-    """`rows` [member, batch], of which one in sixteen gives way to one of `rare_rows`, if any."""
-    if len(rare_rows) == 0:
-        return rows
-    rows = rows.clone()
-    picks = torch.randint(len(rare_rows), rows[:, ::16].shape, device=rows.device)
-    rows[:, ::16] = rare_rows[picks]
-    return rows
-
-
-@torch.no_grad()
-def model_errors(model: LocalToGlobal, dataset: OfflineDataset, rows) -> dict:
-    """Errors on held-out rows: next state (L2) and reward (absolute), deduced and direct, wrong
-    masks, and how u goes with the true error (correlation of logarithms)."""
-    rows = rows[:: math.ceil(len(rows) / 20_000)]
-    states, next_states, rewards = dataset.states[rows], dataset.next_states[rows], dataset.rewards
-    deduced, direct = model.predict(states, dataset.actions[rows])
-    uncertainty = ((direct - deduced)[:, :-1] / model.state_std).norm(dim=-1)
-    errors = ((deduced[:, :-1] - next_states) / model.state_std).norm(dim=-1)
-    logarithms = torch.stack([uncertainty, errors]).clamp(min=1e-9).log()
-    wrong = (model.mask_logits(next_states) > 0) != (dataset.masks[rows] > 0)
-    return {
-        "state_error": (deduced[:, :-1] - next_states).norm(dim=-1).mean().item(),
-        "reward_error": (deduced[:, -1] - rewards[rows]).abs().mean().item(),
-        "direct_state_error": (direct[:, :-1] - next_states).norm(dim=-1).mean().item(),
-        "direct_reward_error": (direct[:, -1] - rewards[rows]).abs().mean().item(),
-        "mask_error": wrong.float().mean().item(),
-        "uncertainty": uncertainty.mean().item(),
-        "uncertainty_0.99": uncertainty.quantile(0.99).item(),
-        "correlation": logarithms.corrcoef()[0, 1].item(),
-    }
-
-
 # Synthetic data.
 
 
@@ -557,8 +565,9 @@ class SyntheticData:
 
     def __init__(self, dataset: OfflineDataset, args: Args):
         self.dataset, self.args, self.started = dataset, args, 0
+        self.share = round(args.synthetic_share * args.batch_size)  # of a batch
         length = HISTORY_LENGTH + args.horizon
-        room = args.generations * args.rollouts * length
+        room = args.generations * args.rollouts * length if self.share else 0
         for name in self.COLUMNS:
             column = getattr(dataset, name)
             column = torch.cat([column, column.new_zeros(room, *column.shape[1:])])
@@ -567,32 +576,32 @@ class SyntheticData:
         self.offsets = offsets.view(args.rollouts, length)
         self.weights = torch.zeros(room, device=dataset.device)
 
-    def sample_rows(self, count: int):
-        """Random rows [count] of the data, then of rollouts, each as often as it weighs."""
-        synthetic = round(self.args.synthetic_share * count)
-        rows = self.dataset.sample_rows(count - synthetic)
-        if not synthetic:
+    def sample_rows(self):
+        """A batch's rows, of the data and then of rollouts, each as often as it weighs."""
+        rows = self.dataset.sample_rows(self.args.batch_size - self.share)
+        if self.share == 0:
             return rows
-        chosen = torch.multinomial(self.weights, synthetic, replacement=True)
+        chosen = torch.multinomial(self.weights, self.share, replacement=True)
         return torch.cat([rows, self.dataset.size + chosen])
 
-    def judge(self, uncertainty, rewards, reward_std):
+    def weigh(self, uncertainty, rewards, reward_std):
         """Weights and rewards [rollout] of transitions, given their u in units of its quantile."""
         if self.args.uncertainty == "weighting":  # exp(C - u), of which at most 1 counts
             return (self.args.confidence - uncertainty).clamp(-10, 0).exp(), rewards
         if self.args.uncertainty == "penalty":  # a standard deviation of the reward at the quantile
-            rewards = rewards - reward_std * uncertainty
+            rewards = rewards - reward_std * uncertainty.clamp(max=10)
         return torch.ones_like(rewards), rewards
 
     @torch.no_grad()
-    def refresh(self, team: Team, model: LocalToGlobal) -> None:
+    def add_rollouts(self, team: Team, model: LocalToGlobal) -> None:
         """Rollouts of the team as it is now take the place of the oldest."""
         data, count = self.dataset, self.offsets.numel()
         generation = self.started % self.args.generations
         rows = data.size + generation * count + self.offsets  # [rollout, 10 + step]
         self.started += 1
 
-        # Copy the past of the first states. It is shorter where an episode has just begun.
+        # Copy the past of the first states. It is shorter where an episode has just begun: then
+        # rows of another episode are copied, too, and `episode_starts` hides them.
         starts = data.sample_rows(len(rows))
         past = starts[:, None] + torch.arange(-HISTORY_LENGTH, 0, device=data.device)
         for column in (data.states, data.actions):
@@ -600,17 +609,20 @@ class SyntheticData:
         ages = (starts - data.episode_starts[starts]).clamp(max=HISTORY_LENGTH)
         data.episode_starts[rows] = rows[:, HISTORY_LENGTH, None] - ages[:, None]
 
+        # 1 until a rollout has reached an absorbing state.
         states, alive = data.states[starts], torch.ones_like(data.rewards[starts])
-        for now in rows[:, HISTORY_LENGTH:].T:  # [rollout]
-            data.states[now] = states
-            histories = data.histories(now) if team.memory else None
+        for now_rows in rows[:, HISTORY_LENGTH:].T:  # [rollout]
+            data.states[now_rows] = states
+            histories = data.histories(now_rows) if team.memory else None
             observations = team.task.observe(states)
             actions = team.explore(observations, histories, self.args.exploration)
             next_states, rewards, masks, uncertainty = model.step(states, actions)
-            weights, rewards = self.judge(uncertainty / model.quantile, rewards, model.reward_std)
-            data.actions[now], data.next_states[now] = actions, next_states
-            data.rewards[now], data.masks[now] = rewards, masks
-            self.weights[now - data.size] = alive * weights  # after its end a rollout is no data
+            weights, rewards = self.weigh(
+                uncertainty / model.uncertainty_scale, rewards, model.reward_std
+            )
+            data.actions[now_rows], data.next_states[now_rows] = actions, next_states
+            data.rewards[now_rows], data.masks[now_rows] = rewards, masks
+            self.weights[now_rows - data.size] = alive * weights
             states, alive = next_states, alive * masks
 
     def state_dict(self) -> dict:
@@ -672,18 +684,18 @@ def exported_model(model: LocalToGlobal, args: Args, dataset: OfflineDataset, er
     exported = {}
     for name, network in model.named_children():
         layers = [x for x in network if isinstance(x, BatchedLinear)]
-        exported[name] = [(x.weight.data, x.bias.data) for x in layers]
+        exported[name.removesuffix("_network")] = [(x.weight.data, x.bias.data) for x in layers]
     exported |= dict(model.named_buffers())
     exported["input_mean"], exported["input_std"] = model.state_mean, model.state_std
-    # By the rule of world_model.py: a standard deviation of the reward at the quantile, 10 of them.
-    quantile = errors["uncertainty_0.99"]
-    exported |= {"lambda_g": model.reward_std.item() / quantile, "l_epsilon": 10 * quantile}
+    # The rule of world_model.py: the penalty is a standard deviation of the reward at u's 0.99
+    # quantile, and a rollout is cut at 10 times that quantile.
+    scale = model.uncertainty_scale.item()
+    exported |= {"lambda_g": model.reward_std.item() / scale, "l_epsilon": 10 * scale}
     exported["first_states"] = dataset.states[dataset.first_rows[:1000]]
-    description = {"target": "delta", "activation": "silu", "seed": args.seed}
-    description["total_steps"] = args.model_steps
-    return exported | {
-        "dataset": dataset.description, "description": description, "errors": errors
-    }  # fmt: skip
+    description = {"target": "delta", "activation": "silu"}
+    description |= {"seed": args.seed, "total_steps": args.model_steps}
+    exported |= {"dataset": dataset.description, "description": description}
+    return exported | {"errors": errors}
 
 
 def check(args: Args) -> None:
@@ -693,12 +705,35 @@ def check(args: Args) -> None:
     check_positive(args, "refresh_every", "generations", "learning_rate", "memory_learning_rate")
     check_positive(args, "policy_delay", "cql_batch_size", "max_grad_norm")
     check_range(args, 1, 1000, "cql_points")
-    check_range(args, 0, 1, "gamma", "polyak", "synthetic_share", "exploration")
+    check_range(args, 0, 0.999999, "gamma")
+    check_range(args, 0, 1, "polyak", "synthetic_share", "exploration")
     check_range(args, 0, 1e9, "reconstruction", "confidence", "policy_noise", "noise_clip")
     check_range(args, 0, 1e9, "cql_alpha")
     from_data = args.batch_size - round(args.synthetic_share * args.batch_size)
     message = f"a batch has {from_data} transitions of the data; use a smaller --synthetic-share"
     require(from_data >= args.cql_batch_size, f"{message} or --cql-batch-size")
+    room = args.generations * args.rollouts * (HISTORY_LENGTH + args.horizon)
+    message = "--generations of --rollouts of --horizon steps are more than PyTorch can draw from"
+    require(room < 2**24, f"{message}; use a smaller one")
+
+
+def draw_for_model(dataset: OfflineDataset, rows, outlying_rows, absorbing_rows):
+    """What `model_losses` needs of random `rows` [1, batch], with rare ones shown more often."""
+    mask_rows, rows = with_rare(rows, absorbing_rows)[0], with_rare(rows, outlying_rows)[0]
+    columns = dataset.states, dataset.actions, dataset.next_states, dataset.rewards
+    mask_columns = dataset.next_states, dataset.masks
+    return [column[rows] for column in columns], [column[mask_rows] for column in mask_columns]
+
+
+def descend(losses, optimizer, schedule, max_grad_norm) -> None:
+    """A gradient step of all networks that have gradients, each kind clipped by itself."""
+    optimizer.zero_grad()
+    sum(losses).backward()
+    for group in optimizer.param_groups:
+        if group["params"][0].grad is not None:  # policies have none between their steps
+            nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
+    optimizer.step()
+    schedule.step()
 
 
 def train(args: Args) -> dict:
@@ -707,10 +742,6 @@ def train(args: Args) -> dict:
         task, device = find_task(args.task), run.device
         dataset = load_dataset(task, args.dataset, device)
         torch.manual_seed(args.seed)
-        training_rows, held_out_rows = dataset.split()
-        absorbing_rows = training_rows[dataset.masks[training_rows] == 0]
-        rewards = dataset.rewards[training_rows]
-        outlying_rows = training_rows[(rewards - rewards.mean()).abs() > 10 * rewards.std()]
         team = Team(task, dataset.states, args).to(device)
         networks = [net for net in (team.policy, team.critics, team.mixer) if net is not None]
         groups = [{"params": net.parameters()} for net in networks]
@@ -720,24 +751,26 @@ def train(args: Args) -> dict:
         schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)
         targets = {k: v for k, v in team.named_parameters() if k.startswith("target_")}
         online = [team.get_parameter(name.removeprefix("target_")) for name in targets]
-        # Values are about 1 on every task, so that the conservative loss weighs alike.
+        # Scaled like this, values are about 1 on every task, so that one --cql-alpha serves all.
         reward_scale = (1 - args.gamma) / max(float(dataset.rewards.abs().mean()), 1e-3)
 
+        training_rows, held_out_rows = dataset.split()
+        absorbing_rows = training_rows[dataset.masks[training_rows] == 0]
+        rewards = dataset.rewards[training_rows]
+        outlying_rows = training_rows[(rewards - rewards.mean()).abs() > 10 * rewards.std()]
         model = LocalToGlobal(task, args).to(device)
         model.standardize(dataset, training_rows)
-        model_steps = args.model_steps if args.synthetic_share else 0
         model_optimizer = torch.optim.Adam(model.parameters(), args.model_learning_rate, fused=True)
-        cosine = LambdaLR(
-            model_optimizer, lambda step: math.cos(0.5 * math.pi * step / args.model_steps) ** 2
-        )
+        quarter = 0.5 * math.pi / args.model_steps
+        model_schedule = LambdaLR(model_optimizer, lambda step: math.cos(quarter * step) ** 2)
 
         synthetic = SyntheticData(dataset, args)
-        tracked = {"model": model, "model_optimizer": model_optimizer, "cosine": cosine}
-        tracked |= {"team": team, "optimizer": optimizer, "schedule": schedule}
+        model_steps = args.model_steps if synthetic.share else 0
+        tracked = {"team": team, "optimizer": optimizer, "schedule": schedule, "model": model}
+        tracked |= {"model_optimizer": model_optimizer, "model_schedule": model_schedule}
         run.restore({"dataset": dataset.description}, **tracked, synthetic=synthetic)
         model_loss_function = compiled(model_losses, args, device)
         team_loss_function = compiled(macql_losses, args, device)
-        columns = dataset.states, dataset.actions, dataset.next_states, dataset.rewards
 
         def evaluate_run(episodes):
             if run.step < model_steps:
@@ -747,44 +780,32 @@ def train(args: Args) -> dict:
         for step in run.steps(evaluate_run, model_steps + args.total_steps):
             # First the world model learns the data.
             if step <= model_steps:
-                shape = (1, args.batch_size)
+                shape = 1, args.batch_size  # of one member, as in world_model.py
                 rows = training_rows[torch.randint(len(training_rows), shape, device=device)]
-                # Few transitions, or none, have an outlying reward or end in an absorbing state.
-                batch = [column[with_rare(rows, outlying_rows)[0]] for column in columns]
-                mask_rows = with_rare(rows, absorbing_rows)[0]
-                mask_batch = dataset.next_states[mask_rows], dataset.masks[mask_rows]
+                batch, mask_batch = draw_for_model(dataset, rows, outlying_rows, absorbing_rows)
                 losses = model_loss_function(model, batch, mask_batch, args.reconstruction)
-                model_optimizer.zero_grad()
-                sum(losses).backward()
-                nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                model_optimizer.step()
-                cosine.step()
+                descend(losses, model_optimizer, model_schedule, args.max_grad_norm)
                 run.log(dict(zip(MODEL_LOSSES, losses)))
                 if step == model_steps:
                     errors = model_errors(model, dataset, held_out_rows)
-                    model.quantile.fill_(errors["uncertainty_0.99"])
-                    save(exported_model(model, args, dataset, errors), run.dir / "world_model.pt")
-                    say(f"held-out errors of the world model: {errors}")
+                    model.uncertainty_scale.fill_(max(errors["uncertainty_0.99"], 1e-6))
+                    exported = exported_model(model, args, dataset, errors)
+                    save(exported, run.dir / "world_model.pt")
                 continue
 
             # Then the team learns from the data and from its rollouts in the model.
-            step -= model_steps
-            if args.synthetic_share and (step - 1) % args.refresh_every == 0:
-                synthetic.refresh(team, model)
-            batch = dataset.batch(synthetic.sample_rows(args.batch_size), bool(team.memory))
+            team_step = step - model_steps
+            if synthetic.share and (team_step - 1) % args.refresh_every == 0:
+                synthetic.add_rollouts(team, model)
+            batch = dataset.batch(synthetic.sample_rows(), with_histories=bool(team.memory))
             batch = batch._replace(rewards=reward_scale * batch.rewards)
             # The noise is drawn here, so that compiling the losses changes no random number.
             noise = torch.randn_like(batch.actions)
-            learn_policy = step % args.policy_delay == 0 and not task.discrete
+            time_for_policy = team_step % args.policy_delay == 0
+            learn_policy = time_for_policy and not task.discrete
             losses = team_loss_function(team, batch, noise, args, learn_policy)
-            optimizer.zero_grad()
-            sum(losses).backward()
-            for group in optimizer.param_groups:
-                if group["params"][0].grad is not None:  # policies have none between their steps
-                    nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            if step % args.policy_delay == 0:
+            descend(losses, optimizer, schedule, args.max_grad_norm)
+            if time_for_policy:
                 with torch.no_grad():
                     torch._foreach_lerp_(list(targets.values()), online, args.polyak)
             run.log(dict(zip(TEAM_LOSSES, losses)))

@@ -41,7 +41,11 @@ MODES = ("eager", "compiled")
 CENTRALIZED = ("world_model", "iql")
 OBSERVANT = {"reacher-leader-only": "reacher-all-observant", "ant-medium-po": "ant-medium-fo"}
 # MOMA-PPO's update is a learning step; the cloning before it, and InSPO's, is not timed.
-OVERRIDES = {"moma_ppo": {"cloning_steps": 0}, "inspo": {"cloning_share": 0.0}}
+OVERRIDES = {
+    "moma_ppo": {"cloning_steps": 0},
+    "inspo": {"cloning_share": 0.0},
+    "logo": {"model_steps": 1},
+}
 WARM_UP = 3  # updates, in which torch.compile compiles
 
 

@@ -40,7 +40,7 @@ class Args:
 
 
 def open_model(task, path: Path):
-    kind = moma_ppo.LocalToGlobal if moma_ppo.is_local_to_global(path) else moma_ppo.WorldModel
+    kind = moma_ppo.LocalToGlobalModel if moma_ppo.is_local_to_global(path) else moma_ppo.WorldModel
     return kind(task, path, "cpu", next_states="mean")
 
 
@@ -50,7 +50,8 @@ def errors(model, dataset, rows, behavior: str) -> dict[str, float]:
     task, generator = dataset.task, torch.Generator().manual_seed(0)
     states, simulator = dataset.states[rows], task.simulator(task, len(rows))
     simulator.set_states(states.numpy())
-    std = dataset.states.std(0).clamp(min=1e-6)
+    std = dataset.states.std(0)
+    std = torch.where(std < 1e-6, 1, std)
     alive = torch.ones(len(rows), dtype=torch.bool)
     foreseen, found, state_errors, reward_errors = [], [], [], []
     for t in range(world_model.OPEN_LOOP_STEPS):
@@ -64,6 +65,8 @@ def errors(model, dataset, rows, behavior: str) -> dict[str, float]:
             foreseen, found = step.epsilon_g, (error / std).norm(dim=1)
         states = step.next_states
         alive &= ~terminals
+        if not alive.any():
+            break
     pair = torch.stack([foreseen.double(), found.double()]).clamp(min=1e-12).log()
     return {
         "state, 1 step": state_errors[0],

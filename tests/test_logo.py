@@ -74,13 +74,13 @@ class Literal:
     def deduce(self, changes):
         """Change of state, and reward, from the agents' changes, padded; and these again."""
         joint = torch.cat([*changes, self.context])
-        hidden = literal_mlp(self.model.encoder, 0, joint)
-        outputs = literal_mlp(self.model.decoder, 0, hidden)
+        hidden = literal_mlp(self.model.deductive_encoder, 0, joint)
+        outputs = literal_mlp(self.model.deductive_decoder, 0, hidden)
         return outputs.split([self.task.state_dim + 1, len(joint) - len(self.context)])
 
     def direct(self):
-        hidden = literal_mlp(self.model.auxiliary, 0, torch.cat([self.x, *self.action]))
-        return literal_mlp(self.model.decoder, 0, hidden)[: self.task.state_dim + 1]
+        hidden = literal_mlp(self.model.auxiliary_encoder, 0, torch.cat([self.x, *self.action]))
+        return literal_mlp(self.model.deductive_decoder, 0, hidden)[: self.task.state_dim + 1]
 
 
 @each(REACHER, ANT, GAME)
@@ -115,7 +115,7 @@ def test_model_losses_equal_the_equations_transition_by_transition(task, float64
             sums[1] += 0.3 * (reconstructed - torch.cat(changes)).abs().mean()
         sums[2] += (literal.direct() - target).abs().mean()
         logit = literal_mlp(
-            model.mask, 0, (batch.next_states[b] - model.state_mean) / model.state_std
+            model.mask_network, 0, (batch.next_states[b] - model.state_mean) / model.state_std
         )
         sums[3] += F.binary_cross_entropy_with_logits(logit[0], batch.masks[b])
     torch.testing.assert_close(torch.stack(got), sums / size, rtol=1e-6, atol=1e-9)
@@ -137,16 +137,16 @@ def test_a_step_is_deduced_and_its_uncertainty_is_how_far_the_direct_way_leads(t
         distance = ((one - other)[:-1] / model.state_std).square().sum().sqrt()
         torch.testing.assert_close(uncertainty[b], distance)
         x = (batch.states[b] + one[:-1] - model.state_mean) / model.state_std
-        assert masks[b] == (literal_mlp(model.mask, 0, x)[0] > 0)
+        assert masks[b] == (literal_mlp(model.mask_network, 0, x)[0] > 0)
 
 
 @torch.no_grad()
 def test_an_agent_predicts_from_the_state_and_its_own_action_alone(float64):
     model, batch = made_up_model(REACHER), made_up_batch(REACHER)
-    _, context, pairs = model.embed(batch.states, batch.actions)
+    _, context, pairs = model.network_inputs(batch.states, batch.actions)
     before, _ = model.predict_locally(context, pairs)
     batch.actions[:, 1] += 0.1
-    after, _ = model.predict_locally(*model.embed(batch.states, batch.actions)[1:])
+    after, _ = model.predict_locally(*model.network_inputs(batch.states, batch.actions)[1:])
     assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
 
 
@@ -181,11 +181,16 @@ def test_statistics_come_from_the_training_rows_and_the_box_from_all():
 def test_moma_ppo_steps_the_exported_model_as_this_script_does(task, tmp_path):
     model, batch = made_up_model(task, torch.float32), made_up_batch(task)
     dataset = load_dataset(task) if task is GAME else OfflineDataset(task, recorded_columns(task))
-    exported = logo.exported_model(model, logo.Args(), dataset, {"uncertainty_0.99": 0.5})
+    exported = logo.exported_model(model, logo.Args(), dataset, {})
     save(exported, tmp_path / "model.pt")
     assert moma_ppo.is_local_to_global(tmp_path / "model.pt")
-    loaded = moma_ppo.LocalToGlobal(task, tmp_path / "model.pt", "cpu")
-    assert loaded.lambda_g == model.reward_std.item() / 0.5 and loaded.max_uncertainty == 5
+    loaded = moma_ppo.LocalToGlobalModel(task, tmp_path / "model.pt", "cpu")
+    scale = model.uncertainty_scale.item()
+    assert loaded.lambda_g == model.reward_std.item() / scale
+    assert loaded.max_uncertainty == 10 * scale
+    # Its errors are those of what is deduced, of which rollouts are made.
+    deduced, *_ = model.predict(batch.states, batch.actions)
+    torch.testing.assert_close(loaded.predict(batch.states, batch.actions)[0], deduced[None])
     next_states, rewards, masks, uncertainty = model.step(batch.states, batch.actions)
     step = loaded.step(batch.states, batch.actions)
     torch.testing.assert_close(step.next_states, next_states)
@@ -215,7 +220,7 @@ def synthetic():
 def test_synthetic_data_are_rollouts_in_the_model_with_their_histories(synthetic):
     synthetic, team, model = synthetic
     dataset, task = synthetic.dataset, team.task
-    synthetic.refresh(team, model)
+    synthetic.add_rollouts(team, model)
     rows = dataset.size + synthetic.offsets
     weights = synthetic.weights.view(2, 8, 16)
     assert (weights[0, :, :10] == 0).all() and (weights[1] == 0).all()
@@ -228,7 +233,7 @@ def test_synthetic_data_are_rollouts_in_the_model_with_their_histories(synthetic
         torch.testing.assert_close(dataset.next_states[now], step[0])
         torch.testing.assert_close(dataset.rewards[now], step[1])
         assert torch.equal(dataset.masks[now], step[2])
-        expected = (1 - step[3] / model.quantile).clamp(-10, 0).exp()
+        expected = (1 - step[3] / model.uncertainty_scale).clamp(-10, 0).exp()
         torch.testing.assert_close(weights[0, :, t], alive * expected)
         pair = task.observe(dataset.states[now]), dataset.actions[now]
         if t < 15:
@@ -244,15 +249,15 @@ def test_synthetic_data_are_rollouts_in_the_model_with_their_histories(synthetic
 def test_half_a_batch_is_synthetic_and_the_oldest_rollouts_go(synthetic):
     synthetic, team, model = synthetic
     size = synthetic.dataset.size
-    synthetic.refresh(team, model)
+    synthetic.add_rollouts(team, model)
     first = synthetic.dataset.states[size:].clone()
-    rows = synthetic.sample_rows(400)
-    assert (rows[:200] < size).all() and (rows[200:] >= size).all()
-    assert (synthetic.weights[rows[200:] - size] > 0).all()
-    synthetic.refresh(team, model)
+    rows = synthetic.sample_rows()
+    assert (rows[:128] < size).all() and (rows[128:] >= size).all()
+    assert (synthetic.weights[rows[128:] - size] > 0).all()
+    synthetic.add_rollouts(team, model)
     second = synthetic.dataset.states[size:].clone()
     assert torch.equal(first[:128], second[:128]) and not torch.equal(first[128:], second[128:])
-    synthetic.refresh(team, model)
+    synthetic.add_rollouts(team, model)
     third = synthetic.dataset.states[size:]
     assert not torch.equal(second[:128], third[:128]) and torch.equal(second[128:], third[128:])
 
@@ -260,14 +265,14 @@ def test_half_a_batch_is_synthetic_and_the_oldest_rollouts_go(synthetic):
 def test_uncertain_transitions_are_drawn_less_often_or_earn_less(synthetic):
     synthetic, *_ = synthetic
     uncertainty, rewards = torch.tensor([0.5, 1.0, 2.0, 50.0]), torch.ones(4)
-    weights, same = synthetic.judge(uncertainty, rewards, torch.tensor([3.0]))
+    weights, same = synthetic.weigh(uncertainty, rewards, torch.tensor([3.0]))
     torch.testing.assert_close(weights, torch.tensor([1, 1, math.exp(-1), math.exp(-10)]))
     assert torch.equal(same, rewards)
     synthetic.args.uncertainty = "penalty"
-    weights, less = synthetic.judge(uncertainty, rewards, torch.tensor([3.0]))
-    assert weights.tolist() == [1] * 4 and less.tolist() == [-0.5, -2, -5, -149]
+    weights, less = synthetic.weigh(uncertainty, rewards, torch.tensor([3.0]))
+    assert weights.tolist() == [1] * 4 and less.tolist() == [-0.5, -2, -5, -29]
     synthetic.args.uncertainty = "none"
-    weights, same = synthetic.judge(uncertainty, rewards, torch.tensor([3.0]))
+    weights, same = synthetic.weigh(uncertainty, rewards, torch.tensor([3.0]))
     assert weights.tolist() == same.tolist() == [1] * 4
 
 

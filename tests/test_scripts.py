@@ -29,6 +29,7 @@ TINY["world_model"] = ["--hidden", 16, 16, "--reward-hidden", 16, "--mask-hidden
 TINY["world_model"] += ["--total-steps", 40, "--eval-every", 20]
 TINY["inspo"] += ["--turn-steps", 2, "--pool-size", 64]
 TINY["logo"] += ["--model-steps", 4, "--rollouts", 4, "--cql-batch-size", 8]
+TINY["logo"] += ["--refresh-every", 2, "--generations", 2]
 # Runs that go through other code than the script's default.
 VARIANTS = [*TRAINING, "maiql --finetune", "moma_ppo --ground-truth", "logo --synthetic-share 0"]
 each_variant = pytest.mark.parametrize("variant", VARIANTS)

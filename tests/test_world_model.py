@@ -11,6 +11,7 @@ from made_up import REACHER, literal_mlp
 from torch.distributions import Normal
 
 import world_model
+from baselines import logo
 from data.offline_dataset import OfflineDataset
 from mamujoco_envs import find_task
 from moma_ppo import WorldModel
@@ -359,3 +360,25 @@ def test_one_row_in_sixteen_is_rare():
     assert (rows == 0).all() and world_model.with_rare(rows, rare_rows[:0]) is rows
     assert set(mixed.unique().tolist()) == {0, 5, 7, 9}
     assert ((mixed > 0).sum(dim=1) == 4).all()
+
+
+@pytest.mark.parametrize("script", [world_model, logo], ids=["world_model", "logo"])
+def test_a_rare_transition_is_shown_as_a_whole(script, monkeypatch, tmp_path):
+    """With eight agents rewards are rare. The game's next state is the joint action."""
+    seen = []
+    name = "member_losses" if script is world_model else "model_losses"
+    losses = getattr(script, name)
+
+    def look(network, batch, *others):
+        seen.append(batch)
+        return losses(network, batch, *others)
+
+    monkeypatch.setattr(script, name, look)
+    sizes = {"model_steps": 2, "rollouts": 4} if script is logo else SMALL | {"elites": 2}
+    options = {"total_steps": 2, "eval_every": 2, "batch_size": 512} | sizes
+    options["run_dir"] = tmp_path / "run"
+    script.train(script.Args("coordination-unfavorable-8", **options))
+    for _, actions, next_states, rewards in seen[:2]:
+        assert torch.equal(actions.flatten(-2) if script is logo else actions, next_states)
+        alike = next_states.unflatten(-1, (8, 2)).sum(-2).amax(-1) == 8
+        assert torch.equal(rewards == 1, alike) and (rewards == 1).float().mean() > 0.05
