@@ -1158,7 +1158,7 @@ def parallel_env(task: str | Task, render_mode: str | None = None) -> ParallelEn
     return ParallelEnv(task, render_mode)
 
 
-# The paper's scores (Tables 3 and 4): mean ± standard error over seeds.
+# The paper's scores (Tables 3 to 5): mean ± standard error over seeds.
 PAPER_SCORES = {
     "moma_ppo": {
         "coordination-favorable": "1.00 ± 0.00",
@@ -1186,7 +1186,18 @@ PAPER_SCORES = {
         "ant-full-replay-fo": "1.22 ± 0.02",
         "ant-expert-fo": "1.26 ± 0.01",
     },
-    "inspo": {},  # is not in the paper
+    "moma_ppo-ground-truth": {
+        "ant-random-fo": "1.17 ± 0.03",
+        "ant-medium-fo": "1.68 ± 0.03",
+        "ant-full-replay-fo": "1.66 ± 0.03",
+        "ant-expert-fo": "1.71 ± 0.04",
+        "ant-random-po": "0.47 ± 0.01",
+        "ant-medium-po": "0.81 ± 0.20",
+        "ant-full-replay-po": "0.84 ± 0.07",
+        "ant-expert-po": "0.43 ± 0.06",
+    },
+    # Not in the paper.
+    "inspo": {},
     "logo": {},
     "maiql": {
         "coordination-favorable": "1.00 ± 0.00",

@@ -17,9 +17,12 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import tyro
+from scipy.stats import bootstrap, trim_mean
 
 from mamujoco_envs import BODIES, PAPER_SCORES, InputError, all_tasks, require
+from scripts.reproduce import ABLATIONS, COMPARED_ON, VARIANTS
 from training_run import REPOSITORY, say
 
 RESULTS = REPOSITORY / "docs" / "results"
@@ -36,6 +39,17 @@ NAMES = {
     "inspo": "InSPO",
     "logo": "LOGO-style",
     "moma_ppo": "MOMA-PPO",
+}
+# The rows of Table 5 and of the ablations.
+VARIANT_NAMES = {
+    "moma_ppo": "as it is",
+    "moma_ppo-ground-truth": "rollouts in the true simulator",
+    "moma_ppo-aleatoric": "aleatoric penalty",
+    "moma_ppo-aleatoric-no-cuts": "aleatoric penalty, no rollout cut",
+    "moma_ppo-no-penalty": "no penalty",
+    "moma_ppo-no-cuts": "no rollout cut",
+    "moma_ppo-neither": "no penalty, no rollout cut",
+    **{f"moma_ppo-k{k}": f"k = {k}, from any states" for k in (5, 10, 25, 50)},
 }
 TABLES = {"coordination": "table-3", "reacher": "table-4a", "ant": "table-4b"}
 # Tables of docs/agreement.md: how the names of their tasks start.
@@ -76,12 +90,13 @@ def add_run(run_dir: Path, folder: Path = RESULTS) -> None:
     path = run_dir / "result.json"
     require(path.is_file(), f"no result at {path}; give folders of finished runs")
     task, algorithm, seed = (run_dir.name.split("__") + ["", ""])[:3]
-    known = task in all_tasks() and algorithm in NAMES and seed.isdigit()
+    known = task in all_tasks() and algorithm in NAMES | VARIANTS and seed.isdigit()
     require(known, f"{run_dir} must be named TASK__ALGORITHM__SEED, as reproduce.py names runs")
     # All greedy episodes of a game are alike, so those beyond the paper keep their mean return.
     is_game = all_tasks()[task].columns and task not in PAPER_SCORES["moma_ppo"]
     columns = KEPT_OF_GAMES if is_game else KEPT
-    table = folder / f"{'table-games' if is_game else TABLES[task.split('-')[0]]}.json"
+    name = "table-games" if is_game else TABLES[task.split("-")[0]]
+    table = folder / f"{'table-ablations' if algorithm in VARIANTS else name}.json"
     runs = json.loads(table.read_text(encoding="utf-8")) if table.is_file() else {}
     result = json.loads(path.read_text(encoding="utf-8"))
     result["args"].pop("run_dir", None)  # a place on somebody's machine
@@ -186,6 +201,56 @@ def table_of_games(table: str, cells) -> str:
     return markdown(["algorithm", "seeds", *(f"`{x}`" for x in columns), "seconds"], rows)
 
 
+def interval(statistic, *samples: list[float]) -> str:
+    """A statistic of scores over seeds and its bootstrapped 95 % interval."""
+    samples = [np.array(sample) for sample in samples]
+    # "percentile", because BCa is not defined where all seeds score alike.
+    options = {"method": "percentile", "n_resamples": 9999, "rng": 0}
+    found = bootstrap(samples, statistic, vectorized=True, **options).confidence_interval
+    return f"{statistic(*samples, axis=-1):.2f} [{found.low:.2f}, {found.high:.2f}]"
+
+
+def interquartile_mean(scores, axis=-1):
+    """The mean of the middle half, which no single bad seed moves (Agarwal et al., NeurIPS 2021)."""
+    return trim_mean(scores, 0.25, axis=axis)
+
+
+def difference(ours, theirs, axis=-1):
+    return np.mean(ours, axis=axis) - np.mean(theirs, axis=axis)
+
+
+def table_of_intervals(cells) -> str:
+    """Every cell of the paper's tasks with three seeds or more, and how far MOMA-PPO is above."""
+    rows = []
+    for task in PAPER_SCORES["moma_ppo"]:
+        ours = [run["score"] for run in cells.get(("moma_ppo", task), [])]
+        for algorithm, name in NAMES.items():
+            scores = [run["score"] for run in cells.get((algorithm, task), [])]
+            if len(scores) < 3:
+                continue
+            above = "-"
+            if algorithm != "moma_ppo" and len(ours) >= 3:
+                above = interval(difference, ours, scores)
+            middle = interval(interquartile_mean, scores)
+            rows.append([f"`{task}`", name, str(len(scores)), middle, above])
+    head = ["task", "algorithm", "seeds", "interquartile mean [95 %]", "MOMA-PPO minus it [95 %]"]
+    return markdown(head, rows)
+
+
+def table_of_ablation(name: str, cells) -> str:
+    """A row for each variant of MOMA-PPO, the paper's scores in brackets, where it has figures."""
+    rows = []
+    for variant in ABLATIONS[name]:
+        paper = PAPER_SCORES.get(variant, {})
+        scores = [
+            score(cells.get((variant, task), [])) + (f" ({paper[task]})" if task in paper else "")
+            for task in COMPARED_ON[name]
+        ]
+        seeds = [len(cells.get((variant, task), [])) for task in COMPARED_ON[name]]
+        rows.append([VARIANT_NAMES[variant], span(seeds), *scores])
+    return markdown(["MOMA-PPO", "seeds", *(f"`{x}`" for x in COMPARED_ON[name])], rows)
+
+
 def table_of_readme(cells) -> str:
     """MOMA-PPO and the best of the decentralised offline baselines, on seven tasks."""
     rows = []
@@ -213,6 +278,10 @@ def make_table(name: str, cells) -> str:
         return table_of_algorithm(name, cells)
     if name in GAMES:
         return table_of_games(name, cells)
+    if name == "intervals":
+        return table_of_intervals(cells)
+    if name in ABLATIONS:
+        return table_of_ablation(name, cells)
     require(name in TABLES, f"no table is called '{name}'")
     return table_of_paper(name, cells)
 
@@ -223,7 +292,7 @@ def with_tables(text: str, cells) -> str:
     def replaced(match):
         return f"{match[1]}\n{make_table(match[2], cells)}\n{match[3]}"
 
-    return re.sub(r"(<!-- table (\w+) -->).*?(<!-- end -->)", replaced, text, flags=re.DOTALL)
+    return re.sub(r"(<!-- table ([\w-]+) -->).*?(<!-- end -->)", replaced, text, flags=re.DOTALL)
 
 
 def main(args: Args) -> None:

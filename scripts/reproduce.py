@@ -6,6 +6,8 @@
     python scripts/reproduce.py --table climbing   # a best strategy that the data hardly show
     python scripts/reproduce.py --table 4a         # two-agent Reacher, Table 4 (a)
     python scripts/reproduce.py --table 4b         # four-agent Ant, Table 4 (b)
+    python scripts/reproduce.py --table 5          # rollouts in the true simulator, Table 5
+    python scripts/reproduce.py --table figure-8   # ablations: Figures 4, 8 and 9
     python scripts/reproduce.py --table 4b --tasks ant-medium-fo --algorithms ibc moma_ppo --seeds 1
     python scripts/reproduce.py --table other --tasks halfcheetah-2x3-medium-fo --algorithms ibc
 
@@ -54,6 +56,30 @@ ALGORITHMS = {
     "moma_ppo": ["moma_ppo.py"],
 }
 OFFLINE = tuple(name for name in ALGORITHMS if name not in ("maiql_ft", "logo"))
+# MOMA-PPO with something changed: a run of one is named after it.
+VARIANTS = {
+    "moma_ppo-ground-truth": ["--ground-truth"],
+    "moma_ppo-aleatoric": ["--penalty", "aleatoric"],
+    "moma_ppo-aleatoric-no-cuts": ["--penalty", "aleatoric", "--max-uncertainty", "inf"],
+    "moma_ppo-no-penalty": ["--penalty", "none"],
+    "moma_ppo-no-cuts": ["--max-uncertainty", "inf"],
+    "moma_ppo-neither": ["--penalty", "none", "--max-uncertainty", "inf"],
+    # Short rollouts would never see the end of an episode if all began at its first state.
+    **{
+        f"moma_ppo-k{k}": ["--rollout-length", str(k), "--start-states", "any"]
+        for k in (5, 10, 25, 50)
+    },
+}
+ALGORITHMS |= {name: ["moma_ppo.py", *options] for name, options in VARIANTS.items()}
+# The rows of Table 5 and of the figures, and where they are compared.
+ABLATIONS = {
+    "5": ("moma_ppo", "moma_ppo-ground-truth"),
+    "figure-4": ("moma_ppo", "moma_ppo-aleatoric", "moma_ppo-aleatoric-no-cuts"),
+    "figure-8": ("moma_ppo", "moma_ppo-no-penalty", "moma_ppo-no-cuts", "moma_ppo-neither"),
+    "figure-9": tuple(f"moma_ppo-k{k}" for k in (5, 10, 25, 50)),
+}
+COMPARED_ON = {name: ("reacher-leader-only", "ant-medium-fo") for name in ABLATIONS}
+COMPARED_ON["5"] += ("ant-medium-po",)
 # One thread a run; waiting threads leave a busy core to others.
 JOB_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
@@ -77,12 +103,15 @@ TABLES = {
     "4a": Table("reacher-", seeds=3, compile=True),
     "4b": Table("ant-", seeds=3, compile=True),
     "other": Table(None, seeds=3, compile=True),
-}
+} | {name: Table(COMPARED_ON[name], 3, True, rows) for name, rows in ABLATIONS.items()}
 
 
 @dataclass
 class Args:
-    table: Literal["3", "4a", "4b", "scaling", "continuous", "climbing", "other"] = "3"
+    table: Literal[
+        "3", "4a", "4b", "5", "figure-4", "figure-8", "figure-9",
+        "scaling", "continuous", "climbing", "other",
+    ] = "3"  # fmt: skip
     """table of the paper, or one of the last four, which go beyond it; "other" is any tasks"""
     seeds: int | None = None
     """run seeds 1 to this; by default as many as the paper: 10 for the game, 3 for the others"""
@@ -124,13 +153,15 @@ def table_cells(args: Args) -> list[Cell]:
     table = TABLES[args.table]
     if table.tasks is None:
         return other_cells(args)
-    in_paper = PAPER_SCORES | {"inspo": PAPER_SCORES["moma_ppo"]}
+    in_paper = {name: PAPER_SCORES.get(name, {}) for name in ALGORITHMS}
+    in_paper["inspo"] = PAPER_SCORES["moma_ppo"]
     names = [name for name in all_tasks() if name.startswith(table.tasks)]
+    names = [name for name in names if not name.endswith("-other-legs")]
     cells = [
         Cell(algorithm, name)
-        for algorithm in table.algorithms or ALGORITHMS
+        for algorithm in table.algorithms or in_paper
         for name in names
-        if table.algorithms or name in in_paper[algorithm]
+        if table.algorithms or (name in in_paper[algorithm] and algorithm not in VARIANTS)
     ]
     algorithms, tasks = (list(dict.fromkeys(names)) for names in zip(*cells))
     for asked_for, known in ((args.algorithms, algorithms), (args.tasks, tasks)):
@@ -150,7 +181,7 @@ def other_cells(args: Args) -> list[Cell]:
     require(args.tasks, "--table other needs --tasks, names or FILE:NAME of your own")
     unknown = ", ".join(name for name in args.algorithms if name not in ALGORITHMS)
     require(not unknown, f"no algorithm is called {unknown}; there are {', '.join(ALGORITHMS)}")
-    algorithms = args.algorithms or [name for name in ALGORITHMS if name != "maiql_ft"]
+    algorithms = args.algorithms or OFFLINE
     tasks = [find_task(name).option for name in args.tasks]
     return [Cell(algorithm, task) for algorithm in algorithms for task in tasks]
 
@@ -283,7 +314,7 @@ def print_table(results: dict[Cell, list[dict]], seeds: int) -> None:
         score, runs = score_columns(finished)
         if 0 < len(finished) < seeds:
             runs += f", {seeds - len(finished)} missing"
-        paper = PAPER_SCORES[cell.algorithm].get(cell.task, "-")
+        paper = PAPER_SCORES.get(cell.algorithm, {}).get(cell.task, "-")
         seconds = [result["seconds"] for result in finished]
         median = f"{statistics.median(seconds):.0f}" if seconds else "-"
         rows.append((cell.algorithm, find_task(cell.task).name, score, runs, paper, median))
@@ -300,7 +331,9 @@ def learning_curve(results: list[dict]) -> list[tuple[float, float, float]]:
     curves = []
     for result in results:
         last = {"step": result["steps"], "seconds": result["seconds"], "score": result["score"]}
-        curves.append({point["step"]: point for point in [*result["evaluations"], last]})
+        points = [*result["evaluations"], last]
+        # Without those of a world model that is trained first.
+        curves.append({point["step"]: point for point in points if "score" in point})
     points = []
     for step in sorted(set.intersection(*map(set, curves))):
         seconds = statistics.mean(curve[step]["seconds"] for curve in curves)
@@ -319,7 +352,7 @@ def plot_panel(axes, task: str, results: dict[str, list[dict]]) -> None:
         low = [middle - width for middle, width in zip(mean, error)]
         high = [middle + width for middle, width in zip(mean, error)]
         axes.fill_between(seconds, low, high, color=color, alpha=0.2, linewidth=0)
-        paper = PAPER_SCORES[algorithm].get(task)
+        paper = PAPER_SCORES.get(algorithm, {}).get(task)
         if paper:
             axes.axhline(float(paper.split()[0]), color=color, linestyle=":", linewidth=1)
         mean_return = finished[0]["dataset"]["mean_return"]

@@ -300,6 +300,31 @@ def test_a_run_is_added_to_the_published_ones(tmp_path):
     assert row in made and "old" not in made and made.endswith("<!-- end -->\nafter")
 
 
+def test_intervals_are_those_of_the_seeds():
+    """Of eight seeds the middle four count; a difference of constants has no width."""
+    scores = [0.0, 0.1, 0.4, 0.5, 0.5, 0.6, 5.0, 9.0]
+    assert report.interval(report.interquartile_mean, scores).startswith("0.50 [")
+    assert report.interval(report.difference, [1.0] * 3, [0.25] * 4) == "0.75 [0.75, 0.75]"
+    low, high = map(float, report.interval(report.difference, scores, [0.0] * 5)[6:-1].split(","))
+    assert low < np.mean(scores) < high and high - low > 3
+    task, runs = "reacher-leader-only", [{"score": score} for score in scores]
+    cells = {("moma_ppo", task): runs[:3], ("ibc", task): runs[3:], ("iql", task): runs[:2]}
+    rows = report.table_of_intervals(cells).splitlines()[2:]
+    assert [row.split("|")[2].strip() for row in rows] == ["IBC", "MOMA-PPO"]  # of two seeds none
+
+
+def test_a_variant_is_kept_apart_and_has_its_own_table(tmp_path):
+    run_dir = tmp_path / "ant-medium-fo__moma_ppo-ground-truth__1"
+    run_dir.mkdir()
+    (run_dir / "result.json").write_text(json.dumps(made_up_result(1.5) | {"args": {}}))
+    report.add_run(run_dir, tmp_path)
+    assert (tmp_path / "table-ablations.json").is_file()
+    table = report.make_table("5", report.read_runs(tmp_path))
+    row = "| rollouts in the true simulator | 0 to 1 | not run | 1.50 ± 0.10* (1.68 ± 0.03) |"
+    assert row in table
+    assert set(report.VARIANT_NAMES) == {"moma_ppo", *reproduce.VARIANTS}
+
+
 def test_runs_of_games_beyond_the_paper_are_kept_short_and_drawn(tmp_path):
     for algorithm, seed, score in (("ibc", 1, 0.0), ("inspo", 1, 0.5), ("inspo", 2, 1.0)):
         result = made_up_result(score) | {"return": 10 * score, "returns": [10 * score] * 100}
