@@ -211,7 +211,7 @@ def interval(statistic, *samples: list[float]) -> str:
 
 
 def interquartile_mean(scores, axis=-1):
-    """The mean of the middle half, which no single bad seed moves (Agarwal et al., NeurIPS 2021)."""
+    """The mean of the middle half, which no one bad seed moves (Agarwal et al., NeurIPS 2021)."""
     return trim_mean(scores, 0.25, axis=axis)
 
 
