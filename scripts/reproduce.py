@@ -13,7 +13,13 @@
 
 Every run is a process with one thread, and as many run at once as there are cores. Ctrl-C or
 SIGTERM stops them after saving; the same command then resumes. Finished runs are not run again.
-The curves are FOLDER/table_TABLE.png. --dry-run prints the commands, for a cluster of your own.
+The curves are FOLDER/table_TABLE.png. On a machine with GPUs the runs take turns on them.
+
+    python scripts/reproduce.py --table 4b --cluster slurm --gpus 1 --slurm partition=gpu mem=16G
+    python scripts/reproduce.py --table 4b --dry-run | parallel    # or xargs, or an array job
+
+--cluster slurm submits an array of jobs, one a run, through submitit (pip install submitit), and
+waits for them. A job that is preempted, requeued or out of time resumes its run.
 """
 
 import json
@@ -27,12 +33,14 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import filelock
+import torch
 import tyro
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -125,6 +133,14 @@ class Args:
     """folder of the run folders and of the curves"""
     dry_run: bool = False
     """print the commands that are still to run, one a line, and stop"""
+    cluster: Literal["local", "slurm"] = "local"
+    """where runs run: on this machine, or as jobs of the Slurm cluster that it belongs to"""
+    hours: float = 12.0
+    """time limit of a Slurm job, after which it is requeued, up to three times"""
+    gpus: int = 0
+    """GPUs of a Slurm job"""
+    slurm: tuple[str, ...] = ()
+    """further options of sbatch, such as partition=gpu mem=16G account=lab"""
 
 
 class Cell(NamedTuple):
@@ -233,6 +249,71 @@ def remove_debris(run_dir: Path) -> None:
             lock.release()
 
 
+class SlurmJob:
+    """One run, as submitit calls it: begun, or resumed from its checkpoint."""
+
+    def __init__(self, job: Job, options: list[str]):
+        self.job, self.options, self.folder = job, options, Path.cwd()
+
+    def __call__(self) -> None:
+        os.chdir(self.folder)
+        remove_debris(self.job.run_dir)
+        command = job_command(self.job, self.options)
+        finished = subprocess.run(command, env=os.environ | JOB_ENVIRONMENT)
+        if finished.returncode == 128 + signal.SIGTERM:
+            # Slurm has told the run to stop, and it has saved. Now Slurm ends this process, too; if
+            # it ended by itself, it would count as failed and not as requeued.
+            time.sleep(3600)
+        finished.check_returncode()
+
+    def __submitit_checkpoint__(self):
+        """What to submit again when the job is preempted or out of time: the same."""
+        return import_submitit().helpers.DelayedSubmission(self)
+
+
+def import_submitit():
+    try:
+        import submitit
+    except ImportError:
+        raise InputError("--cluster slurm needs submitit: pip install submitit") from None
+    return submitit
+
+
+def run_on_slurm(jobs: list[Job], args: Args, options: list[str]) -> None:
+    """Submits an array of jobs and waits for all; says how each ended."""
+    submitit = import_submitit()
+    advice = "run this on a machine of the cluster, or use --dry-run"
+    require(shutil.which("sbatch"), f"--cluster slurm finds no sbatch; {advice}")
+    check_positive(args, "hours")
+    wrong = ", ".join(option for option in args.slurm if "=" not in option)
+    require(not wrong, f"--slurm takes NAME=VALUE; it has {wrong}")
+    if not jobs:
+        return
+    logs = args.folder / "slurm" / "%j"
+    executor = submitit.AutoExecutor(logs, cluster="slurm")
+    executor.update_parameters(
+        name=f"table-{args.table}",
+        timeout_min=max(1, round(60 * args.hours)),
+        cpus_per_task=1,
+        gpus_per_node=args.gpus,
+        slurm_additional_parameters=dict(option.split("=", 1) for option in args.slurm),
+    )
+    with executor.batch():  # one array of jobs
+        submitted = [(executor.submit(SlurmJob(job, options)), job) for job in jobs]
+    say(f"{len(jobs)} jobs, {submitted[0][0].job_id} and on; logs are in {logs.parent}")
+    waiting = dict(submitted)
+    try:
+        while waiting:
+            for ended in [job for job in waiting if job.done()]:
+                job, log = waiting.pop(ended), StringIO(f"{ended.stdout()}\n{ended.stderr()}")
+                report(job, log, ended.exception() is not None, f"{len(waiting)} to go")
+            time.sleep(1)
+    except KeyboardInterrupt:
+        say("the jobs go on without this script, which prints the table when run again; stop them")
+        say(f"with scancel {submitted[0][0].job_id.partition('_')[0]}")
+        raise
+
+
 def read_result(job: Job) -> dict | None:
     path = job.run_dir / "result.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -247,8 +328,13 @@ def why_it_failed(output: str, exit_status: int) -> str:
 
 
 def run_all(jobs: list[Job], workers: int, options: list[str], environment: dict) -> int | None:
-    """Runs the jobs; returns the signal that stopped it, or None if it came to the end."""
+    """Runs the jobs; returns the signal that stopped it, or None if it came to the end.
+
+    Where there are GPUs, each of the runs at once has the one whose turn it is.
+    """
     waiting, running, finished, stopped_by = list(jobs), {}, 0, None
+    gpus = torch.cuda.device_count()
+    free_slots = list(range(workers))
 
     def stop(number, _):
         nonlocal stopped_by
@@ -258,15 +344,18 @@ def run_all(jobs: list[Job], workers: int, options: list[str], environment: dict
     try:
         while (waiting or running) and not stopped_by:
             while waiting and len(running) < workers:
-                job = waiting.pop(0)
+                job, slot = waiting.pop(0), free_slots.pop(0)
+                if gpus:
+                    environment = environment | {"CUDA_VISIBLE_DEVICES": str(slot % gpus)}
                 remove_debris(job.run_dir)
                 log = tempfile.TemporaryFile("w+", errors="replace")
                 command = job_command(job, options)
                 redirection = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
                 process = subprocess.Popen(command, env=environment, **redirection)
-                running[process] = (job, log)
+                running[process] = (job, log, slot)
             for process in [process for process in running if process.poll() is not None]:
-                job, log = running.pop(process)
+                job, log, slot = running.pop(process)
+                free_slots.append(slot)
                 finished += 1
                 report(job, log, process.returncode, f"{finished} of {len(jobs)}")
             time.sleep(0.1)
@@ -416,10 +505,13 @@ def main(args: Args) -> None:
         return
 
     args.folder.mkdir(parents=True, exist_ok=True)
-    stopped_by = run_all(unfinished, args.workers, options, environment)
-    if stopped_by:
-        say("stopped; the same command resumes")
-        sys.exit(128 + stopped_by)
+    if args.cluster == "slurm":
+        run_on_slurm(unfinished, args, options)
+    else:
+        stopped_by = run_all(unfinished, args.workers, options, environment)
+        if stopped_by:
+            say("stopped; the same command resumes")
+            sys.exit(128 + stopped_by)
     results = {cell: [] for cell in cells}
     for job in jobs:
         result = read_result(job)
@@ -430,7 +522,8 @@ def main(args: Args) -> None:
     name = "_".join(["table", args.table, *names, *args.algorithms])
     plot_curves(results, args.folder / f"{name}.png")
     failed = len(jobs) - sum(map(len, results.values()))
-    say(f"{time.perf_counter() - started:.0f} s, {args.workers} runs at once")
+    where = "on Slurm" if args.cluster == "slurm" else f"{args.workers} runs at once"
+    say(f"{time.perf_counter() - started:.0f} s, {where}")
     require(not failed, f"{failed} of {len(jobs)} runs failed; their errors are above")
 
 

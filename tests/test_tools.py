@@ -1,5 +1,6 @@
 """What runs, scores and films the scripts' runs: scripts/."""
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import filelock
 import imageio.v3 as imageio
@@ -264,6 +266,76 @@ def test_a_stopped_table_stops_its_runs(stub, tmp_path, monkeypatch):
     assert stop.value.code == 128 + signal.SIGTERM
     assert [process.poll() for process in processes] == [-signal.SIGTERM] * 2
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+class FakeExecutor:
+    """In the place of submitit's: runs a job as soon as it is submitted."""
+
+    def __init__(self, folder, cluster):
+        assert cluster == "slurm"
+
+    def update_parameters(self, **parameters):
+        FakeExecutor.parameters = parameters
+
+    batch = contextlib.nullcontext
+
+    def submit(self, function):
+        job = mock.Mock(job_id="7_0", **{"done.return_value": True, "exception.return_value": None})
+        job.stdout.return_value, job.stderr.return_value = "", "error: no luck"
+        try:
+            function()
+        except subprocess.CalledProcessError as failed:
+            job.exception.return_value = failed
+        return job
+
+
+def test_a_table_runs_on_slurm(stub, tmp_path, monkeypatch, capsys):
+    result = json.dumps(made_up_result(0.5))
+    stub(
+        "import pathlib, sys\nfolder = pathlib.Path(sys.argv[1])\n"
+        "folder.name.endswith('2') and sys.exit(1)\nfolder.mkdir(exist_ok=True)\n"
+        f"(folder / 'result.json').write_text({result!r})\n"
+    )
+    cell = {"tasks": ("ant-medium-fo",), "algorithms": ("ibc",), "folder": tmp_path / "runs"}
+    args = reproduce.Args(
+        "4b", 2, **cell, cluster="slurm", gpus=1, slurm=("partition=gpu", "mem=2G")
+    )
+    monkeypatch.setattr(reproduce.shutil, "which", lambda name: None)
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    assert_refused(reproduce, args, "pip install submitit")
+    monkeypatch.setitem(sys.modules, "submitit", mock.Mock(AutoExecutor=FakeExecutor))
+    assert_refused(reproduce, args, "finds no sbatch")
+    monkeypatch.setattr(reproduce.shutil, "which", lambda name: f"/bin/{name}")
+    assert_refused(reproduce, dataclasses.replace(args, slurm=("gpu",)), "--slurm takes NAME=VALUE")
+    assert_refused(reproduce, args, "1 of 2 runs failed")
+    output = capsys.readouterr().out
+    assert "seed 1: score 0.500" in output and "seed 2: error: no luck" in output
+    parameters = FakeExecutor.parameters
+    assert parameters["timeout_min"] == 720 and parameters["gpus_per_node"] == 1
+    assert parameters["slurm_additional_parameters"] == {"partition": "gpu", "mem": "2G"}
+
+
+def test_a_slurm_job_that_is_told_to_stop_waits_for_its_end(stub, tmp_path, monkeypatch):
+    """Ending by itself it would count as failed, and not be requeued."""
+    stub("import sys\nsys.exit(128 + 15)\n")
+    waits = []
+    monkeypatch.setattr(reproduce.time, "sleep", waits.append)
+    job = reproduce.Job(reproduce.Cell("ibc", "ant-medium-fo"), 1, tmp_path / "run")
+    with pytest.raises(subprocess.CalledProcessError):
+        reproduce.SlurmJob(job, [])()
+    assert waits == [3600]
+
+
+def test_runs_take_turns_on_gpus(stub, tmp_path, monkeypatch):
+    stub(
+        "import os, pathlib, sys\nfolder = pathlib.Path(sys.argv[1])\nfolder.mkdir(parents=True)\n"
+        "(folder / 'gpu').write_text(os.environ['CUDA_VISIBLE_DEVICES'])\nsys.exit(1)\n"
+    )
+    monkeypatch.setattr(reproduce.torch.cuda, "device_count", lambda: 2)
+    cell = {"tasks": ("ant-medium-fo",), "algorithms": ("ibc",), "folder": tmp_path / "runs"}
+    assert_refused(reproduce, reproduce.Args("4b", 3, **cell, workers=3), "3 of 3 runs failed")
+    gpus = [path.read_text() for path in sorted(tmp_path.glob("runs/*/gpu"))]
+    assert sorted(gpus) == ["0", "0", "1"]
 
 
 # Published results.
