@@ -835,7 +835,7 @@ class WorldModelSimulator:
         message = f"{task.name} has no environment, and no world model to evaluate in at {path}"
         require(path.is_file(), f"{message}; make it with: {command}")
         # Imported here and by name, because helpers depend on no script.
-        self.model = importlib.import_module("moma_ppo").WorldModel(task, path, "cpu")
+        self.model = importlib.import_module("moma_ppo").open_world_model(task, path, "cpu")
         message = f"{path} was exported without first states; make it again with: {command}"
         require("first_states" in self.model.model, message)
         self.evaluated_in = f"the world model {path.name} alone"

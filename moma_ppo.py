@@ -456,6 +456,16 @@ class LocalToGlobalModel(WorldModel):
         return Step(next_states, self.clip(rewards, "reward"), masks, zeros, uncertainty, zeros)
 
 
+def open_world_model(task: Task, path: Path, device, next_states="sample") -> WorldModel:
+    """What world_model.py or baselines/logo.py exported to `path`."""
+    try:
+        is_local_to_global = "local_encoder" in load(path)
+    except Exception:  # `WorldModel` says what is wrong with the file
+        is_local_to_global = False
+    kind = LocalToGlobalModel if is_local_to_global else WorldModel
+    return kind(task, path, device, next_states)
+
+
 class GroundTruth:
     """The true simulator with the interface of `WorldModel`; its uncertainty is zero."""
 
@@ -732,14 +742,6 @@ def errors_on(model, transitions):
     }
 
 
-def is_local_to_global(path):
-    """Whether baselines/logo.py wrote the world model; a damaged file is left to `WorldModel`."""
-    try:
-        return "local_encoder" in load(path)
-    except Exception:
-        return False
-
-
 def make_model(task, args, run):
     """The world model or simulator to roll out in."""
     if args.ground_truth:
@@ -749,8 +751,7 @@ def make_model(task, args, run):
     path = args.world_model or task.world_model_path
     if task.columns and not args.world_model:  # a game whose data are generated
         path = coordination_game.train_world_model(task, args.seed, run.dir / "world_model")
-    kind = LocalToGlobalModel if path.is_file() and is_local_to_global(path) else WorldModel
-    return kind(task, path, run.device, args.next_states)
+    return open_world_model(task, path, run.device, args.next_states)
 
 
 def calibrated(args, model):

@@ -39,11 +39,6 @@ class Args:
     """states of held-out episodes to start from"""
 
 
-def open_model(task, path: Path):
-    kind = moma_ppo.LocalToGlobalModel if moma_ppo.is_local_to_global(path) else moma_ppo.WorldModel
-    return kind(task, path, "cpu", next_states="mean")
-
-
 @torch.no_grad()
 def errors(model, dataset, rows, behavior: str) -> dict[str, float]:
     """State and reward errors after one and ten steps, and how well they were foreseen."""
@@ -94,7 +89,10 @@ def main(args: Args) -> None:
     task = find_task(args.task)
     message = f"{task.name} has no simulator that starts from the data's states"
     require(task.continues_from_states, message)
-    models = {path: open_model(task, path) for path in args.models}
+    models = {
+        path: moma_ppo.open_world_model(task, path, "cpu", next_states="mean")
+        for path in args.models
+    }
     dataset = load_dataset(task, args.dataset)
     rows = world_model.open_loop_starts(dataset, dataset.split()[1])
     require(len(rows), f"no held-out episode has {world_model.OPEN_LOOP_STEPS} steps")

@@ -183,8 +183,7 @@ def test_moma_ppo_steps_the_exported_model_as_this_script_does(task, tmp_path):
     dataset = load_dataset(task) if task is GAME else OfflineDataset(task, recorded_columns(task))
     exported = logo.exported_model(model, logo.Args(), dataset, {})
     save(exported, tmp_path / "model.pt")
-    assert moma_ppo.is_local_to_global(tmp_path / "model.pt")
-    loaded = moma_ppo.LocalToGlobalModel(task, tmp_path / "model.pt", "cpu")
+    loaded = moma_ppo.open_world_model(task, tmp_path / "model.pt", "cpu")
     scale = model.uncertainty_scale.item()
     assert loaded.lambda_g == model.reward_std.item() / scale
     assert loaded.max_uncertainty == 10 * scale
