@@ -229,7 +229,10 @@ def test_a_class_of_ones_own_from_data_to_a_score(run_own, run_script, folder, t
 
 
 def test_the_document_runs_as_written(run_script, monkeypatch, capsys):
-    """All its commands and its Python, on data and with budgets so small that it takes seconds."""
+    """All its commands and its Python, on data and with budgets so small that it takes seconds.
+
+    Nothing is compiled, which would take a minute.
+    """
     short = dataclasses.replace(collect_mujoco.TASKS["halfcheetah"], episode_length=20)
     monkeypatch.setitem(collect_mujoco.TASKS, "halfcheetah", short)
     task, swimmer, rule, logged, layout, act, sweep = documented_blocks("python")
@@ -245,6 +248,7 @@ def test_the_document_runs_as_written(run_script, monkeypatch, capsys):
             assert "--output cheetah.hdf5" in line
             collect_mujoco.record_dataset(args)
             continue
+        arguments = [argument for argument in arguments if argument != "--compile"]
         arguments += extra.get(script, [])
         if script.startswith(("moma", "base")):
             arguments += ["--total-steps", 2, "--eval-every", 2, "--eval-episodes", 2]

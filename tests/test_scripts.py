@@ -501,7 +501,7 @@ class Parsed(Exception):
 
 @pytest.mark.parametrize("line", documented_commands())
 def test_documented_commands_parse(line, run_script, monkeypatch):
-    _, script, *arguments = shlex.split(line, comments=True)
+    _, script, *arguments = shlex.split(line.partition(" | ")[0], comments=True)
     if script == "-m":
         module, *arguments = arguments
         script = module.replace(".", "/") + ".py"
