@@ -94,6 +94,18 @@ class Symmetry(NamedTuple):
         after = self.speed(states) + self.speed(next_states)
         return states, next_states, rewards + (after - before) / 2
 
+    def at_heading_zero(self, step: Callable, states, *inputs):
+        """`step(states, *inputs)`, asked at heading 0 and turned back.
+
+        Its answer is a NamedTuple with `next_states` and `rewards`.
+        """
+        heading = self.heading(states)
+        states = self.turn(states, -heading)
+        answer = step(states, *inputs)
+        transition = states, answer.next_states, answer.rewards
+        _, next_states, rewards = self.turn_transition(heading, *transition)
+        return answer._replace(next_states=next_states, rewards=rewards)
+
 
 @dataclass(frozen=True)
 class Task:
@@ -977,6 +989,58 @@ def evaluate(task: Task, act: Callable, episodes: int, seed=EVALUATION_SEED, dev
     columns = dict(zip(names, map(np.concatenate, zip(*transitions))))
     stands_in = getattr(simulator, "evaluated_in", "")
     return Evaluation(task, returns, lengths, first_states, last_states, columns, {}, stands_in)
+
+
+# How a world model does where a team goes. It has `step`, `predict`, `task` and `model` of
+# moma_ppo.py's.
+
+
+@torch.no_grad()
+def model_returns(model, task: Task, act: Callable, first_states: torch.Tensor):
+    """Returns of the greedy team in the world model; above the true ones, it exploits the model."""
+    states = first_states
+    generator = torch.Generator(states.device).manual_seed(0)
+    histories = states.new_zeros(len(states), *task.history_shape)
+    returns, alive = states.new_zeros(len(states)), states.new_ones(len(states))
+    for _ in range(task.episode_length):
+        observations = task.observe(states)
+        actions = act(observations, histories)
+        histories = append_to_histories(histories, observations, actions)
+        step = model.step(states, actions, generator)
+        returns, alive = returns + alive * step.rewards, alive * step.masks
+        states = step.next_states
+    return returns
+
+
+@torch.no_grad()
+def errors_on(model, transitions):
+    """One-step errors of the world model on the team's own true transitions, its uncertainty, and
+    how many of them lie outside the data's bounding box."""
+    rows = np.linspace(0, len(transitions["rewards"]) - 1, 10_000).astype(int)
+    low, high = model.model["state_min"], model.model["state_max"]
+    states, actions, rewards, next_states, _ = (
+        torch.as_tensor(column[rows], device=low.device) for column in transitions.values()
+    )
+    if model.task.symmetry:  # the model is asked at heading 0
+        transition, symmetry = (states, next_states, rewards), model.task.symmetry
+        transition = symmetry.turn_transition(-symmetry.heading(states), *transition)
+        states, next_states, rewards = transition
+    means, _ = model.predict(states, actions)
+    outside = ((next_states < low) | (next_states > high)).any(dim=-1)
+    return {
+        "model_state_error": (means[..., :-1] - next_states).norm(dim=-1).mean().item(),
+        "model_reward_error": (means[..., -1] - rewards).abs().mean().item(),
+        "epsilon_g": model.step(states, actions).epsilon_g.mean().item(),
+        "outside_box": outside.float().mean().item(),
+    }
+
+
+def with_model_errors(evaluation: Evaluation, model, act: Callable) -> Evaluation:
+    """The evaluation and, beside it, what the world model makes of the same team."""
+    first_states = torch.as_tensor(evaluation.first_states).to(model.model["state_min"])
+    returns = model_returns(model, evaluation.task, act, first_states)
+    extra = {"model_return": returns.mean().item()}
+    return evaluation._replace(extra=extra | errors_on(model, evaluation.transitions))
 
 
 @torch.no_grad()

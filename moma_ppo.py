@@ -13,7 +13,6 @@ steps from states of the dataset, in the ensemble world model that world_model.p
 Where it differs from the paper, why, and by how much: docs/moma_ppo.md.
 """
 
-import hashlib
 import math
 import os
 from dataclasses import dataclass, replace
@@ -22,7 +21,6 @@ from typing import Literal, NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads spin only briefly
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -34,14 +32,22 @@ import coordination_game
 from data.offline_dataset import load_dataset
 from mamujoco_envs import (
     HISTORY_LENGTH,
-    InputError,
     Task,
     append_to_histories,
     evaluate,
-    find_task,
     require,
+    with_model_errors,
 )
-from training_run import FINAL_EPISODES, Run, check_positive, check_range, compiled, load, main
+from training_run import (
+    FINAL_EPISODES,
+    Run,
+    check_positive,
+    check_range,
+    compiled,
+    load_world_model,
+    main,
+    say,
+)
 
 BOX_MARGIN = 0.5  # in widths of the data's bounding box
 
@@ -93,7 +99,7 @@ class Args:
     cloning_steps: int = 0
     """gradient steps of behavioural cloning before the first learning step (the paper: 0)"""
     transitions: int = 2000
-    """transitions per learning step"""
+    """transitions per learning step, of which nine tenths are trained on (Deviation 16)"""
     epochs: int = 2
     """passes over these transitions (the paper: 5)"""
     minibatch_size: int = 256
@@ -320,27 +326,13 @@ class Step(NamedTuple):
 class WorldModel:
     """An exported ensemble. Networks map standardised inputs to standardised outputs."""
 
-    def __init__(self, task: Task, path: Path, device, next_states="sample"):
-        command = f"python world_model.py --task {task.option} --output {path}"
-        require(path.is_file(), f"no world model at {path}; make it with: {command}")
-        self.task, self.next_states = task, next_states
-        try:
-            self.model = load(path, device)
-            self.lambda_g, self.max_uncertainty = self.model["lambda_g"], self.model["l_epsilon"]
-            self.description = {"dataset": self.model["dataset"], **self.model["description"]}
-            self.description["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-            self.members = len(self.model["mask"][0][0])
-            self.delta = self.description["target"] == "delta"
-            self.activation = {"silu": F.silu, "relu": F.relu}[self.description["activation"]]
-            zeros = torch.zeros(1, task.num_agents, task.action_dim, device=device)
-            trial = self.step(torch.zeros(1, task.state_dim, device=device), zeros)
-            require(all(x.isfinite().all() for x in trial), "not finite")
-        except Exception as error:
-            reason = f"is not a world model of {task.dataset} ({type(error).__name__})"
-            raise InputError(f"{path} {reason}; make one with: {command}") from None
-        made_for = self.model["dataset"]["name"]
-        message = f"{path} is a world model of {made_for}, not of {task.dataset}"
-        require(made_for == task.dataset, f"{message}; make one with: {command}")
+    def __init__(self, task: Task, exported: dict, next_states="sample"):
+        self.task, self.model, self.next_states = task, exported, next_states
+        self.lambda_g, self.max_uncertainty = exported["lambda_g"], exported["l_epsilon"]
+        self.description = {"dataset": exported["dataset"], **exported["description"]}
+        self.members = len(exported["mask"][0][0])
+        self.delta = self.description["target"] == "delta"
+        self.activation = {"silu": F.silu, "relu": F.relu}[self.description["activation"]]
 
     def network(self, name, x, activation):
         """One network of every member: [member, batch, in] -> [member, batch, out]."""
@@ -355,15 +347,13 @@ class WorldModel:
         m = self.model
         x = torch.cat([states, self.task.join_actions(actions.clamp(-1, 1))], dim=-1)
         x = ((x - m["input_mean"]) / m["input_std"]).expand(self.members, -1, -1)
-        change, log_std = self.network("state", x, self.activation).chunk(2, dim=-1)
-        reward, reward_log_std = self.network("reward", x, F.relu).chunk(2, dim=-1)
-        next_states = self.delta * states + change * m["target_std"] + m["target_mean"]
-        rewards = reward * m["reward_std"] + m["reward_mean"]
-        state_std = log_std.clamp(-10, 2).exp() * m["target_std"]
-        reward_std = reward_log_std.clamp(-10, 2).exp() * m["reward_std"]
-        means = torch.cat([next_states, rewards], dim=-1)
-        stds = torch.cat([state_std, reward_std], dim=-1)
-        return means, stds
+        state = self.network("state", x, self.activation).chunk(2, dim=-1)
+        reward = self.network("reward", x, F.relu).chunk(2, dim=-1)
+        mean, log_std = (torch.cat(pair, dim=-1) for pair in zip(state, reward))
+        scale = torch.cat([m["target_std"], m["reward_std"]])
+        shift = torch.cat([m["target_mean"], m["reward_mean"]])
+        start = F.pad(self.delta * states, (0, 1))  # what is predicted may be a change of state
+        return start + mean * scale + shift, log_std.clamp(-10, 2).exp() * scale
 
     def clip(self, values, name):
         """States or rewards, kept in the data's bounding box and a margin (Deviation 14)."""
@@ -381,19 +371,12 @@ class WorldModel:
     @torch.no_grad()
     def step(self, states, actions, generator=None):
         """One step from [batch, state] and [batch, agent, action] (Section 3.1)."""
-        symmetry = self.task.symmetry
-        if symmetry is None:
-            return self.sample(states, actions, generator)
-        # Deviation 15. An Ant is turned to heading 0, where the data are, and back in the end.
-        heading = symmetry.heading(states)
-        states = symmetry.turn(states, -heading)
-        step = self.sample(states, actions, generator)
-        transition = states, step.next_states, step.rewards
-        _, next_states, rewards = symmetry.turn_transition(heading, *transition)
-        return step._replace(next_states=next_states, rewards=rewards)
+        if self.task.symmetry:  # Deviation 15: an Ant is turned to heading 0, where the data are
+            return self.task.symmetry.at_heading_zero(self.transition, states, actions, generator)
+        return self.transition(states, actions, generator)
 
-    def sample(self, states, actions, generator):
-        """`step`, where the members are asked."""
+    def transition(self, states, actions, generator):
+        """`step`, at the heading of the data."""
         means, stds = self.predict(states, actions)
         m, count, device = self.model, len(states), states.device
 
@@ -405,7 +388,7 @@ class WorldModel:
         # eps_a = max over members of ||diag(sigma^2)||_F (MOPO).
         epsilon_a = (stds / m["scale"]).pow(4).sum(-1).sqrt().amax(0)
 
-        # A random member gives each next state, all members the reward (Deviation 12).
+        # A random member gives each next state, all members the reward (Deviations 11 and 12).
         member = torch.randint(self.members, (count,), device=device, generator=generator)
         chosen = member, torch.arange(count, device=device)
         next_states, rewards = means[chosen][:, :-1], means[..., -1]
@@ -443,12 +426,12 @@ class LocalToGlobalModel(WorldModel):
         return torch.cat([next_states, reward * m["reward_std"] + m["reward_mean"]], dim=-1)
 
     def predict(self, states, actions):
-        """What is deduced, as that of one member, and no deviation."""
+        """The deduced prediction, shaped as an ensemble of one, with zero deviations."""
         means = self.both_ways(states, actions)[:1]
         return means, torch.zeros_like(means)
 
-    def sample(self, states, actions, generator):
-        """`step`, where the model is asked; it has no randomness."""
+    def transition(self, states, actions, generator):
+        """`step`, at the heading of the data; it has no randomness."""
         deduced, direct = self.both_ways(states, actions)
         uncertainty = ((direct - deduced)[:, :-1] / self.model["state_std"]).norm(dim=-1)
         next_states, rewards, zeros = deduced[:, :-1], deduced[:, -1], torch.zeros_like(uncertainty)
@@ -458,12 +441,12 @@ class LocalToGlobalModel(WorldModel):
 
 def open_world_model(task: Task, path: Path, device, next_states="sample") -> WorldModel:
     """What world_model.py or baselines/logo.py exported to `path`."""
-    try:
-        is_local_to_global = "local_encoder" in load(path)
-    except Exception:  # `WorldModel` says what is wrong with the file
-        is_local_to_global = False
-    kind = LocalToGlobalModel if is_local_to_global else WorldModel
-    return kind(task, path, device, next_states)
+
+    def make(exported):
+        kind = LocalToGlobalModel if "local_encoder" in exported else WorldModel
+        return kind(task, exported, next_states)
+
+    return load_world_model(make, task, path, device)
 
 
 class GroundTruth:
@@ -475,7 +458,7 @@ class GroundTruth:
         self.simulator = task.simulator(task, num_envs)
         self.description = {"name": f"the simulator of {task.environment_name}", "sha256": None}
 
-    def step(self, states, actions):
+    def step(self, states, actions, generator=None):
         next_states, rewards, terminals = self.simulator.step_from(states, actions)
         zeros = torch.zeros_like(rewards)
         return Step(next_states, rewards, 1 - terminals, zeros, zeros, zeros)
@@ -485,7 +468,7 @@ class GroundTruth:
 
 
 class Rollouts(NamedTuple):
-    """Transitions [time, rollout, ...]. A rollout that ends is followed by a new one."""
+    """The buffer R [time, rollout, ...]. A rollout that ends is followed by a new one."""
 
     states: torch.Tensor
     observations: torch.Tensor
@@ -497,6 +480,11 @@ class Rollouts(NamedTuple):
     rewards: torch.Tensor
     masks: torch.Tensor  # f: 0 if the next state is absorbing
     time_out_masks: torch.Tensor  # zeta: 0 if the rollout is cut here
+    returns: torch.Tensor | None = None  # set by `make_batch`, as are advantages
+    advantages: torch.Tensor | None = None
+
+    def rows(self, rows):
+        return Rollouts(*[None if x is None else x[rows] for x in self])
 
 
 def new_rollouts(team, dataset, args, count):
@@ -516,7 +504,7 @@ def rollout_step(team, model, dataset, args, states, histories, age):
     # Sample s_{j+1}, r_j, f_j, eps_r, eps_g ~ M(. | s_j, a_j).
     step = model.step(states, actions)
 
-    # r~_j = r_j - lambda_r eps_r - lambda_g eps_g, each eps at most l_eps (Section 3.1).
+    # r~_j = r_j - lambda_r eps_r - lambda_g eps_g, both at most l_eps (Section 3.1).
     penalty = torch.zeros_like(step.rewards)
     if args.penalty == "epistemic":
         penalty = args.lambda_r * step.epsilon_r.clamp(max=args.max_uncertainty)
@@ -559,7 +547,7 @@ def generate_rollouts(step, team, model, dataset, args):
         transitions.append(transition)
         reports.append(report)
     rollouts = Rollouts(*[None if x[0] is None else torch.stack(x) for x in zip(*transitions)])
-    rollouts.time_out_masks[-1] = 0
+    rollouts.time_out_masks[-1] = 0  # those that began on the way are cut here, too
     return rollouts, {name: sum(r[name] for r in reports) / len(reports) for name in reports[0]}
 
 
@@ -578,20 +566,6 @@ def generalized_advantages(rewards, values, next_values, masks, time_out_masks, 
         running_advantage = delta + decay * running_advantage
         returns[t], advantages[t] = running_return, running_advantage
     return returns, advantages
-
-
-class Minibatch(NamedTuple):
-    states: torch.Tensor
-    observations: torch.Tensor
-    histories: torch.Tensor | None
-    actions: torch.Tensor
-    log_probs: torch.Tensor
-    values: torch.Tensor
-    returns: torch.Tensor
-    advantages: torch.Tensor
-
-    def rows(self, rows):
-        return Minibatch(*[None if x is None else x[rows] for x in self])
 
 
 @torch.no_grad()
@@ -613,16 +587,19 @@ def make_batch(team, rollouts, args, reward_scale):
         rollouts.time_out_masks, args.gamma, args.gae_lambda,
     )  # fmt: skip
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-3)
-    fields = (*rollouts[:6], returns, advantages)
-    return Minibatch(*[None if x is None else x.flatten(0, 1) for x in fields])
+    rollouts = rollouts._replace(returns=returns, advantages=advantages)
+    return Rollouts(*[None if x is None else x.flatten(0, 1) for x in rollouts])
 
 
 def split_rollouts(rollouts):
-    """Rows of nine rollouts in ten, which an update learns from, and of the others."""
+    """Rows of nine rollouts in ten, which an update learns from, and of the others.
+
+    Deviation 16.
+    """
     steps, count = rollouts.rewards.shape
-    rollout = torch.arange(steps * count, device=rollouts.rewards.device) % count
-    held_out = rollout >= count - count // 10
-    return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+    rows = torch.arange(steps * count, device=rollouts.rewards.device).view(steps, count)
+    kept = count - count // 10
+    return rows[:, :kept].flatten(), rows[:, kept:].flatten()
 
 
 def ppo_loss(team, batch, args):
@@ -646,6 +623,7 @@ def ppo_loss(team, batch, args):
         gap = team.task.entropy_target - entropy
         team.entropy_alpha.add_(args.entropy_coefficient * gap).clamp_(min=0)
 
+    # The penalty, like the entropy, is the larger of two means, not the mean of the larger.
     excess = (distribution.mode.abs() - 1).clamp(min=0).square().sum((1, 2))
     action_penalty = torch.max((ratio * excess).mean(), (clipped_ratio * excess).mean())
 
@@ -672,12 +650,13 @@ def cloning_and_value_loss(team, batch, returns):
 
 
 def clone(team, dataset, args, reward_scale):
-    """Deviation 6. Starts the team from behavioural cloning, and its values from the data's."""
+    """Deviation 6. Clones the data's behaviour, and regresses values onto the data's returns."""
+    say("behavioural cloning")
     returns = reward_scale * dataset.discounted_returns(args.gamma)
     optimizer = torch.optim.Adam(team.parameters(), lr=1e-3, fused=True)
     schedule = LambdaLR(optimizer, lambda step: 1 - step / args.cloning_steps)
     loss_function = compiled(cloning_and_value_loss, args, dataset.device)
-    for _ in tqdm(range(args.cloning_steps), desc="behavioural cloning", disable=None):
+    for _ in tqdm(range(args.cloning_steps), disable=None):
         rows = dataset.sample_rows(args.minibatch_size)
         batch = dataset.batch(rows, with_histories=bool(team.memory))
         optimizer.zero_grad()
@@ -693,53 +672,13 @@ def clone(team, dataset, args, reward_scale):
 
 @torch.no_grad()
 def surrogate_gain(team, batch):
-    """What an update has gained on these transitions of the policy before it: E[(ratio - 1) A].
+    """The surrogate objective that an update has gained, E[(ratio - 1) A].
 
-    On transitions that it has not learned from, this shows how much of an update is signal.
+    On rollouts that were held out it shows how much of the update is not overfitting.
     """
     distribution = team.distribution(team.inputs(batch.observations, batch.histories))
     ratio = (distribution.log_prob(batch.actions) - batch.log_probs).clamp(max=10).exp()
     return ((ratio - 1) * batch.advantages).mean()
-
-
-@torch.no_grad()
-def model_returns(team, model, first_states):
-    """Returns of the greedy team in the world model; above the true ones, it exploits the model."""
-    states = torch.as_tensor(first_states).to(team.state_mean)
-    generator = torch.Generator(states.device).manual_seed(0)
-    histories = states.new_zeros(len(states), *team.task.history_shape)
-    returns, alive = states.new_zeros(len(states)), states.new_ones(len(states))
-    for _ in range(team.task.episode_length):
-        observations = team.task.observe(states)
-        actions = team.act_greedily(observations, histories)
-        histories = append_to_histories(histories, observations, actions)
-        step = model.step(states, actions, generator)
-        returns, alive = returns + alive * step.rewards, alive * step.masks
-        states = step.next_states
-    return returns
-
-
-@torch.no_grad()
-def errors_on(model, transitions):
-    """One-step errors of the world model on the team's own true transitions, its uncertainty, and
-    how many of them lie outside the data's bounding box."""
-    rows = np.linspace(0, len(transitions["rewards"]) - 1, 10_000).astype(int)
-    low, high = model.model["state_min"], model.model["state_max"]
-    states, actions, rewards, next_states, _ = (
-        torch.as_tensor(column[rows], device=low.device) for column in transitions.values()
-    )
-    if model.task.symmetry:  # the members are asked at heading 0
-        transition, symmetry = (states, next_states, rewards), model.task.symmetry
-        transition = symmetry.turn_transition(-symmetry.heading(states), *transition)
-        states, next_states, rewards = transition
-    means, _ = model.predict(states, actions)
-    outside = ((next_states < low) | (next_states > high)).any(dim=-1)
-    return {
-        "model_state_error": (means[..., :-1] - next_states).norm(dim=-1).mean().item(),
-        "model_reward_error": (means[..., -1] - rewards).abs().mean().item(),
-        "epsilon_g": model.step(states, actions).epsilon_g.mean().item(),
-        "outside_box": outside.float().mean().item(),
-    }
 
 
 def make_model(task, args, run):
@@ -752,13 +691,6 @@ def make_model(task, args, run):
     if task.columns and not args.world_model:  # a game whose data are generated
         path = coordination_game.train_world_model(task, args.seed, run.dir / "world_model")
     return open_world_model(task, path, run.device, args.next_states)
-
-
-def calibrated(args, model):
-    """The arguments with the model's lambda_g and l_eps where none are given."""
-    lambda_g = model.lambda_g if args.lambda_g is None else args.lambda_g
-    l_epsilon = model.max_uncertainty if args.max_uncertainty is None else args.max_uncertainty
-    return replace(args, lambda_g=lambda_g, max_uncertainty=l_epsilon)
 
 
 def check(args):
@@ -779,10 +711,12 @@ def check(args):
 def train(args: Args) -> dict:
     check(args)
     with Run(args, "moma_ppo", log_every=10) as run:
-        task, device = find_task(args.task), run.device
+        task, device = run.task, run.device
         dataset = load_dataset(task, args.dataset, device)
         model = make_model(task, args, run)
-        args = run.args = calibrated(args, model)
+        calibrated = {"lambda_g": model.lambda_g, "max_uncertainty": model.max_uncertainty}
+        missing = {name: x for name, x in calibrated.items() if getattr(args, name) is None}
+        args = run.args = replace(args, **missing)
         torch.manual_seed(args.seed)
         # Initialize the MAPPO policies and the value function.
         team = Team(task, dataset.states, args).to(device)
@@ -791,7 +725,7 @@ def train(args: Args) -> dict:
         inputs = {"dataset": dataset.description, "world_model": model.description}
         run.restore(inputs, team=team, optimizer=optimizer, schedule=schedule)
 
-        # Deviation 7. Values are about 1, because a learning step moves them by at most 0.2.
+        # Deviation 7. Scales values to about 1: clipping moves them by at most 0.2 a step.
         reward_scale = (1 - args.gamma) / max(float(dataset.rewards.abs().mean()), 1e-3)
         if args.cloning_steps and not team.cloned:
             clone(team, dataset, args, reward_scale)
@@ -799,12 +733,9 @@ def train(args: Args) -> dict:
         loss_function = compiled(ppo_loss, args, device)
 
         def evaluate_team(episodes):
-            evaluation = evaluate(task, team.act_greedily, episodes, device=device)
-            if args.ground_truth:
-                return evaluation
-            model_return = model_returns(team, model, evaluation.first_states).mean().item()
-            errors = errors_on(model, evaluation.transitions)
-            return evaluation._replace(extra={"model_return": model_return, **errors})
+            act = team.act_greedily
+            evaluation = evaluate(task, act, episodes, device=device)
+            return evaluation if args.ground_truth else with_model_errors(evaluation, model, act)
 
         for _ in run.steps(evaluate_team):
             # Generate synthetic data.

@@ -18,6 +18,7 @@ A run writes `runs/{task}__{script}__{seed}__{time}/`: TensorBoard events, `chec
 import ctypes
 import dataclasses
 import errno
+import hashlib
 import importlib
 import itertools
 import json
@@ -243,6 +244,25 @@ def load(path: Path, device="cpu"):
         if changed:
             raise zipfile.BadZipFile(changed)
     return torch.load(path, map_location=device, weights_only=True)
+
+
+def load_world_model(make: Callable, task, path: Path, device):
+    """`make(exported)` of what world_model.py or logo.py wrote to `path`, tried on one step."""
+    command = f"python world_model.py --task {task.option} --output {path}"
+    require(path.is_file(), f"no world model at {path}; make it with: {command}")
+    try:
+        exported = load(path, device)
+        exported["description"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        made_for, model = exported["dataset"]["name"], make(exported)
+        actions = torch.zeros(1, task.num_agents, task.action_dim, device=device)
+        trial = model.step(torch.zeros(1, task.state_dim, device=device), actions)
+        require(all(x.isfinite().all() for x in trial), "not finite")
+    except Exception as error:
+        reason = f"is not a world model of {task.dataset} ({type(error).__name__})"
+        raise InputError(f"{path} {reason}; make one with: {command}") from None
+    message = f"{path} is a world model of {made_for}, not of {task.dataset}"
+    require(made_for == task.dataset, f"{message}; make one with: {command}")
+    return model
 
 
 def load_checkpoint(run_dir: Path) -> dict:

@@ -13,6 +13,7 @@ are the elites. Tasks that share a dataset share its world model.
 Where it differs from the paper, why, and by how much: docs/world_model.md.
 """
 
+import copy
 import math
 import os
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from data.offline_dataset import OfflineDataset, load_dataset
-from mamujoco_envs import Task, find_task, require
+from mamujoco_envs import Task, require
 from training_run import Run, check_positive, check_range, compiled, main, save, say
 
 BEHAVIORS = ("on_data", "perturbed", "random")
@@ -58,7 +59,7 @@ class Args:
     output: Path | None = None
     """file to export the world model to; by default world_model.pt in the run folder"""
     paper: bool = False
-    """the paper's setting, which replaces the options below: see PAPER"""
+    """the paper's networks, learning rates and budget, whatever other options say: see PAPER"""
     members: int = 7
     """trained networks"""
     elites: int = 5
@@ -204,13 +205,12 @@ class Ensemble(nn.Module):
         rewards = (reward * self.reward_std + self.reward_mean)[..., 0]
         return next_states, rewards
 
-    def select(self, task: Task, args: Args, members: list[int]) -> "Ensemble":
+    def select(self, members: list[int]) -> "Ensemble":
         """A copy with these members alone."""
-        selected = Ensemble(task, replace(args, members=len(members))).to(self.input_mean.device)
-        weights = self.state_dict()
-        selected.load_state_dict(
-            {name: value[members] if value.dim() == 3 else value for name, value in weights.items()}
-        )
+        selected = copy.deepcopy(self)
+        selected.members = len(members)
+        for parameter in selected.parameters():
+            parameter.data = parameter.data[members]
         return selected
 
 
@@ -398,7 +398,7 @@ def evaluate_ensemble(ensemble, args: Args, dataset: OfflineDataset, rows, scale
     # Deviation 5. State and reward count alike, in standard deviations of the data.
     criterion = errors["scaled_state_error"] + errors["scaled_reward_error"]
     elites = criterion.argsort()[: args.elites].tolist()
-    best = ensemble.select(dataset.task, args, elites)
+    best = ensemble.select(elites)
     record = {name: error[elites].mean().item() for name, error in errors.items()}
     starts = open_loop_starts(dataset, rows)
     starts = starts[:: math.ceil(len(starts) / 1000)]  # of all held-out episodes
@@ -426,11 +426,10 @@ def calibrate(record: dict, scale) -> dict:
 
 def export(ensemble, args: Args, dataset: OfflineDataset, record: dict, scale, seconds) -> dict:
     """What inference needs: the elites' layers, normaliser, bounding box and calibration."""
-    elites, exported = record["elites"], {}
+    best, exported = ensemble.select(record["elites"]), dict(ensemble.named_buffers())
     for name in ("state", "reward", "mask"):
-        layers = [x for x in getattr(ensemble, name) if isinstance(x, BatchedLinear)]
-        exported[name] = [(x.weight.data[elites], x.bias.data[elites]) for x in layers]
-    exported |= {name: buffer for name, buffer in ensemble.named_buffers()}
+        layers = [layer for layer in getattr(best, name) if isinstance(layer, BatchedLinear)]
+        exported[name] = [(layer.weight.data, layer.bias.data) for layer in layers]
     exported |= dataset.bounding_box() | {"scale": scale} | calibrate(record, scale)
     exported["first_states"] = dataset.states[dataset.first_rows[:FIRST_STATES]]
     settings = {"target": args.target, "activation": args.activation, "seed": args.seed}
@@ -454,7 +453,7 @@ def check(args: Args) -> None:
 
 
 def train(args: Args) -> dict:
-    if args.paper:
+    if args.paper and not args.resume:
         args = replace(args, **PAPER)
     check(args)
     if args.output and not args.resume:
@@ -464,7 +463,7 @@ def train(args: Args) -> dict:
         require(folder.is_dir(), f"no folder {folder} to write {args.output.name} to")
         require(os.access(folder, os.W_OK), f"{folder} is not writable; give another --output")
     with Run(args, "world_model") as run:
-        task, device = find_task(args.task), run.device
+        task, device = run.task, run.device
         dataset = load_dataset(task, args.dataset, device)
         torch.manual_seed(args.seed)
         training_rows, held_out_rows = dataset.split()
@@ -506,7 +505,8 @@ def train(args: Args) -> dict:
             # Each member draws its own minibatch from the same training rows.
             shape = args.members, args.batch_size
             rows = training_rows[torch.randint(len(training_rows), shape, device=device)]
-            # Few transitions, or none, have an outlying reward or end in an absorbing state.
+            # Deviations 7 and 8. One row in sixteen gives way to a rare one: for the mask an
+            # absorbing next state, for the others an outlying reward.
             mask_rows, rows = with_rare(rows, absorbing_rows), with_rare(rows, outlying_rows)
             batch = [column[rows] for column in columns]
             mask_batch = dataset.next_states[mask_rows], dataset.masks[mask_rows]

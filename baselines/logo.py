@@ -19,7 +19,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads spin only briefly
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -260,6 +260,13 @@ def make_memory(task: Task, memory: str, obs_mean, obs_std):
 # The world model.
 
 
+class ModelStep(NamedTuple):
+    next_states: torch.Tensor  # [batch, state]
+    rewards: torch.Tensor  # [batch]
+    masks: torch.Tensor  # [batch], 0 if the next state is absorbing
+    uncertainty: torch.Tensor  # [batch]
+
+
 class LocalToGlobal(nn.Module):
     """The world model: from local predictions to the global state.
 
@@ -361,20 +368,17 @@ class LocalToGlobal(nn.Module):
 
     @torch.no_grad()
     def step(self, states, actions):
-        """Next states, rewards, masks and uncertainties of [batch, state] and [batch, agent,
-        action]."""
-        symmetry = self.task.symmetry
-        if symmetry:  # an Ant is turned to heading 0, where the data are, and back in the end
-            heading = symmetry.heading(states)
-            states = symmetry.turn(states, -heading)
+        """A `ModelStep` from [batch, state] and [batch, agent, action]."""
+        if self.task.symmetry:  # an Ant is turned to heading 0, where the data are, and back
+            return self.task.symmetry.at_heading_zero(self.transition, states, actions)
+        return self.transition(states, actions)
+
+    def transition(self, states, actions):
+        """`step`, at the heading of the data."""
         deduced, _, uncertainty = self.predict(states, actions)
         masks = (self.mask_logits(deduced[:, :-1]) > 0).float()
         next_states = self.clip(deduced[:, :-1], "state")
-        rewards = self.clip(deduced[:, -1], "reward")
-        if symmetry:
-            transition = states, next_states, rewards
-            _, next_states, rewards = symmetry.turn_transition(heading, *transition)
-        return next_states, rewards, masks, uncertainty
+        return ModelStep(next_states, self.clip(deduced[:, -1], "reward"), masks, uncertainty)
 
 
 def model_losses(model: LocalToGlobal, batch, mask_batch, reconstruction_weight):

@@ -25,20 +25,18 @@ from torch.distributions import Normal
 
 import moma_ppo
 from data.offline_dataset import OfflineDataset, load_dataset
-from mamujoco_envs import ACTION_LIMIT, InputError, evaluate
+from mamujoco_envs import ACTION_LIMIT, InputError, errors_on, evaluate, model_returns
 from moma_ppo import (
     GroundTruth,
-    Minibatch,
+    Rollouts,
     Step,
     Team,
-    WorldModel,
     clone,
     cloning_and_value_loss,
-    errors_on,
     generalized_advantages,
     generate_rollouts,
     make_batch,
-    model_returns,
+    open_world_model,
     ppo_loss,
     rollout_step,
     split_rollouts,
@@ -174,7 +172,7 @@ def saved(tmp_path):
 
 def read(saved, tmp_path, task=REACHER, **options):
     torch.save(saved, tmp_path / "world_model.pt")
-    return WorldModel(task, tmp_path / "world_model.pt", "cpu", **options)
+    return open_world_model(task, tmp_path / "world_model.pt", "cpu", **options)
 
 
 def literal_network(saved, member, name, x, activation):
@@ -275,7 +273,7 @@ def test_masks_judge_the_next_state_before_the_box_hides_it(saved, tmp_path):
     torch.save(saved, path)
     states = torch.zeros(4, 27)
     states[:, 0] = torch.tensor([0.1, 0.5, 0.95, 1.1])
-    step = WorldModel(ANT, path, "cpu").step(states, torch.zeros(4, 4, 2))
+    step = open_world_model(ANT, path, "cpu").step(states, torch.zeros(4, 4, 2))
     assert step.masks.tolist() == [1, 1, 1, 0]
     assert step.next_states.max() <= 0.9
 
@@ -346,7 +344,7 @@ def test_a_bad_world_model_is_one_line(fault, saved, tmp_path):
     if fault in broken:
         path.write_bytes(broken[fault])
     with pytest.raises(InputError) as error:
-        WorldModel(REACHER, path, "cpu")
+        open_world_model(REACHER, path, "cpu")
     message = str(error.value)
     assert str(path) in message and "python world_model.py" in message and "\n" not in message
 
@@ -358,7 +356,7 @@ def test_a_world_model_of_another_dataset_or_none_is_one_line(saved, tmp_path):
     with pytest.raises(
         InputError, match="no world model at .*python world_model.py --task reacher"
     ):
-        WorldModel(REACHER, tmp_path / "nowhere.pt", "cpu")
+        open_world_model(REACHER, tmp_path / "nowhere.pt", "cpu")
 
 
 @each(REACHER, ANT)
@@ -434,14 +432,13 @@ def test_rollouts_transition_by_transition(rollout_length, max_uncertainty, star
     args.transitions, args.rollout_length = 1000, rollout_length
     model, count = MadeUpModel(), 1000 // rollout_length
     team, dataset, rollouts, report = made_up_rollouts(args, model)
-    assert all(field.shape[:2] == (rollout_length, count) for field in rollouts)
+    assert all(field.shape[:2] == (rollout_length, count) for field in rollouts[:10])
     rows_started = []
     for i in range(count):
         starts, age, histories, before = True, 0, None, None
         for t in range(rollout_length):
             states, actions, step = model.calls[t]
-            fields = {name: field[t, i] for name, field in rollouts._asdict().items()}
-            now = SimpleNamespace(**fields)
+            now = SimpleNamespace(**dict(zip(Rollouts._fields, (x[t, i] for x in rollouts[:10]))))
             assert torch.equal(now.states, states[i]) and torch.equal(now.actions, actions[i])
             assert torch.equal(now.next_states, step.next_states[i])
             assert now.masks == step.masks[i]
@@ -520,15 +517,11 @@ def test_a_terminal_is_no_time_out_but_ends_the_rollout():
     assert (states[:, None] == dataset.states).all(dim=-1).any(dim=1).all()
 
 
-class WithoutGenerator(GroundTruth):
-    def step(self, states, actions, generator):
-        return super().step(states, actions)
-
-
 def test_model_returns_in_a_perfect_model_are_those_of_the_environment():
     team = Team(REACHER, made_up_states(100), make_args())
     evaluation = evaluate(REACHER, team.act_greedily, episodes=6)
-    returns = model_returns(team, WithoutGenerator(REACHER, 6), evaluation.first_states)
+    first_states = torch.as_tensor(evaluation.first_states).float()
+    returns = model_returns(GroundTruth(REACHER, 6), REACHER, team.act_greedily, first_states)
     np.testing.assert_allclose(returns, evaluation.returns, rtol=0, atol=1e-2)
 
 
@@ -542,7 +535,8 @@ def test_model_returns_stop_at_an_absorbing_state():
             return Step(states, torch.ones(3), masks, None, None, None)
 
     team = Team(REACHER, made_up_states(100), make_args())
-    assert model_returns(team, Counting(), np.zeros((3, 11))).tolist() == [50, 3, 1]
+    returns = model_returns(Counting(), REACHER, team.act_greedily, torch.zeros(3, 11))
+    assert returns.tolist() == [50, 3, 1]
 
 
 # PPO.
@@ -693,7 +687,7 @@ def made_up_minibatch(team, size=24):
     old_values = values + 0.3 * torch.randn(size)
     returns, advantages = values + torch.randn(size), torch.randn(size)
     fields = (states, observations, histories, actions, log_probs, old_values)
-    return Minibatch(*fields, returns, advantages)
+    return Rollouts(*fields, *[None] * 4, returns, advantages)
 
 
 def literal_loss(team, batch, args, alpha):
