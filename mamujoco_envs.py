@@ -40,7 +40,7 @@ from gymnasium.envs.mujoco.half_cheetah_v4 import HalfCheetahEnv
 from gymnasium.envs.mujoco.hopper_v4 import HopperEnv
 from gymnasium.envs.mujoco.reacher_v4 import ReacherEnv
 from gymnasium.envs.mujoco.walker2d_v4 import Walker2dEnv
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import SyncVectorEnv
 
 HISTORY_LENGTH = 10  # past (action, observation) pairs that an agent remembers (Appendix A.1)
@@ -812,8 +812,29 @@ def build(environment: type, **options):
         mujoco.set_mju_user_warning(None)
 
 
+class GameEnvironment(gymnasium.Env):
+    """One copy of a coordination game, which gymnasium does not have, behind gymnasium's API."""
+
+    def __init__(self, task: Task):
+        self.task, self.simulator = task, task.simulator(task, 1)
+        self.observation_space = Box(-np.inf, np.inf, (task.state_dim,), np.float64)
+        self.action_space = Box(-1.0, 1.0, (task.num_agents * task.action_dim,), np.float64)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.simulator.reset([self.np_random])[0], {}
+
+    def step(self, action):
+        actions = self.task.split_actions(torch.as_tensor(action[None])).numpy()
+        states, rewards, terminals = self.simulator.step(actions)
+        return states[0], rewards[0], terminals[0], False, {}
+
+
 def make_environment(task: Task, render_mode: str | None = None):
     """gymnasium's environment of a task; raises `InputError` if it does not fit the task."""
+    if task.columns:
+        require(not render_mode, f"{task.name} has no pictures; leave out render_mode")
+        return GameEnvironment(task)
     if task.mujoco:
         options = {"camera_name": task.mujoco.camera} if task.mujoco.camera else {}
         return build(task.mujoco.gymnasium, render_mode=render_mode, **options)
@@ -1141,7 +1162,10 @@ class ParallelEnv:
             for agent, width in zip(self.possible_agents, task.obs_dims)
         }
         self.action_spaces = {
-            agent: Box(-1.0, 1.0, (task.action_dim,), np.float32) for agent in self.possible_agents
+            agent: Discrete(task.action_dim)
+            if task.discrete
+            else Box(-1.0, 1.0, (task.action_dim,), np.float32)
+            for agent in self.possible_agents
         }
         self.current_state, self.steps = np.zeros(task.state_dim), 0
 
@@ -1172,13 +1196,15 @@ class ParallelEnv:
     def step(self, actions: dict) -> tuple[dict, dict, dict, dict, dict]:
         """Observations, rewards, terminations, truncations and infos by agent.
 
-        All agents share one reward. Actions outside [-1, 1] are clipped.
+        All agents share one reward. Actions outside [-1, 1] are clipped; options are numbers.
         """
         if not self.agents:
             return {}, {}, {}, {}, {}
         joint = np.zeros(self.environment.action_space.shape)
         for agent, driven in zip(self.possible_agents, self.task.driven):
-            joint[list(driven)] = np.clip(actions[agent], -1, 1)
+            action = actions[agent]
+            one_hot = np.eye(self.task.action_dim)[action] if self.task.discrete else action
+            joint[list(driven)] = np.clip(one_hot, -1, 1)
         self.current_state, reward, terminated, _, _ = self.environment.step(joint)
         self.steps += 1
         truncated = self.steps >= self.task.episode_length
@@ -1217,8 +1243,7 @@ class ParallelEnv:
 def parallel_env(task: str | Task, render_mode: str | None = None) -> ParallelEnv:
     """A task, or one by name such as "reacher-leader-only", behind PettingZoo's Parallel API."""
     task = find_task(task) if isinstance(task, str) else task
-    known = task.has_environment and not task.discrete
-    require(known, f"{task.name} has no gymnasium environment to play in")
+    require(task.has_environment, f"{task.name} has no gymnasium environment to play in")
     return ParallelEnv(task, render_mode)
 
 

@@ -302,9 +302,26 @@ def test_unknown_task_names_the_nearest(find):
         find("")
 
 
-def test_only_mujoco_tasks_have_a_parallel_env():
-    with pytest.raises(InputError, match="coordination-neutral has no gymnasium environment"):
-        parallel_env("coordination-neutral")
+def test_games_are_played_through_the_parallel_api():
+    for name, actions, score in (
+        ("coordination-neutral", (1, 1), 1),
+        ("peaks-neutral", (0.5, 0.5), 1),
+    ):
+        env = parallel_env(name)
+        observations, _ = env.reset(seed=1)
+        assert not any(seen.any() for seen in observations.values())
+        for agent, action in zip(env.agents, actions):
+            assert env.action_space(agent).contains(env.action_space(agent).sample())
+        chosen = [a if env.task.discrete else np.float32([a]) for a in actions]
+        total = 0
+        while env.agents:
+            observations, rewards, *_ = env.step(dict(zip(env.agents, chosen)))
+            total += rewards["agent_0"]
+        assert total == pytest.approx(10 * score)
+        joint = [0, 1, 0, 1] if env.task.discrete else list(actions)
+        np.testing.assert_allclose(env.state(), joint)
+    with pytest.raises(InputError, match="no pictures"):
+        parallel_env("coordination-neutral", render_mode="rgb_array")
 
 
 # Evaluation.
@@ -537,7 +554,7 @@ def test_rendering_without_a_mode_says_how():
         env.render()
 
 
-@each(*VIEWS)
+@each(*VIEWS, find_task("coordination-unfavorable-4"), find_task("peaks-neutral"))
 def test_pettingzoos_own_api_test(task):
     """PettingZoo is no requirement of this repository; this runs where it is installed."""
     pytest.importorskip("pettingzoo")
