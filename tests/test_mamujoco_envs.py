@@ -310,7 +310,7 @@ def test_games_are_played_through_the_parallel_api():
         env = parallel_env(name)
         observations, _ = env.reset(seed=1)
         assert not any(seen.any() for seen in observations.values())
-        for agent, action in zip(env.agents, actions):
+        for agent in env.agents:
             assert env.action_space(agent).contains(env.action_space(agent).sample())
         chosen = [a if env.task.discrete else np.float32([a]) for a in actions]
         total = 0
