@@ -13,7 +13,8 @@
 
 Every run is a process with one thread, and as many run at once as there are cores. Ctrl-C or
 SIGTERM stops them after saving; the same command then resumes. Finished runs are not run again.
-The curves are FOLDER/table_TABLE.png. On a machine with GPUs the runs take turns on them.
+The curves are FOLDER/table_TABLE.png, over time, and FOLDER/table_TABLE_steps.png. Where there are
+GPUs, runs take turns on them.
 
     python scripts/reproduce.py --table 4b --cluster slurm --gpus 1 --slurm partition=gpu mem=16G
     python scripts/reproduce.py --table 4b --dry-run | parallel    # or xargs, or an array job
@@ -415,8 +416,8 @@ def print_table(results: dict[Cell, list[dict]], seeds: int) -> None:
     print()
 
 
-def learning_curve(results: list[dict]) -> list[tuple[float, float, float]]:
-    """(seconds, mean score, standard error over seeds) after each step that all runs evaluated."""
+def learning_curve(results: list[dict]) -> list[tuple[int, float, float, float]]:
+    """(step, seconds, mean score, standard error over seeds) where all runs were evaluated."""
     curves = []
     for result in results:
         last = {"step": result["steps"], "seconds": result["seconds"], "score": result["score"]}
@@ -428,19 +429,20 @@ def learning_curve(results: list[dict]) -> list[tuple[float, float, float]]:
         seconds = statistics.mean(curve[step]["seconds"] for curve in curves)
         scores = [curve[step]["score"] for curve in curves]
         deviation = statistics.stdev(scores) if len(scores) > 1 else 0.0
-        points.append((seconds, statistics.mean(scores), deviation / len(scores) ** 0.5))
+        points.append((step, seconds, statistics.mean(scores), deviation / len(scores) ** 0.5))
     return points
 
 
-def plot_panel(axes, task: str, results: dict[str, list[dict]]) -> None:
+def plot_panel(axes, task: str, results: dict[str, list[dict]], over: str) -> None:
     """One task: each algorithm's curve, its score in the paper, and the dataset's mean score."""
     for algorithm, finished in results.items():
         color = f"C{list(ALGORITHMS).index(algorithm)}"
-        seconds, mean, error = map(list, zip(*learning_curve(finished)))
-        axes.plot(seconds, mean, ".-", color=color, linewidth=1.5, markersize=5)
+        steps, seconds, mean, error = map(list, zip(*learning_curve(finished)))
+        x = steps if over == "steps" else seconds
+        axes.plot(x, mean, ".-", color=color, linewidth=1.5, markersize=5)
         low = [middle - width for middle, width in zip(mean, error)]
         high = [middle + width for middle, width in zip(mean, error)]
-        axes.fill_between(seconds, low, high, color=color, alpha=0.2, linewidth=0)
+        axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
         paper = PAPER_SCORES.get(algorithm, {}).get(task)
         if paper:
             axes.axhline(float(paper.split()[0]), color=color, linestyle=":", linewidth=1)
@@ -448,14 +450,14 @@ def plot_panel(axes, task: str, results: dict[str, list[dict]]) -> None:
     found = find_task(task)
     dataset_score = found.normalized_score(mean_return)
     axes.axhline(dataset_score, color="black", linestyle="--", linewidth=1)
-    axes.set(title=found.name, xlabel="seconds of training")
+    axes.set(title=found.name, xlabel=over)
     axes.set_xlim(left=0)
     axes.locator_params(axis="x", nbins=5)
     axes.grid(alpha=0.3)
 
 
-def plot_curves(results: dict[Cell, list[dict]], path: Path) -> None:
-    """Learning curves of all cells with a result, a panel a task."""
+def plot_curves(results: dict[Cell, list[dict]], path: Path, over: str) -> None:
+    """Learning curves of all cells with a result, a panel a task, `over` what the x axis shows."""
     panels: dict[str, dict[str, list[dict]]] = {}
     for cell, finished in results.items():
         if finished:
@@ -467,7 +469,7 @@ def plot_curves(results: dict[Cell, list[dict]], path: Path) -> None:
     figure = Figure(figsize=(max(6, 4 * columns), 0.7 + 3.5 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False).flat
     for axes, (task, own_results) in zip(grid, panels.items()):
-        plot_panel(axes, task, own_results)
+        plot_panel(axes, task, own_results, over)
     for axes in list(grid)[len(panels) :]:
         axes.remove()
     for axes in figure.axes:
@@ -520,7 +522,8 @@ def main(args: Args) -> None:
     print_table(results, seeds)
     names = [find_task(task).name for task in args.tasks]
     name = "_".join(["table", args.table, *names, *args.algorithms])
-    plot_curves(results, args.folder / f"{name}.png")
+    plot_curves(results, args.folder / f"{name}.png", "seconds of training")
+    plot_curves(results, args.folder / f"{name}_steps.png", "steps")
     failed = len(jobs) - sum(map(len, results.values()))
     where = "on Slurm" if args.cluster == "slurm" else f"{args.workers} runs at once"
     say(f"{time.perf_counter() - started:.0f} s, {where}")

@@ -191,8 +191,8 @@ def test_a_table_is_run_printed_and_drawn(stub, tmp_path, capsys):
     assert not (folder / "ant-medium-fo__ibc__3" / "events").exists()
     output = capsys.readouterr().out
     assert "0.667 ± 0.167" in output and "3 runs" in output and "0.84 ± 0.01" in output
-    drawn = folder / "table_4b_ant-medium-fo_ibc.png"
-    assert drawn.read_bytes().startswith(b"\x89PNG")
+    for name in ("table_4b_ant-medium-fo_ibc.png", "table_4b_ant-medium-fo_ibc_steps.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_that_fails_in_a_table_is_named(stub, tmp_path, capsys):
