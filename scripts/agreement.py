@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from mamujoco_envs import InputError, all_tasks, require
 from scripts.report import GAMES, NAMES, RESULTS, players, read_runs
+from scripts.reproduce import color_of
 from training_run import REPOSITORY, say
 
 
@@ -39,7 +40,7 @@ def draw(table: str, cells: dict, path: Path) -> None:
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots()
     for i, algorithm in enumerate(algorithms):
-        color = f"C{list(NAMES).index(algorithm)}"
+        color = color_of(algorithm)
         label = NAMES[algorithm]
         for place, task in enumerate(tasks):
             scores = np.array([run["score"] for run in cells.get((algorithm, task), [])])

@@ -1,4 +1,5 @@
-"""Keeps the results of finished runs in docs/results/ and writes the tables of README and docs.
+"""Keeps the results of finished runs in docs/results/, writes the tables of README and docs, and
+draws the learning curves.
 
     python scripts/report.py --runs runs/*     # adds these runs, then writes the tables
     python scripts/report.py                   # writes the tables again
@@ -22,7 +23,7 @@ import tyro
 from scipy.stats import bootstrap, trim_mean
 
 from mamujoco_envs import BODIES, PAPER_SCORES, InputError, all_tasks, require
-from scripts.reproduce import ABLATIONS, COMPARED_ON, VARIANTS
+from scripts.reproduce import ABLATIONS, COMPARED_ON, VARIANTS, Cell, plot_curves
 from training_run import REPOSITORY, say
 
 RESULTS = REPOSITORY / "docs" / "results"
@@ -295,10 +296,22 @@ def with_tables(text: str, cells) -> str:
     return re.sub(r"(<!-- table ([\w-]+) -->).*?(<!-- end -->)", replaced, text, flags=re.DOTALL)
 
 
+def draw_curves(cells, folder: Path) -> None:
+    """Learning curves of the kept runs, over time: docs/figures/curves-TABLE.png."""
+    for prefix, table in (("reacher", "4a"), ("ant", "4b")):
+        shown = {
+            Cell(algorithm, task): runs
+            for (algorithm, task), runs in cells.items()
+            if task.startswith(prefix) and algorithm in NAMES
+        }
+        plot_curves(shown, folder / f"curves-{table}.png", "seconds of training")
+
+
 def main(args: Args) -> None:
     for run_dir in args.runs:
         add_run(run_dir)
     cells = read_runs()
+    draw_curves(cells, REPOSITORY / "docs" / "figures")
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         page.write_text(with_tables(text, cells), encoding="utf-8")

@@ -43,6 +43,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import filelock
 import torch
 import tyro
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -416,6 +417,15 @@ def print_table(results: dict[Cell, list[dict]], seeds: int) -> None:
     print()
 
 
+def color_of(algorithm: str):
+    """MOMA-PPO is black; every other algorithm has a colour of its own, the strong ones first."""
+    if algorithm == "moma_ppo":
+        return "black"
+    colors = colormaps["tab20"].colors
+    others = [name for name in ALGORITHMS if name != "moma_ppo"]
+    return [*colors[::2], *colors[1::2]][others.index(algorithm)]
+
+
 def learning_curve(results: list[dict]) -> list[tuple[int, float, float, float]]:
     """(step, seconds, mean score, standard error over seeds) where all runs were evaluated."""
     curves = []
@@ -436,7 +446,7 @@ def learning_curve(results: list[dict]) -> list[tuple[int, float, float, float]]
 def plot_panel(axes, task: str, results: dict[str, list[dict]], over: str) -> None:
     """One task: each algorithm's curve, its score in the paper, and the dataset's mean score."""
     for algorithm, finished in results.items():
-        color = f"C{list(ALGORITHMS).index(algorithm)}"
+        color = color_of(algorithm)
         steps, seconds, mean, error = map(list, zip(*learning_curve(finished)))
         x = steps if over == "steps" else seconds
         axes.plot(x, mean, ".-", color=color, linewidth=1.5, markersize=5)
@@ -449,7 +459,7 @@ def plot_panel(axes, task: str, results: dict[str, list[dict]], over: str) -> No
         mean_return = finished[0]["dataset"]["mean_return"]
     found = find_task(task)
     dataset_score = found.normalized_score(mean_return)
-    axes.axhline(dataset_score, color="black", linestyle="--", linewidth=1)
+    axes.axhline(dataset_score, color="grey", linestyle="--", linewidth=1)
     axes.set(title=found.name, xlabel=over)
     axes.set_xlim(left=0)
     axes.locator_params(axis="x", nbins=5)
@@ -477,10 +487,10 @@ def plot_curves(results: dict[Cell, list[dict]], path: Path, over: str) -> None:
             axes.set_ylabel("normalised score")
 
     used = [name for name in ALGORITHMS if any(name in own for own in panels.values())]
-    handles = [Line2D([], [], color=f"C{list(ALGORITHMS).index(n)}", label=n) for n in used]
+    handles = [Line2D([], [], color=color_of(name), label=name) for name in used]
     dotted = {"color": "grey", "linestyle": ":"}
     handles.append(Line2D([], [], **dotted, label="the paper's score (colour of its algorithm)"))
-    handles.append(Line2D([], [], color="black", linestyle="--", label="the dataset's mean"))
+    handles.append(Line2D([], [], color="grey", linestyle="--", label="the dataset's mean"))
     handles.append(Patch(color="grey", alpha=0.2, label="standard error over seeds"))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(5, 2 * columns + 1))
     figure.savefig(path, dpi=120)
