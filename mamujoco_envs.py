@@ -1012,14 +1012,13 @@ def evaluate(task: Task, act: Callable, episodes: int, seed=EVALUATION_SEED, dev
     return Evaluation(task, returns, lengths, first_states, last_states, columns, {}, stands_in)
 
 
-# How a world model does where a team goes. It has `step`, `predict`, `task` and `model` of
-# moma_ppo.py's.
+# How a world model, a `WorldModel` of moma_ppo.py, does where a team goes.
 
 
 @torch.no_grad()
-def model_returns(model, task: Task, act: Callable, first_states: torch.Tensor):
-    """Returns of the greedy team in the world model; above the true ones, it exploits the model."""
-    states = first_states
+def model_returns(model, task: Task, act: Callable, states: torch.Tensor):
+    """Returns of the greedy team in the world model, from these first states [B, state]; above the
+    true ones, the team exploits the model."""
     generator = torch.Generator(states.device).manual_seed(0)
     histories = states.new_zeros(len(states), *task.history_shape)
     returns, alive = states.new_zeros(len(states)), states.new_ones(len(states))

@@ -182,7 +182,7 @@ def table_of_algorithm(algorithm: str, cells) -> str:
 
 
 def players(table: str) -> list[str]:
-    """The algorithms of a table of games; with many agents only two are compared."""
+    """The algorithms of a table of games; with many agents only three are compared."""
     return ["inspo", "logo", "moma_ppo"] if table == "scaling" else list(NAMES)
 
 
