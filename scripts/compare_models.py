@@ -96,9 +96,7 @@ def main(args: Args) -> None:
     dataset = load_dataset(task, args.dataset)
     rows = world_model.open_loop_starts(dataset, dataset.split()[1])
     require(len(rows), f"no held-out episode has {world_model.OPEN_LOOP_STEPS} steps")
-    # At random, because every so many rows would be the same step of every episode.
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-    rows = rows[order[: args.starts]]
+    rows = rows[: args.starts]
     for path, model in models.items():
         say(f"{path}: {milliseconds(model, dataset):.1f} ms for a step of 400 rollouts")
         for behavior in world_model.BEHAVIORS:

@@ -261,12 +261,35 @@ def test_open_loop_against_a_loop_until_the_true_episodes_end(lengths):
     assert got == pytest.approx(expected, rel=1e-3)
 
 
+def dataset_of_episodes(lengths):
+    """Random episodes of these lengths."""
+    size = sum(lengths)
+    states = np.random.default_rng(0).normal(size=(size + 1, 11)).astype(np.float32)
+    columns = {
+        "observations": states[:-1],
+        "actions": np.zeros((size, 2), np.float32),
+        "next_observations": states[1:],
+        "rewards": np.zeros(size, np.float32),
+        "terminals": np.zeros(size, np.float32),
+        "timeouts": np.isin(np.arange(size), np.cumsum(lengths) - 1).astype(np.float32),
+    }
+    return OfflineDataset(REACHER, columns)
+
+
 def test_open_loops_start_where_an_episode_lasts_ten_steps():
-    dataset = toy_dataset(200, terminals=0.02)
-    starts = open_loop_starts(dataset, torch.arange(200)).tolist()
-    last_rows = dataset.last_rows.tolist()
-    lasting = [next(last for last in last_rows if last >= row) - row >= 9 for row in range(200)]
-    assert starts == [row for row in range(200) if lasting[row]]
+    dataset = dataset_of_episodes([9, 10, 1, 12])
+    rows = torch.arange(dataset.size)
+    starts = open_loop_starts(dataset, rows)
+    assert sorted(starts.tolist()) == [9, 20, 21, 22]
+    assert torch.equal(starts, open_loop_starts(dataset, rows))
+    assert sorted(open_loop_starts(dataset, rows[10:], "first").tolist()) == [20]
+    assert sorted(open_loop_starts(dataset, rows, "first").tolist()) == [9, 20]
+
+
+def test_open_loops_start_at_all_ages_of_equally_long_episodes():
+    dataset = dataset_of_episodes([50] * 40)
+    starts = open_loop_starts(dataset, torch.arange(2000))[:1000]
+    assert set((starts - dataset.episode_starts[starts]).tolist()) == set(range(41))
 
 
 def test_disturbed_actions():
