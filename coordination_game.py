@@ -261,7 +261,7 @@ def train_world_model(task: Task, seed: int, run_dir: Path) -> Path:
         # Agreement gets rarer with every agent, so its reward takes longer to learn; so does a
         # reward of numbers, which is a curved surface instead of a table.
         steps = 500 * (task.num_agents - 1) if task.discrete else 3000
-        options = ["--task", task.name, "--seed", str(seed), "--total-steps", str(steps)]
+        options = ["--task", task.option, "--seed", str(seed), "--total-steps", str(steps)]
         options += ["--run-dir", run_dir]
         if (run_dir / "checkpoint.pt").is_file():
             options = ["--resume", run_dir]

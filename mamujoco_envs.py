@@ -1065,10 +1065,11 @@ def with_model_errors(evaluation: Evaluation, model, act: Callable) -> Evaluatio
 
 @torch.no_grad()
 def retargeting_error(predict: Callable, states: torch.Tensor) -> dict[str, float]:
-    """Reacher: error of the mean reward for arms of the data with another episode's target.
+    """Reacher: error of the mean reward for arms of the data with another row's target.
 
-    `predict(states, joint_actions)` returns rewards [member, batch] last. Experts are almost never
-    still and off target, so "still means on target" fits the data, and a team learns to stop short.
+    `states` are in random order; `predict(states, joint_actions)` returns rewards [member, batch]
+    last. Experts are almost never still and off target, so "still means on target" fits the data,
+    and a team learns to stop short.
     """
     other, states = states.roll(1, dims=0), states.clone()
     states[:, 8:10] += states[:, 4:6] - other[:, 4:6]

@@ -681,8 +681,9 @@ def surrogate_gain(team, batch):
     return ((ratio - 1) * batch.advantages).mean()
 
 
-def make_model(task, args, run):
+def make_model(dataset, args, run):
     """The world model or simulator to roll out in."""
+    task = dataset.task
     if args.ground_truth:
         message = f"--ground-truth needs a simulator of {task.name} that starts anywhere"
         require(task.continues_from_states, message)
@@ -690,7 +691,10 @@ def make_model(task, args, run):
     path = args.world_model or task.world_model_path
     if task.columns and not args.world_model:  # a game whose data are generated
         path = coordination_game.train_world_model(task, args.seed, run.dir / "world_model")
-    return open_world_model(task, path, run.device, args.next_states)
+    model = open_world_model(task, path, run.device, args.next_states)
+    if args.dataset and model.description["dataset"]["sha256"] != dataset.description["sha256"]:
+        say(f"note: {path} was not trained on {args.dataset}; --world-model names another")
+    return model
 
 
 def check(args):
@@ -713,7 +717,7 @@ def train(args: Args) -> dict:
     with Run(args, "moma_ppo", log_every=10) as run:
         task, device = run.task, run.device
         dataset = load_dataset(task, args.dataset, device)
-        model = make_model(task, args, run)
+        model = make_model(dataset, args, run)
         calibrated = {"lambda_g": model.lambda_g, "max_uncertainty": model.max_uncertainty}
         missing = {name: x for name, x in calibrated.items() if getattr(args, name) is None}
         args = run.args = replace(args, **missing)

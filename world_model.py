@@ -83,7 +83,7 @@ class Args:
     decay: Literal["cosine", "none"] = "cosine"
     """decay the learning rate to zero along a cosine, or keep it"""
     beta: float = 0.5
-    """beta-NLL: exponent of the variance that weighs each likelihood; 0 is the likelihood itself"""
+    """beta-NLL: exponent of the variance that weighs the state's likelihood; 0 is no weight"""
     reward_weight_decay: float = 0.3
     """AdamW, reward network: makes it read only the dimensions that explain the reward"""
     max_grad_norm: float = 1.0
@@ -314,16 +314,21 @@ def disturb(task: Task, actions, behavior, generator):
     return 2 * torch.rand(actions.shape, generator=generator) - 1
 
 
+def shuffled(rows):
+    """`rows` in random order, which is always the same."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    return rows[order.to(rows.device)]
+
+
 def open_loop_starts(dataset: OfflineDataset, rows, start_states="any"):
-    """Those of `rows` from which an episode lasts for at least OPEN_LOOP_STEPS steps, shuffled,
-    always in the same way; with "first" only its first row."""
+    """Those of `rows` from which an episode lasts for at least OPEN_LOOP_STEPS steps, shuffled;
+    with "first" only its first row."""
     last = rows + OPEN_LOOP_STEPS - 1
     rows, last = rows[last < dataset.size], last[last < dataset.size]
     rows = rows[dataset.episode_starts[rows] == dataset.episode_starts[last]]
     if start_states == "first":
         rows = rows[dataset.episode_starts[rows] == rows]
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-    return rows[order.to(rows.device)]
+    return shuffled(rows)
 
 
 class Logged:
@@ -413,7 +418,7 @@ def evaluate_ensemble(ensemble, args: Args, dataset: OfflineDataset, rows, scale
         measured = open_loop(best, dataset, starts, scale, behavior)
         record |= {f"{behavior}/{name}": value for name, value in measured.items()}
     if dataset.task.model_errors:
-        record |= dataset.task.model_errors(best.predict, dataset.states[rows[:5000]])
+        record |= dataset.task.model_errors(best.predict, dataset.states[shuffled(rows)[:5000]])
     member_errors = {name: error.tolist() for name, error in errors.items()}
     return record | {"elites": elites, "member_errors": member_errors}
 

@@ -1,7 +1,7 @@
 """Draws the figures of docs/agreement.md from the runs that docs/results/ keeps.
 
     python scripts/reproduce.py --table continuous     # or scaling, climbing: makes the runs
-    python scripts/report.py --runs runs/*             # keeps them
+    python scripts/report.py --runs runs/*__*          # keeps them
     python scripts/agreement.py                        # draws docs/figures/agreement-*.png
 
 Every dot is the score of one seed, every bar the mean of an algorithm on a task.

@@ -1,7 +1,7 @@
 """Keeps the results of finished runs in docs/results/, writes the tables of README and docs, and
 draws the learning curves.
 
-    python scripts/report.py --runs runs/*     # adds these runs, then writes the tables
+    python scripts/report.py --runs runs/*__*  # adds these runs, then writes the tables
     python scripts/report.py                   # writes the tables again
 
 docs/results/TABLE.json has, for every run, its raw returns, evaluations, arguments, versions and
@@ -268,7 +268,9 @@ def table_of_readme(cells) -> str:
             best = f"{score(baselines[winner])} ({NAMES[winner]})"
         own = score(cells.get(("moma_ppo", task), []))
         rows.append([f"`{task}`", own, best, PAPER_SCORES["moma_ppo"][task]])
-    return markdown(["task", "MOMA-PPO", "best baseline", "MOMA-PPO in the paper"], rows)
+    return markdown(
+        ["task", "MOMA-PPO", "best decentralised baseline", "MOMA-PPO in the paper"], rows
+    )
 
 
 def make_table(name: str, cells) -> str:
