@@ -431,16 +431,16 @@ def model_errors(model: LocalToGlobal, dataset: OfflineDataset, rows) -> dict:
     """Errors on held-out rows: next state (L2) and reward (absolute), deduced and direct, wrong
     masks, and how u goes with the true error (correlation of logarithms)."""
     rows = rows[:: math.ceil(len(rows) / 20_000)]
-    states, next_states, rewards = dataset.states[rows], dataset.next_states[rows], dataset.rewards
-    deduced, direct, uncertainty = model.predict(states, dataset.actions[rows])
+    next_states, rewards = dataset.next_states[rows], dataset.rewards[rows]
+    deduced, direct, uncertainty = model.predict(dataset.states[rows], dataset.actions[rows])
     errors = ((deduced[:, :-1] - next_states) / model.state_std).norm(dim=-1)
     logarithms = torch.stack([uncertainty, errors]).clamp(min=1e-9).log()
     wrong = (model.mask_logits(next_states) > 0) != (dataset.masks[rows] > 0)
     return {
         "state_error": (deduced[:, :-1] - next_states).norm(dim=-1).mean().item(),
-        "reward_error": (deduced[:, -1] - rewards[rows]).abs().mean().item(),
+        "reward_error": (deduced[:, -1] - rewards).abs().mean().item(),
         "direct_state_error": (direct[:, :-1] - next_states).norm(dim=-1).mean().item(),
-        "direct_reward_error": (direct[:, -1] - rewards[rows]).abs().mean().item(),
+        "direct_reward_error": (direct[:, -1] - rewards).abs().mean().item(),
         "mask_error": wrong.float().mean().item(),
         "uncertainty": uncertainty.mean().item(),
         "uncertainty_0.99": uncertainty.quantile(0.99).item(),
@@ -560,7 +560,7 @@ class Team(nn.Module):
 
 
 class SyntheticData:
-    """The dataset followed by the newest rollouts in the world model.
+    """The newest rollouts in the world model, kept as a dataset of their own.
 
     A rollout follows a copy of the ten rows before its first state, for the agents' histories.
     """
@@ -569,24 +569,19 @@ class SyntheticData:
 
     def __init__(self, dataset: OfflineDataset, args: Args):
         self.dataset, self.args, self.started = dataset, args, 0
-        self.share = round(args.synthetic_share * args.batch_size)  # of a batch
-        length = HISTORY_LENGTH + args.horizon
-        room = args.generations * args.rollouts * length if self.share else 0
+        shape = args.generations, args.rollouts, HISTORY_LENGTH + args.horizon
+        self.rows = torch.arange(math.prod(shape), device=dataset.device).view(shape)
+        self.buffer = copy.copy(dataset)  # with columns of its own
         for name in self.COLUMNS:
             column = getattr(dataset, name)
-            column = torch.cat([column, column.new_zeros(room, *column.shape[1:])])
-            setattr(dataset, name, column)
-        offsets = torch.arange(args.rollouts * length, device=dataset.device)
-        self.offsets = offsets.view(args.rollouts, length)
-        self.weights = torch.zeros(room, device=dataset.device)
+            empty = column.new_zeros(self.rows.numel(), *column.shape[1:])
+            setattr(self.buffer, name, empty)
+        self.weights = torch.zeros(self.rows.numel(), device=dataset.device)
 
-    def sample_rows(self):
-        """A batch's rows, of the data and then of rollouts, each as often as it weighs."""
-        rows = self.dataset.sample_rows(self.args.batch_size - self.share)
-        if self.share == 0:
-            return rows
-        chosen = torch.multinomial(self.weights, self.share, replacement=True)
-        return torch.cat([rows, self.dataset.size + chosen])
+    def batch(self, size: int, with_histories: bool) -> Batch:
+        """Transitions, each as often as it weighs."""
+        rows = torch.multinomial(self.weights, size, replacement=True)
+        return self.buffer.batch(rows, with_histories)
 
     def weigh(self, uncertainty, rewards, reward_std):
         """Weights and rewards [rollout] of transitions, given their u in units of its quantile."""
@@ -599,46 +594,44 @@ class SyntheticData:
     @torch.no_grad()
     def add_rollouts(self, team: Team, model: LocalToGlobal) -> None:
         """Rollouts of the team as it is now take the place of the oldest."""
-        data, count = self.dataset, self.offsets.numel()
-        generation = self.started % self.args.generations
-        rows = data.size + generation * count + self.offsets  # [rollout, 10 + step]
+        data, buffer = self.dataset, self.buffer
+        rows = self.rows[self.started % len(self.rows)]  # [rollout, 10 + step]
         self.started += 1
 
         # Copy the past of the first states. It is shorter where an episode has just begun: then
         # rows of another episode are copied, too, and `episode_starts` hides them.
         starts = data.sample_rows(len(rows))
         past = starts[:, None] + torch.arange(-HISTORY_LENGTH, 0, device=data.device)
-        for column in (data.states, data.actions):
-            column[rows[:, :HISTORY_LENGTH]] = column[past.clamp(min=0)]
+        buffer.states[rows[:, :HISTORY_LENGTH]] = data.states[past.clamp(min=0)]
+        buffer.actions[rows[:, :HISTORY_LENGTH]] = data.actions[past.clamp(min=0)]
         ages = (starts - data.episode_starts[starts]).clamp(max=HISTORY_LENGTH)
-        data.episode_starts[rows] = rows[:, HISTORY_LENGTH, None] - ages[:, None]
+        buffer.episode_starts[rows] = rows[:, HISTORY_LENGTH, None] - ages[:, None]
 
         # 1 until a rollout has reached an absorbing state.
         states, alive = data.states[starts], torch.ones_like(data.rewards[starts])
-        for now_rows in rows[:, HISTORY_LENGTH:].T:  # [rollout]
-            data.states[now_rows] = states
-            histories = data.histories(now_rows) if team.memory else None
+        for now in rows[:, HISTORY_LENGTH:].T:  # [rollout]
+            buffer.states[now] = states
+            histories = buffer.histories(now) if team.memory else None
             observations = team.task.observe(states)
             actions = team.explore(observations, histories, self.args.exploration)
             next_states, rewards, masks, uncertainty = model.step(states, actions)
             weights, rewards = self.weigh(
                 uncertainty / model.uncertainty_scale, rewards, model.reward_std
             )
-            data.actions[now_rows], data.next_states[now_rows] = actions, next_states
-            data.rewards[now_rows], data.masks[now_rows] = rewards, masks
-            self.weights[now_rows - data.size] = alive * weights
+            buffer.actions[now], buffer.next_states[now] = actions, next_states
+            buffer.rewards[now], buffer.masks[now] = rewards, masks
+            self.weights[now] = alive * weights
             states, alive = next_states, alive * masks
 
     def state_dict(self) -> dict:
-        new = slice(self.dataset.size, None)
-        columns = {name: getattr(self.dataset, name)[new].clone() for name in self.COLUMNS}
+        columns = {name: getattr(self.buffer, name) for name in self.COLUMNS}
         return columns | {"weights": self.weights, "started": self.started}
 
     def load_state_dict(self, saved: dict) -> None:
         self.started = saved["started"]
         self.weights.copy_(saved["weights"])
         for name in self.COLUMNS:
-            getattr(self.dataset, name)[self.dataset.size :] = saved[name]
+            getattr(self.buffer, name).copy_(saved[name])
 
 
 # The learner: conservative Q-learning of mixed critics (MACQL).
@@ -721,14 +714,6 @@ def check(args: Args) -> None:
     require(room < 2**24, f"{message}; use a smaller one")
 
 
-def draw_for_model(dataset: OfflineDataset, rows, outlying_rows, absorbing_rows):
-    """What `model_losses` needs of random `rows` [1, batch], with rare ones shown more often."""
-    mask_rows, rows = with_rare(rows, absorbing_rows)[0], with_rare(rows, outlying_rows)[0]
-    columns = dataset.states, dataset.actions, dataset.next_states, dataset.rewards
-    mask_columns = dataset.next_states, dataset.masks
-    return [column[rows] for column in columns], [column[mask_rows] for column in mask_columns]
-
-
 def descend(losses, optimizer, schedule, max_grad_norm) -> None:
     """A gradient step of all networks that have gradients, each kind clipped by itself."""
     optimizer.zero_grad()
@@ -769,10 +754,12 @@ def train(args: Args) -> dict:
         model_schedule = LambdaLR(model_optimizer, lambda step: math.cos(quarter * step) ** 2)
 
         synthetic = SyntheticData(dataset, args)
-        model_steps = args.model_steps if synthetic.share else 0
+        share = round(args.synthetic_share * args.batch_size)
+        model_steps = args.model_steps if share else 0
         tracked = {"team": team, "optimizer": optimizer, "schedule": schedule, "model": model}
         tracked |= {"model_optimizer": model_optimizer, "model_schedule": model_schedule}
         run.restore({"dataset": dataset.description}, **tracked, synthetic=synthetic)
+        columns = dataset.states, dataset.actions, dataset.next_states, dataset.rewards
         model_loss_function = compiled(model_losses, args, device)
         team_loss_function = compiled(macql_losses, args, device)
 
@@ -786,7 +773,10 @@ def train(args: Args) -> dict:
             if step <= model_steps:
                 shape = 1, args.batch_size  # of one member, as in world_model.py
                 rows = training_rows[torch.randint(len(training_rows), shape, device=device)]
-                batch, mask_batch = draw_for_model(dataset, rows, outlying_rows, absorbing_rows)
+                mask_rows = with_rare(rows, absorbing_rows)[0]
+                rows = with_rare(rows, outlying_rows)[0]
+                batch = [column[rows] for column in columns]
+                mask_batch = dataset.next_states[mask_rows], dataset.masks[mask_rows]
                 losses = model_loss_function(model, batch, mask_batch, args.reconstruction)
                 descend(losses, model_optimizer, model_schedule, args.max_grad_norm)
                 run.log(dict(zip(MODEL_LOSSES, losses)))
@@ -799,9 +789,13 @@ def train(args: Args) -> dict:
 
             # Then the team learns from the data and from its rollouts in the model.
             team_step = step - model_steps
-            if synthetic.share and (team_step - 1) % args.refresh_every == 0:
+            if share and (team_step - 1) % args.refresh_every == 0:
                 synthetic.add_rollouts(team, model)
-            batch = dataset.batch(synthetic.sample_rows(), with_histories=bool(team.memory))
+            rows, with_histories = dataset.sample_rows(args.batch_size - share), bool(team.memory)
+            batch = dataset.batch(rows, with_histories)
+            if share:
+                made = synthetic.batch(share, with_histories)
+                batch = Batch(*[x if x is None else torch.cat([x, y]) for x, y in zip(batch, made)])
             batch = batch._replace(rewards=reward_scale * batch.rewards)
             # The noise is drawn here, so that compiling the losses changes no random number.
             noise = torch.randn_like(batch.actions)

@@ -218,9 +218,9 @@ def synthetic():
 
 def test_synthetic_data_are_rollouts_in_the_model_with_their_histories(synthetic):
     synthetic, team, model = synthetic
-    dataset, task = synthetic.dataset, team.task
+    dataset, task = synthetic.buffer, team.task
     synthetic.add_rollouts(team, model)
-    rows = dataset.size + synthetic.offsets
+    rows = synthetic.rows[0]
     weights = synthetic.weights.view(2, 8, 16)
     assert (weights[0, :, :10] == 0).all() and (weights[1] == 0).all()
     assert (weights[0, :, 10] > 0).all()
@@ -241,23 +241,24 @@ def test_synthetic_data_are_rollouts_in_the_model_with_their_histories(synthetic
         alive &= step[2] == 1
     assert 0 < alive.sum() < 8
     # A rollout continues a history of the data.
-    start = (dataset.states[:200] == dataset.states[rows[0, 10]]).all(1).nonzero()[0]
-    torch.testing.assert_close(dataset.histories(rows[0, 10:11]), dataset.histories(start))
+    data = synthetic.dataset
+    start = (data.states == dataset.states[rows[0, 10]]).all(1).nonzero()[0]
+    torch.testing.assert_close(dataset.histories(rows[0, 10:11]), data.histories(start))
 
 
-def test_half_a_batch_is_synthetic_and_the_oldest_rollouts_go(synthetic):
+def test_what_has_weight_is_drawn_and_the_oldest_rollouts_go(synthetic):
     synthetic, team, model = synthetic
-    size = synthetic.dataset.size
     synthetic.add_rollouts(team, model)
-    first = synthetic.dataset.states[size:].clone()
-    rows = synthetic.sample_rows()
-    assert (rows[:128] < size).all() and (rows[128:] >= size).all()
-    assert (synthetic.weights[rows[128:] - size] > 0).all()
+    first = synthetic.buffer.states.clone()
+    batch = synthetic.batch(500, with_histories=True)
+    drawn = (batch.states[:, None] == first[synthetic.weights > 0]).all(-1)
+    assert drawn.any(1).all() and drawn.any(0).sum() > 30  # of at most 48
+    assert batch.histories.shape[0] == 500
     synthetic.add_rollouts(team, model)
-    second = synthetic.dataset.states[size:].clone()
+    second = synthetic.buffer.states.clone()
     assert torch.equal(first[:128], second[:128]) and not torch.equal(first[128:], second[128:])
     synthetic.add_rollouts(team, model)
-    third = synthetic.dataset.states[size:]
+    third = synthetic.buffer.states
     assert not torch.equal(second[:128], third[:128]) and torch.equal(second[128:], third[128:])
 
 
