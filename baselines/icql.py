@@ -70,8 +70,8 @@ class Args:
     """how far targets move at a policy step (the paper: 0.005, which belongs to a million steps)"""
     policy_delay: int = 2
     """gradient steps of the critics per step of policies and targets"""
-    policy_noise: float = 0.2
-    """standard deviation of the noise that smooths the target policies' actions"""
+    policy_noise: float = 0.0
+    """standard deviation of noise on the target policies' actions (TD3 and the paper: 0.2)"""
     noise_clip: float = 0.5
     """largest size of that noise"""
     cql_alpha: float = 1.0
