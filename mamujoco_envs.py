@@ -162,6 +162,7 @@ class Task:
 
     def __post_init__(self):
         check_split(self)
+        check_reference(self)
         widest = 1 + max(index for seen in self.observed for index in seen)
         entropy_target = self.entropy_target
         if entropy_target is None:
@@ -282,6 +283,17 @@ def check_split(task: Task) -> None:
     actions = sorted(index for driven in task.driven for index in driven)
     message = f"agents of {name} must drive each action once, 0 to {len(actions) - 1}"
     require(actions == list(range(len(actions))), f"{message}; not {actions}")
+    lowest = min(index for seen in task.observed for index in seen)
+    require(lowest >= 0, f"agents of {name} observe dimensions from 0 on; not {lowest}")
+
+
+def check_reference(task: Task) -> None:
+    """Raises `InputError` unless returns can be scored between those of scores 0 and 1."""
+    difference = task.expert_return - task.random_return
+    message = (
+        f"'random_return' and 'expert_return' of {task.name or 'the task'} must be two numbers"
+    )
+    require(np.isfinite(difference) and difference, message)
 
 
 # The state: 0 cos(theta1), 1 cos(theta2), 2 sin(theta1), 3 sin(theta2), 4-5 target, 6-7 angular
@@ -1196,15 +1208,17 @@ class ParallelEnv:
     def step(self, actions: dict) -> tuple[dict, dict, dict, dict, dict]:
         """Observations, rewards, terminations, truncations and infos by agent.
 
-        All agents share one reward. Actions outside [-1, 1] are clipped; options are numbers.
+        All agents share one reward. Actions outside [-1, 1] are clipped. An option is its number,
+        or one-hot, as a team's `act_greedily` gives it.
         """
         if not self.agents:
             return {}, {}, {}, {}, {}
         joint = np.zeros(self.environment.action_space.shape)
         for agent, driven in zip(self.possible_agents, self.task.driven):
             action = actions[agent]
-            one_hot = np.eye(self.task.action_dim)[action] if self.task.discrete else action
-            joint[list(driven)] = np.clip(one_hot, -1, 1)
+            if self.task.discrete and np.ndim(action) == 0:
+                action = np.eye(self.task.action_dim)[action]
+            joint[list(driven)] = np.clip(action, -1, 1)
         self.current_state, reward, terminated, _, _ = self.environment.step(joint)
         self.steps += 1
         truncated = self.steps >= self.task.episode_length
@@ -1332,7 +1346,7 @@ PAPER_SCORES = {
         "ant-expert-fo": "1.24 ± 0.00",
         "ant-random-po": "0.31 ± 0.00",
         "ant-medium-po": "0.17 ± 0.01",
-        "ant-full-replay-po": "0.21 ± 0.01",
+        "ant-full-replay-po": "0.21 ± 0.02",
         "ant-expert-po": "0.05 ± 0.04",
     },
     "itd3_bc": {
@@ -1345,7 +1359,7 @@ PAPER_SCORES = {
         "ant-expert-fo": "1.25 ± 0.02",
         "ant-random-po": "0.31 ± 0.00",
         "ant-medium-po": "0.22 ± 0.05",
-        "ant-full-replay-po": "0.20 ± 0.02",
+        "ant-full-replay-po": "0.20 ± 0.01",
         "ant-expert-po": "0.16 ± 0.00",
     },
     "icql": {

@@ -721,6 +721,8 @@ def train(args: Args) -> dict:
         calibrated = {"lambda_g": model.lambda_g, "max_uncertainty": model.max_uncertainty}
         missing = {name: x for name, x in calibrated.items() if getattr(args, name) is None}
         args = run.args = replace(args, **missing)
+        if args.ground_truth:
+            run.algorithm = "moma_ppo-ground-truth"  # as the paper's scores are called
         torch.manual_seed(args.seed)
         # Initialize the MAPPO policies and the value function.
         team = Team(task, dataset.states, args).to(device)

@@ -5,7 +5,7 @@ Nothing here belongs to an algorithm, and every script uses it alike:
     def train(args: Args) -> dict:
         with Run(args, "ibc") as run:
             ...                                       # make dataset, networks and optimizer
-            run.restore(team=team, optimizer=optimizer)
+            run.restore({"dataset": dataset.description}, team=team, optimizer=optimizer)
             for step in run.steps(evaluate_team):     # evaluates and saves on the way
                 ...                                   # one update
                 run.log({"losses/cloning": loss})
@@ -100,7 +100,8 @@ def too_large(args, usual) -> str:
     names = [
         f"--{name.replace('_', '-')}"
         for name, value in vars(args).items()
-        if isinstance(value, (int, tuple)) and value > getattr(usual, name)
+        if type(value) in (int, tuple) and value > getattr(usual, name)
+        if name not in ("seed", "total_steps", "eval_every")
     ]
     return f"out of memory; use a smaller {', '.join(names) or '--batch-size, or a larger machine'}"
 
@@ -320,9 +321,11 @@ class Run:
         check_range(args, 0, 2**32 - 1, "seed")
         if hasattr(args, "eval_episodes"):  # a simulator each
             check_range(args, 1, 10_000, "eval_episodes")
-        advice = "install one (Debian: g++) or leave it out"
-        missing = args.compile and not find_compiler()
-        require(not missing, f"--compile needs a C++ compiler; {advice}")
+        if args.compile:
+            compiler = find_compiler()
+            advice = "install one (Debian: g++) or leave it out"
+            require(compiler, f"--compile needs a C++ compiler; {advice}")
+            os.environ["CXX"] = compiler  # which PyTorch asks for
         self.args, self.script, self.device = args, script, find_device(args.device)
         self.log_every = log_every
         self.algorithm = script  # as PAPER_SCORES names it
@@ -447,6 +450,7 @@ class Run:
         args = {name: portable(value, self.dir) for name, value in vars(self.args).items()}
         checkpoint = {
             "script": self.script,
+            "algorithm": self.algorithm,
             "args": args | {"resume": None},
             "step": self.step,
             "seconds": self.seconds,
@@ -573,6 +577,7 @@ class Run:
         }
         result |= {
             "script": self.script,
+            "algorithm": self.algorithm,
             "args": args,
             **self.inputs,
             "versions": {

@@ -230,6 +230,8 @@ def quadrature(points, dims):
     An integral is the sum over nodes of the function times the weight; it is exact for polynomials
     of degree 2 * points - 1 in each dimension.
     """
+    message = f"--cql-points to the power of an agent's {dims} actions is {points**dims}"
+    require(points**dims <= 5000, f"{message}; use fewer points, so that it is at most 5000")
     nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(points))
     nodes = torch.cartesian_prod(*[nodes] * dims).view(-1, dims)
     weights = torch.cartesian_prod(*[weights] * dims).view(-1, dims)

@@ -62,7 +62,7 @@ class Args:
     compile: bool = False
     """use the fastest form of the loss on this device: torch.compile, CUDA graphs on a GPU"""
     dataset: Path | None = None
-    """HDF5 file in D4RL's layout; by default the task's own"""
+    """HDF5 file, Minari folder or minari:NAME; by default the task's own"""
     memory: Literal["auto", "attention", "none"] = "auto"
     """history encoder; auto leaves it out where every agent sees the whole state"""
     batch_size: int = 256

@@ -70,8 +70,8 @@ class Args:
     """how far targets move at a policy step (the paper: 0.005, which belongs to a million steps)"""
     policy_delay: int = 2
     """gradient steps of the critics per step of policies and targets"""
-    policy_noise: float = 0.2
-    """standard deviation of the noise that smooths the target policies' actions"""
+    policy_noise: float = 0.0
+    """standard deviation of noise on the target policies' actions (TD3 and the paper: 0.2)"""
     noise_clip: float = 0.5
     """largest size of that noise"""
     cql_alpha: float = 1.0
@@ -242,6 +242,8 @@ def quadrature(points, dims):
     An integral is the sum over nodes of the function times the weight; it is exact for polynomials
     of degree 2 * points - 1 in each dimension.
     """
+    message = f"--cql-points to the power of an agent's {dims} actions is {points**dims}"
+    require(points**dims <= 5000, f"{message}; use fewer points, so that it is at most 5000")
     nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(points))
     nodes = torch.cartesian_prod(*[nodes] * dims).view(-1, dims)
     weights = torch.cartesian_prod(*[weights] * dims).view(-1, dims)

@@ -61,7 +61,7 @@ class Args:
     compile: bool = False
     """use the fastest form of the losses on this device: torch.compile, CUDA graphs on a GPU"""
     dataset: Path | None = None
-    """HDF5 file in D4RL's layout; by default the task's own"""
+    """HDF5 file, Minari folder or minari:NAME; by default the task's own"""
     memory: Literal["auto", "attention", "none"] = "auto"
     """history encoder; auto leaves it out where every agent sees the whole state"""
     batch_size: int = 256
@@ -457,6 +457,8 @@ def quadrature(points, dims):
     An integral is the sum over nodes of the function times the weight; it is exact for polynomials
     of degree 2 * points - 1 in each dimension.
     """
+    message = f"--cql-points to the power of an agent's {dims} actions is {points**dims}"
+    require(points**dims <= 5000, f"{message}; use fewer points, so that it is at most 5000")
     nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(points))
     nodes = torch.cartesian_prod(*[nodes] * dims).view(-1, dims)
     weights = torch.cartesian_prod(*[weights] * dims).view(-1, dims)

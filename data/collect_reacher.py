@@ -5,7 +5,7 @@ Coordination Problem", AAMAS 2024 (arXiv 2305.17198), Section 5.3. Two teams lea
 MAPPO (Appendix A), with every agent seeing the whole state. One team settles on counter-clockwise
 bends of the arm, the other on clockwise ones. The dataset has 500,000 transitions of each.
 
-    python -m data.collect_reacher dataset             # data/reacher-expert-mix.hdf5, a minute
+    python -m data.collect_reacher dataset             # data/reacher-expert-mix.hdf5, half a minute
     python -m data.collect_reacher experts --seed 3    # data/weights/reacher_expert_3.pt, 3 minutes
 
 Both experts ship with the repository, and scripts record the dataset when they first need it.

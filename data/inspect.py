@@ -4,8 +4,9 @@
     python -m data.inspect my.hdf5 --task halfcheetah-2x3-medium-fo --histogram returns.png
     python -m data.inspect minari:mujoco/halfcheetah/medium-v0 --task halfcheetah-2x3-medium-fo
 
-Without --task it reads HDF5 files in D4RL's layout and lists the tasks that they fit. With --task,
-which may also be FILE:NAME of your own, it loads the dataset as the scripts do and adds scores.
+Without --task it reads HDF5 files in D4RL's layout and lists the environments that they fit. With
+--task, which may also be FILE:NAME of your own, it loads the dataset as the scripts do and adds
+scores.
 """
 
 import sys
@@ -69,9 +70,10 @@ def stand_in(path: Path, shapes: dict[str, tuple]) -> Task:
     return Task("", blocks(width), blocks(actions), never, name=path.stem, state_dim=width)
 
 
-def fitting_tasks(shapes: dict[str, tuple]) -> list[str]:
-    """Datasets of this repository with the file's widths."""
-    widths = shapes["observations"][1], shapes["actions"][1]
+def fitting_environments(shapes: dict[str, tuple]) -> list[str]:
+    """Environments of this repository with the file's widths."""
+    width, actions = shapes["observations"][1], shapes["actions"][1]
+    widths = 27 if width == 111 else width, actions  # D4RL's ant files have contact forces, too
     return sorted(
         {
             task.environment_name
@@ -109,7 +111,9 @@ def find_faults(dataset: OfflineDataset) -> list[str]:
         faults.append("rewards never change")
     if lengths.max() < 10:
         faults.append("no episode has ten steps, which a world model is judged by")
-    if len(lengths) < 10:
+    if len(lengths) == 1:
+        faults.append("there is one episode, and a world model needs some to be held out")
+    elif len(lengths) < 10:
         faults.append(f"{len(lengths)} episodes, of which one in ten is held out")
     return faults
 
@@ -154,7 +158,7 @@ def main(args: Args) -> OfflineDataset:
     print(f"reward: {spread(dataset.rewards.numpy())}")
     print(f"sha256: {dataset.description['sha256']}")
     if shapes and not args.task:
-        fitting = ", ".join(fitting_tasks(shapes)) or "none of this repository"
+        fitting = ", ".join(fitting_environments(shapes)) or "none of this repository"
         print(f"environments with these widths: {fitting}")
     faults = find_faults(dataset)
     if not is_minari and not task.layout:

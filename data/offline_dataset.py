@@ -174,6 +174,8 @@ class OfflineDataset:
     def split(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows for training (about 90 %) and for validation, split by episode; always the same."""
         episodes = len(self.first_rows)
+        advice = "record more, or flag 'timeouts'"
+        require(episodes > 1, f"the dataset has one episode, and some must be held out; {advice}")
         order = np.random.default_rng(SPLIT_SEED).permutation(episodes)
         held_out = np.zeros(episodes, dtype=bool)
         held_out[order[: max(1, episodes // 10)]] = True
@@ -236,13 +238,15 @@ def read_columns(task: Task, path: Path) -> tuple[dict[str, np.ndarray], str]:
     try:
         with h5py.File(path, locking=False) as file:
             source = str(file.attrs.get("source", path.name))
-            check_environment(task, path, str(file.attrs.get("environment", "")))
+            recorded = str(file.attrs.get("environment", ""))
+            alive_bonus = check_environment(task, path, recorded)
             columns = {name: read_column(task, path, file, name) for name in COLUMNS}
     except (OSError, RuntimeError, KeyError) as error:  # h5py's errors
         if isinstance(error, PermissionError):
             raise InputError(f"{path} cannot be read ({error.strerror}); change its mode") from None
         advice = "delete it and record or download it again"
         raise DamagedFile(f"{path} is truncated or not HDF5 ({error}); {advice}") from None
+    columns["rewards"] += alive_bonus * columns["terminals"]
     check_columns(task, path, columns)
     return columns, source
 
@@ -333,11 +337,11 @@ def read_minari(task: Task, path: Path) -> tuple[dict[str, np.ndarray], str]:
     except Exception as error:  # of Minari, of its storage, or of the network
         reason = " ".join(str(error).split())
         raise InputError(f"Minari cannot load {name} ({type(error).__name__}: {reason})") from None
-    check_environment(task, path, environment)
-    return columns_of_episodes(task, path, episodes, environment), f"Minari's {found.id}"
+    alive_bonus = check_environment(task, path, environment)
+    return columns_of_episodes(task, path, episodes, alive_bonus), f"Minari's {found.id}"
 
 
-def columns_of_episodes(task: Task, path: Path, episodes: list, environment: str) -> dict:
+def columns_of_episodes(task: Task, path: Path, episodes: list, alive_bonus=0) -> dict:
     """D4RL's columns of Minari's episodes, which have a state more than they have actions."""
     arrays = isinstance(episodes[0].observations, np.ndarray) if episodes else False
     require(arrays, f"{path} has no episodes whose observations are arrays; {task.name} needs them")
@@ -360,20 +364,24 @@ def columns_of_episodes(task: Task, path: Path, episodes: list, environment: str
         message = f"'{name}' in {path} has shape {shape}; {task.name} needs {needed}"
         require(shape == needed, message)
     columns = {name: as_column(column, name, path) for name, column in columns.items()}
-    columns["rewards"] += np.float32(SAME_IN_V5.get(environment, 0)) * columns["terminals"]
+    columns["rewards"] += alive_bonus * columns["terminals"]
     columns["timeouts"] &= ~columns["terminals"]
     check_columns(task, path, columns)
     return columns
 
 
-def check_environment(task: Task, path: Path, recorded: str) -> None:
-    """Raises `InputError` if data that say where they were recorded do not suit the task."""
+def check_environment(task: Task, path: Path, recorded: str) -> np.float32:
+    """Raises `InputError` if data that say where they were recorded do not suit the task.
+
+    Returns what the task rewards a terminal step with beyond what these data do.
+    """
     known = task.environment_name
     if known not in ENVIRONMENTS or recorded in ("", known):
-        return
+        return np.float32(0)
     why = OTHER_IN_V5.get(recorded, "which is another environment")
     same = recorded in SAME_IN_V5 and recorded.removesuffix("-v5") == known.removesuffix("-v4")
     require(same, f"{path} was recorded in {recorded}, not in {known}: {why}")
+    return np.float32(SAME_IN_V5[recorded])
 
 
 def check_rows(values: np.ndarray, good: np.ndarray, name: str, path: Path, fault: str) -> None:

@@ -40,13 +40,14 @@ MODES = ("eager", "compiled")
 # Scripts of which one learner sees the whole state are timed on the task where agents see it, too.
 CENTRALIZED = ("world_model", "iql")
 OBSERVANT = {"reacher-leader-only": "reacher-all-observant", "ant-medium-po": "ant-medium-fo"}
-# MOMA-PPO's update is a learning step; the cloning before it, and InSPO's, is not timed.
+# MOMA-PPO's update is a learning step; the cloning before it, and InSPO's, is not timed. In six
+# updates there is one turn of InSPO, and one start of LOGO's rollouts, of proportional size.
 OVERRIDES = {
     "moma_ppo": {"cloning_steps": 0},
-    "inspo": {"cloning_share": 0.0},
-    "logo": {"model_steps": 1},
+    "inspo": {"cloning_share": 0.0, "turn_steps": 6, "pool_size": 1200},
+    "logo": {"model_steps": 1, "refresh_every": 6, "rollouts": 24},
 }
-WARM_UP = 3  # updates, in which torch.compile compiles
+WARM_UP = 6  # updates, in which torch.compile compiles
 
 
 @dataclass

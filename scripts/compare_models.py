@@ -34,7 +34,7 @@ class Args:
     models: tuple[Path, ...] = ()
     """files that world_model.py or baselines/logo.py wrote"""
     dataset: Path | None = None
-    """HDF5 file; by default the task's own"""
+    """HDF5 file, Minari folder or minari:NAME; by default the task's own"""
     starts: int = 1000
     """states of held-out episodes to start from"""
 
@@ -42,7 +42,9 @@ class Args:
 @torch.no_grad()
 def errors(model, dataset, rows, behavior: str) -> dict[str, float]:
     """State and reward errors after one and ten steps, and how well they were foreseen."""
-    task, generator = dataset.task, torch.Generator().manual_seed(0)
+    task = dataset.task
+    # Models draw from a generator of their own, so that all get the same actions.
+    generator, own_generator = (torch.Generator().manual_seed(seed) for seed in (0, 1))
     states, simulator = dataset.states[rows], task.simulator(task, len(rows))
     simulator.set_states(states.numpy())
     std = dataset.states.std(0)
@@ -51,7 +53,7 @@ def errors(model, dataset, rows, behavior: str) -> dict[str, float]:
     foreseen, found, state_errors, reward_errors = [], [], [], []
     for t in range(world_model.OPEN_LOOP_STEPS):
         actions = world_model.disturb(task, dataset.actions[rows + t], behavior, generator)
-        step = model.step(states, actions, generator)
+        step = model.step(states, actions, own_generator)
         true_states, rewards, terminals = map(torch.as_tensor, simulator.step(actions.numpy()))
         error = step.next_states - true_states
         state_errors.append(error.norm(dim=1)[alive].mean().item())

@@ -61,7 +61,7 @@ def main(args: Args) -> dict:
     episodes = f"{args.episodes} greedy episode{'s' if args.episodes > 1 else ''}"
     print(f"{task.name}, {script}.py after {step} steps: {episodes} from seed {args.seed}")
     where = f" in {record['evaluated_in']}" if "evaluated_in" in record else ""
-    paper = task.paper_score(script) or "no figure"
+    paper = task.paper_score(checkpoint.get("algorithm", script)) or "no figure"
     print(f"score {record['score']:.3f}{error}{where} (paper: {paper})")
     print(f"mean return {record['return']:.4g}")
     if args.video:

@@ -69,7 +69,7 @@ class Film(NamedTuple):
 
 def open_environment(task: Task) -> ParallelEnv:
     """The task's environment, once it is certain that this machine renders it."""
-    can_be_filmed = task.has_environment and not task.discrete
+    can_be_filmed = task.has_environment and not task.columns
     require(can_be_filmed, f"{task.name} cannot be filmed; it has no gymnasium environment")
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")

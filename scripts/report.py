@@ -14,6 +14,8 @@ import re
 import statistics
 import sys
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -23,8 +25,8 @@ import tyro
 from scipy.stats import bootstrap, trim_mean
 
 from mamujoco_envs import BODIES, PAPER_SCORES, InputError, all_tasks, require
-from scripts.reproduce import ABLATIONS, COMPARED_ON, VARIANTS, Cell, plot_curves
-from training_run import REPOSITORY, say
+from scripts.reproduce import ABLATIONS, ALGORITHMS, COMPARED_ON, VARIANTS, Cell, plot_curves
+from training_run import REPOSITORY, default_args, say
 
 RESULTS = REPOSITORY / "docs" / "results"
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -69,6 +71,8 @@ README_TASKS = (
 KEPT = ("score", "score_stderr", "returns", "steps", "seconds", "evaluations", "args", "dataset")
 KEPT += ("world_model", "versions", "machine", "model_return")
 KEPT_OF_GAMES = ("score", "score_stderr", "return", "steps", "seconds", "args", "versions")
+# Options that a run of a table may have.
+FREE = ("task", "seed", "device", "run_dir", "resume", "compile")
 
 
 @dataclass
@@ -86,13 +90,37 @@ def rounded(value):
     return [rounded(item) for item in value] if isinstance(value, list) else value
 
 
+@cache
+def default_options(algorithm: str, task: str) -> dict:
+    """The options of a run of a table, as they are kept."""
+    script, *options = ALGORITHMS[algorithm]
+    module = import_module(script.removesuffix(".py").replace("/", "."))
+    defaults = default_args(module.DEFAULTS, task)
+    return rounded(vars(tyro.cli(type(defaults), args=options, default=defaults)))
+
+
+def changed_options(run: dict) -> str:
+    """Options of a run that are not what its algorithm has today, such as "total_steps 400"."""
+    expected = default_options(run["algorithm"], run["task"])
+    calibrated = ("lambda_g", "max_uncertainty")  # found out from the world model
+    return ", ".join(
+        f"{name} {value}"
+        for name, value in run.get("args", {}).items()
+        if name not in FREE and not (name in calibrated and expected[name] is None)
+        if str(value) != str(expected.get(name))
+    )
+
+
 def add_run(run_dir: Path, folder: Path = RESULTS) -> None:
     """Adds a run to its table's file, in the place of an older one of its task and seed."""
     path = run_dir / "result.json"
     require(path.is_file(), f"no result at {path}; give folders of finished runs")
-    task, algorithm, seed = (run_dir.name.split("__") + ["", ""])[:3]
+    task, algorithm, seed, *more = run_dir.name.split("__") + ["", ""]
     known = task in all_tasks() and algorithm in NAMES | VARIANTS and seed.isdigit()
-    require(known, f"{run_dir} must be named TASK__ALGORITHM__SEED, as reproduce.py names runs")
+    require(
+        known and not any(more),
+        f"{run_dir} must be named TASK__ALGORITHM__SEED, as reproduce.py names runs",
+    )
     # All greedy episodes of a game are alike, so those beyond the paper keep their mean return.
     is_game = all_tasks()[task].columns and task not in PAPER_SCORES["moma_ppo"]
     columns = KEPT_OF_GAMES if is_game else KEPT
@@ -101,18 +129,22 @@ def add_run(run_dir: Path, folder: Path = RESULTS) -> None:
     runs = json.loads(table.read_text(encoding="utf-8")) if table.is_file() else {}
     result = json.loads(path.read_text(encoding="utf-8"))
     result["args"].pop("run_dir", None)  # a place on somebody's machine
-    kept = {name: rounded(result[name]) for name in columns if name in result}
-    runs[run_dir.name] = {"task": task, "algorithm": algorithm, "seed": int(seed)} | kept
+    run = {"task": task, "algorithm": algorithm, "seed": int(seed)}
+    run |= {name: rounded(result[name]) for name in columns if name in result}
+    changed = changed_options(run)
+    require(not changed, f"{run_dir} has {changed}, but tables are of defaults alone")
+    runs[run_dir.name] = run
     lines = (f"{json.dumps(name)}: {json.dumps(run)}" for name, run in sorted(runs.items()))
     table.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def read_runs(folder: Path = RESULTS) -> dict[tuple[str, str], list[dict]]:
-    """All runs that are kept, by algorithm and task."""
+    """All runs that are kept and have today's defaults, by algorithm and task."""
     cells = {}
     for path in sorted(folder.glob("table-*.json")):
         for run in json.loads(path.read_text(encoding="utf-8")).values():
-            cells.setdefault((run["algorithm"], run["task"]), []).append(run)
+            if not changed_options(run):
+                cells.setdefault((run["algorithm"], run["task"]), []).append(run)
     return cells
 
 

@@ -335,7 +335,8 @@ def run_all(jobs: list[Job], workers: int, options: list[str], environment: dict
     Where there are GPUs, each of the runs at once has the one whose turn it is.
     """
     waiting, running, finished, stopped_by = list(jobs), {}, 0, None
-    gpus = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
     free_slots = list(range(workers))
 
     def stop(number, _):
@@ -348,7 +349,7 @@ def run_all(jobs: list[Job], workers: int, options: list[str], environment: dict
             while waiting and len(running) < workers:
                 job, slot = waiting.pop(0), free_slots.pop(0)
                 if gpus:
-                    environment = environment | {"CUDA_VISIBLE_DEVICES": str(slot % gpus)}
+                    environment = environment | {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]}
                 remove_debris(job.run_dir)
                 log = tempfile.TemporaryFile("w+", errors="replace")
                 command = job_command(job, options)
@@ -507,6 +508,8 @@ def main(args: Args) -> None:
         for cell in cells
         for seed in range(1, seeds + 1)
     ]
+    message = "two of --tasks have the same name, and would share run folders; rename one"
+    require(len({job.run_dir for job in jobs}) == len(jobs), message)
     environment = os.environ | JOB_ENVIRONMENT
     options = compile_options(environment) if table.compile else []
     unfinished = [job for job in jobs if not (job.run_dir / "result.json").is_file()]

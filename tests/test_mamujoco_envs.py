@@ -528,6 +528,18 @@ def test_parallel_env_same_seed_same_episode():
     assert not np.array_equal(episode(env, 5), episode(env, 6))
 
 
+def test_parallel_env_takes_an_option_as_its_number_or_one_hot():
+    rewards = []
+    for actions in (
+        {"agent_0": 1, "agent_1": 1},
+        {"agent_0": np.eye(2)[1], "agent_1": np.eye(2)[1]},
+    ):
+        env = parallel_env("coordination-neutral")
+        env.reset(seed=0)
+        rewards.append(env.step(actions)[1])
+    assert rewards[0] == rewards[1] == {"agent_0": 1.0, "agent_1": 1.0}
+
+
 def test_parallel_env_hands_out_copies():
     env = parallel_env("reacher-leader-only")
     observations, _ = env.reset(seed=0)

@@ -144,6 +144,11 @@ BAD_TASKS = {
     "missing file": (None, "no file"),
     "missing name": ("NOTHING = 1", "holds no Task called MINE; it has none"),
     "a mistake": ("import nothing_at_all", "fails in line 3: ModuleNotFoundError"),
+    "a negative index": ("MINE = Task('', ((0, -1), (1,)), ((0,), (1,)), 5)", "from 0 on; not -1"),
+    "one return for two scores": (
+        "MINE = Task('', A, ((0,), (1,)), 5, expert_return=0.0)",
+        "must be two numbers",
+    ),
     "an action twice": ("MINE = Task('', A, ((0,), (0,)), 5)", "must drive each action once"),
     "uneven": ("MINE = Task('', A, ((0, 1), (2,)), 5)", "different numbers of actions"),
     "one agent less": ("MINE = Task('', A, ((0,),), 5)", "2 agents in 'observed', but 1"),
@@ -457,6 +462,14 @@ def test_a_falling_hopper_of_v5_is_paid_as_v4s(minari, monkeypatch, tmp_path):
     rewards = load_dataset(task, "minari:x").rewards.numpy()
     np.testing.assert_allclose(rewards, found[0].rewards, rtol=1e-6)
     assert not np.allclose(found[0].rewards, found[1].rewards)
+    # So it is in a file that says where it was recorded.
+    v5 = found[1]
+    with h5py.File(tmp_path / "v5.hdf5", "w") as file:
+        file.attrs["environment"] = "Hopper-v5"
+        file["observations"], file["next_observations"] = v5.observations[:-1], v5.observations[1:]
+        file["actions"], file["rewards"] = v5.actions, v5.rewards
+        file["terminals"], file["timeouts"] = v5.terminations, v5.truncations
+    assert load_dataset(task, tmp_path / "v5.hdf5").rewards.tolist() == rewards.tolist()
 
 
 def test_columns_of_other_names_are_joined_agent_by_agent(columns, tmp_path):

@@ -357,7 +357,11 @@ def test_a_published_score_is_the_mean_of_its_raw_returns():
 
 
 def test_a_run_is_added_to_the_published_ones(tmp_path):
-    result = made_up_result(0.25) | {"returns": [1.23456789], "args": {"gamma": 0.99}, "more": 1}
+    result = made_up_result(0.25) | {
+        "returns": [1.23456789],
+        "args": {"batch_size": 256},
+        "more": 1,
+    }
     for seed, score in ((1, 0.25), (2, 0.75), (2, 0.35)):  # the last replaces the one before
         run_dir = tmp_path / f"ant-medium-fo__ibc__{seed}"
         run_dir.mkdir(exist_ok=True)
@@ -370,6 +374,24 @@ def test_a_run_is_added_to_the_published_ones(tmp_path):
     made = report.with_tables(page, {("ibc", "ant-medium-fo"): runs})
     row = "| `ant-medium-fo` | 10 | 2 | 0.30 ± 0.05 | 0.84 ± 0.01 | 2 |"
     assert row in made and "old" not in made and made.endswith("<!-- end -->\nafter")
+
+
+def test_tables_are_of_runs_with_todays_defaults(tmp_path):
+    """Of MOMA-PPO's calibrated options every value is one."""
+    result = made_up_result(0.5) | {"args": {"lambda_g": 12.0, "seed": 7}}
+    run_dir = tmp_path / "ant-medium-fo__moma_ppo__7"
+    run_dir.mkdir()
+    (run_dir / "result.json").write_text(json.dumps(result))
+    report.add_run(run_dir, tmp_path)
+    assert report.read_runs(tmp_path)
+    (run_dir / "result.json").write_text(json.dumps(result | {"args": {"ground_truth": True}}))
+    with pytest.raises(InputError, match="has ground_truth True, but tables are of defaults"):
+        report.add_run(run_dir, tmp_path)
+    text = (tmp_path / "table-4b.json").read_text()
+    (tmp_path / "table-4b.json").write_text(text.replace('"seed": 7}', '"epochs": 5}'))
+    assert not report.read_runs(tmp_path)
+    with pytest.raises(InputError, match="must be named TASK__ALGORITHM__SEED"):
+        report.add_run(run_dir.rename(tmp_path / "ant-medium-fo__moma_ppo__7__2026"), tmp_path)
 
 
 def test_intervals_are_those_of_the_seeds():
