@@ -143,7 +143,8 @@ class OfflineDataset:
 
     def episode_returns(self) -> np.ndarray:
         """The return of each episode [episode]."""
-        rewards = self.rewards.cpu().numpy().astype(np.float64)
+        # Fine-tuning appends rows that belong to no episode of the data.
+        rewards = self.rewards[: self.size].cpu().numpy().astype(np.float64)
         return np.add.reduceat(rewards, self.first_rows.cpu().numpy())
 
     def discounted_returns(self, gamma: float) -> torch.Tensor:

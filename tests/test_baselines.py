@@ -366,8 +366,8 @@ def noise_of(task, size=7):
 OWN_OPTIONS = {
     itd3_bc: {"alpha": 2.5},
     matd3_bc: {"alpha": 2.5},
-    icql: {"cql_alpha": 0.5, "cql_batch_size": 5},
-    iomar: {"cql_alpha": 0.5, "cql_batch_size": 5, "omega": 0.5},
+    icql: {"cql_alpha": 0.5, "cql_batch_size": 5, "policy_noise": 0.2},
+    iomar: {"cql_alpha": 0.5, "cql_batch_size": 5, "omega": 0.5, "policy_noise": 0.2},
 }
 
 

@@ -32,6 +32,7 @@ TINY["logo"] += ["--model-steps", 4, "--rollouts", 4, "--cql-batch-size", 8]
 TINY["logo"] += ["--refresh-every", 2, "--generations", 2]
 # Runs that go through other code than the script's default.
 VARIANTS = [*TRAINING, "maiql --finetune", "moma_ppo --ground-truth", "logo --synthetic-share 0"]
+PAPER_NAMES = {"maiql --finetune": "maiql_ft", "moma_ppo --ground-truth": "moma_ppo-ground-truth"}
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 each_script = pytest.mark.parametrize("script", TRAINING)
 
@@ -156,7 +157,7 @@ def test_every_script_learns_on_the_ant(variant, run_tiny):
         assert result["state_error"] > 0 and len(result["elites"]) == 5
         return
     assert len(result["returns"]) == 10 and np.isfinite(result["returns"]).all()
-    algorithm = "maiql_ft" if "--finetune" in variant else variant.split()[0]
+    algorithm = PAPER_NAMES.get(variant, variant.split()[0])
     assert result["paper_score"] == mamujoco_envs.PAPER_SCORES[algorithm].get("ant-medium-po")
     team = load_team(run_dir)
     observations = team.task.observe(torch.randn(3, 27))
