@@ -511,8 +511,12 @@ def test_hyperparameters_that_make_no_sense_name_their_flag(name, value, ibc_scr
     assert not (tmp_path / "run").exists()
 
 
-def test_sizes_beyond_the_memory_name_their_flag(ibc_script, tmp_path):
-    status, _ = ibc_script("--batch-size", 10**9)
+def test_sizes_beyond_the_memory_name_their_flag(ibc_script, monkeypatch):
+    def beyond_memory(dataset, count):
+        return torch.zeros(count**2, dtype=torch.long)  # at once, instead of filling 8 GB first
+
+    monkeypatch.setattr(OfflineDataset, "sample_rows", beyond_memory)
+    status, _ = ibc_script("--batch-size", 10**9, "--seed", 3)
     assert_one_line(status, "out of memory; use a smaller --batch-size")
 
 
