@@ -342,7 +342,7 @@ def read_minari(task: Task, path: Path) -> tuple[dict[str, np.ndarray], str]:
     return columns_of_episodes(task, path, episodes, alive_bonus), f"Minari's {found.id}"
 
 
-def columns_of_episodes(task: Task, path: Path, episodes: list, alive_bonus=0) -> dict:
+def columns_of_episodes(task: Task, path: Path, episodes: list, alive_bonus) -> dict:
     """D4RL's columns of Minari's episodes, which have a state more than they have actions."""
     arrays = isinstance(episodes[0].observations, np.ndarray) if episodes else False
     require(arrays, f"{path} has no episodes whose observations are arrays; {task.name} needs them")
