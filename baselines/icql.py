@@ -87,7 +87,9 @@ class Args:
 DEFAULTS = {
     None: Args(),
     "Ant-v4": Args(eval_episodes=10, cql_points=6),
-    "coordination": Args(total_steps=300, eval_every=100, gamma=0.5),
+    "coordination": Args(
+        total_steps=400, eval_every=100, learning_rate=1e-3, gamma=0.5, cql_alpha=0.1
+    ),
     "ant-expert": Args(eval_episodes=10, cql_points=6, cql_alpha=5.0),
 }
 

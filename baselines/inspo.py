@@ -81,7 +81,7 @@ class Args:
     """discount factor"""
     polyak: float = 0.05
     """how far target critics move at each step"""
-    alpha: float = 0.3
+    alpha: float = 10.0
     """temperature, in units of the mean size of the agent's advantages"""
     max_weight: float = 100.0
     """largest ratio of the others' policies to the data's, and exp(advantage / temperature)"""
