@@ -1,4 +1,4 @@
-"""Coordination games: discrete (Section 5.2), continuous, and one whose best play nobody showed.
+"""Coordination games: discrete (Section 5.2), continuous, and one with a best play rarely shown.
 
 Paper: Barde et al., "A Model-Based Solution to the Offline Multi-Agent Reinforcement Learning
 Coordination Problem", AAMAS 2024 (arXiv 2305.17198), Figure 3 (a), Tables 1 and 3. Agents act at
@@ -137,7 +137,8 @@ def continuous_task(kind: str, behavior: str, agents: int = 2) -> Task:
 def climbing_task(coverage: float) -> Task:
     """The climbing game; `coverage` percent of its data are the best joint action."""
     require(0 <= coverage <= 100, f"coverage must be from 0 to 100 percent; it is {coverage}")
-    return make_task("climbing", f"{coverage:g}", 2, 3, "")
+    share = np.format_float_positional(coverage, trim="-")  # never as 1e-05
+    return make_task("climbing", share, 2, 3, "")
 
 
 def tasks() -> list[Task]:
@@ -272,6 +273,7 @@ def train_world_model(task: Task, seed: int, run_dir: Path) -> Path:
 
 def describe(args: Args) -> None:
     """Prints the pay-off matrix and the datasets, with Table 1 where it has them."""
+    require(args.seed >= 0, f"--seed must be 0 or more; it is {args.seed}")
     games = [coordination_task(behavior, args.agents, args.actions) for behavior in BEHAVIORS]
     options = [str(i) for i in range(args.actions)]
     names = ["left", "right"] if args.actions == 2 else options

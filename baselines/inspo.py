@@ -2,11 +2,9 @@
 
 Paper: Liu et al., "Offline Multi-Agent Reinforcement Learning via In-Sample Sequential Policy
 Optimization", AAAI 2025 (arXiv 2412.07639). Agents take turns in random order. Each learns from the
-dataset reweighted by the others' present policies over those that recorded it, as if it had played
-with them, and imitates its own best actions there. No model and no interaction are needed.
+data reweighted by the others' present policies, as if it had played with them, without any model.
 
     python baselines/inspo.py --task coordination-unfavorable
-    python baselines/inspo.py --task reacher-leader-only
     python baselines/inspo.py --resume runs/RUN
 
 Where it differs from the paper, why, and what could not be verified: docs/inspo.md.
@@ -82,9 +80,9 @@ class Args:
     polyak: float = 0.05
     """how far target critics move at each step"""
     alpha: float = 10.0
-    """temperature, in units of the mean size of the agent's advantages"""
+    """temperature, in units of the agent's mean absolute advantage"""
     max_weight: float = 100.0
-    """largest ratio of the others' policies to the data's, and exp(advantage / temperature)"""
+    """upper limit of importance ratios and of exp(advantage / temperature)"""
     policy_samples: int = 4
     """actions that estimate a value, where actions are continuous"""
     max_grad_norm: float = 1.0
@@ -284,7 +282,7 @@ class Team(nn.Module):
     def values(self, states, distribution, noise, agents, target=False):
         """V_i(s), the mean over a_i ~ pi_i of the smaller Q_ij(s, a_i): [batch, agent].
 
-        Exact for options; else over actions made of `noise` [sample, batch, agent, action].
+        Exact for discrete actions; else over those made of `noise` [sample, batch, agent, action].
         """
         if self.task.discrete:
             options = torch.eye(self.task.action_dim, device=states.device)
@@ -322,10 +320,11 @@ def importance_weights(team: Team, batch: Batch, max_weight: float):
 
 
 class Turns(nn.Module):
-    """The order of this round, and the rows that whoever has its turn learns from."""
+    """When turns begin, their order, and the rows that whoever has its turn learns from."""
 
-    def __init__(self, agents, pool_size):
+    def __init__(self, agents, pool_size, cloning_steps=0):
         super().__init__()
+        self.register_buffer("cloning_steps", torch.tensor(cloning_steps))
         self.register_buffer("order", torch.arange(agents))
         self.register_buffer("rows", torch.zeros(pool_size, dtype=torch.long))
         self.register_buffer("weights", torch.ones(pool_size))
@@ -387,9 +386,9 @@ def clip_each_agent(parameters, agents, max_norm):
 
 
 def train(args: Args) -> dict:
-    check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size", "pool_size")
+    check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size", "max_weight")
     check_positive(args, "learning_rate", "memory_learning_rate", "max_grad_norm", "alpha")
-    check_positive(args, "turn_steps", "max_weight", "policy_samples")
+    check_range(args, 1, 2**24, "pool_size", "turn_steps", "policy_samples")
     check_range(args, 0, 1, "gamma", "polyak", "cloning_share")
     cloning_steps = round(args.cloning_share * args.total_steps)
     with Run(args, "inspo") as run:
@@ -397,7 +396,7 @@ def train(args: Args) -> dict:
         dataset = load_dataset(task, args.dataset, device)
         torch.manual_seed(args.seed)
         team = Team(task, dataset.states, args).to(device)
-        turns = Turns(task.num_agents, args.pool_size).to(device)
+        turns = Turns(task.num_agents, args.pool_size, cloning_steps).to(device)
         groups = [{"params": net.parameters()} for net in (team.policy, team.critics)]
         if team.memory:
             groups.append({"params": team.memory.parameters(), "lr": args.memory_learning_rate})
@@ -406,6 +405,7 @@ def train(args: Args) -> dict:
         schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)
         tracked = {"team": team, "turns": turns, "optimizer": optimizer, "schedule": schedule}
         run.restore({"dataset": dataset.description}, **tracked)
+        cloning_steps = int(turns.cloning_steps)  # unchanged if --resume changes --total-steps
         targets, online = (list(x.parameters()) for x in (team.target_critics, team.critics))
         loss_function = compiled(inspo_losses, args, device)
 

@@ -399,6 +399,7 @@ def train(args: Args) -> dict:
     check_positive(args, "learning_rate", "memory_learning_rate", "max_grad_norm", "policy_delay")
     check_positive(args, "cql_batch_size", "omar_iterations", "omar_std")
     check_range(args, 1, 1000, "cql_points")
+    check_range(args, 2, 1e9, "omar_samples")
     check_range(args, 2, args.omar_samples, "omar_elites")
     check_range(args, 0, 1, "gamma", "polyak", "omega")
     check_range(args, 0, 1e9, "policy_noise", "noise_clip", "cql_alpha", "action_penalty")

@@ -18,7 +18,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from mamujoco_envs import InputError, all_tasks, require
-from scripts.report import GAMES, NAMES, RESULTS, players, read_runs
+from scripts.report import AGREEMENT, COMPARED, NAMES, RESULTS, read_runs
 from scripts.reproduce import color_of
 from training_run import REPOSITORY, say
 
@@ -31,11 +31,20 @@ class Args:
     """folder of the figures"""
 
 
-def draw(table: str, cells: dict, path: Path) -> None:
-    """One table of games: a group of bars for each task, a bar for each algorithm."""
-    tasks = [task for task in all_tasks() if task.startswith(GAMES[table])]
-    algorithms = [name for name in players(table) if any((name, task) in cells for task in tasks)]
-    tasks = [task for task in tasks if any((name, task) in cells for name in algorithms)]
+def cells_of(table: str, cells: dict) -> dict:
+    """The runs of the algorithms and tasks that a table compares."""
+    compared = COMPARED.get(table, NAMES)
+    return {
+        (algorithm, task): runs
+        for (algorithm, task), runs in cells.items()
+        if algorithm in compared and task.startswith(AGREEMENT[table])
+    }
+
+
+def draw(cells: dict, path: Path) -> None:
+    """One table: a group of bars for each task, a bar for each algorithm."""
+    algorithms = [name for name in NAMES if any(name == algorithm for algorithm, _ in cells)]
+    tasks = [name for name in all_tasks() if any(name == task for _, task in cells)]
     width = 0.8 / len(algorithms)
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots()
@@ -48,12 +57,13 @@ def draw(table: str, cells: dict, path: Path) -> None:
                 x = place - 0.4 + (i + 0.5) * width
                 axes.bar(x, scores.mean(), 0.9 * width, color=color, alpha=0.5, label=label)
                 # Seeds often end at the same score, so dots are spread over the bar.
-                spread = x + 0.6 * width * np.linspace(-0.5, 0.5, len(scores))
+                places = (np.arange(len(scores)) + 0.5) / len(scores) - 0.5
+                spread = x + 0.8 * width * places
                 axes.plot(spread, scores, ".", color=color, markersize=4)
                 label = None
     axes.axhline(1, color="grey", linewidth=0.8, linestyle=":")
     axes.axhline(0, color="grey", linewidth=0.8)
-    axes.set_xticks(range(len(tasks)), tasks)
+    axes.set_xticks(range(len(tasks)), tasks, fontsize=7)
     axes.set_ylabel("normalised score")
     figure.legend(loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=90)
@@ -61,11 +71,11 @@ def draw(table: str, cells: dict, path: Path) -> None:
 
 def main(args: Args) -> None:
     cells = read_runs(args.results)
-    played = [t for t, prefix in GAMES.items() if any(task.startswith(prefix) for _, task in cells)]
-    require(played, f"no games in {args.results}; run scripts/reproduce.py and scripts/report.py")
-    for table in played:
+    drawn = [table for table in AGREEMENT if cells_of(table, cells)]
+    require(drawn, f"no runs in {args.results}; run scripts/reproduce.py and scripts/report.py")
+    for table in drawn:
         path = args.figures / f"agreement-{table}.png"
-        draw(table, cells, path)
+        draw(cells_of(table, cells), path)
         say(str(path))
 
 

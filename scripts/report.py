@@ -4,9 +4,10 @@ draws the learning curves.
     python scripts/report.py --runs runs/*__*  # adds these runs, then writes the tables
     python scripts/report.py                   # writes the tables again
 
-docs/results/TABLE.json has, for every run, its raw returns, evaluations, arguments, versions and
-machine. Tables stand between <!-- table NAME --> and <!-- end --> in README.md and docs/*.md, and
-are made from these files alone; a test checks that they agree.
+docs/results/TABLE.json has, for every run, its arguments and versions and, except for games beyond
+the paper, its raw returns, evaluations and machine. Tables stand between <!-- table NAME --> and
+<!-- end --> in README.md and docs/*.md, and are made from these files alone; a test checks that
+they agree.
 """
 
 import json
@@ -55,12 +56,17 @@ VARIANT_NAMES = {
     **{f"moma_ppo-k{k}": f"k = {k}, from any states" for k in (5, 10, 25, 50)},
 }
 TABLES = {"coordination": "table-3", "reacher": "table-4a", "ant": "table-4b"}
-# Tables of docs/agreement.md: how the names of their tasks start.
-GAMES = {
+# Tables of docs/agreement.md: how the names of their tasks start, and who is compared, if not all.
+AGREEMENT = {
     "scaling": "coordination-unfavorable",
     "continuous": "continuous-",
     "peaks": "peaks-",
     "climbing": "climbing-",
+    "dynamics": ("reacher-", "ant-medium-fo"),
+}
+COMPARED = {
+    "scaling": ("inspo", "logo", "moma_ppo"),
+    "dynamics": ("maiql", "matd3_bc", "ibc", "inspo", "moma_ppo"),
 }
 TABLES |= dict.fromkeys(BODIES, "table-other")
 README_TASKS = (
@@ -164,7 +170,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def span(values) -> str:
-    """The values that differ, as "3" or "1 to 3"."""
+    """The smallest and the largest value, as "1 to 3", or "3" where they are equal."""
     low_and_high = sorted({min(values), max(values)})
     return " to ".join(f"{value:,}" for value in low_and_high)
 
@@ -213,16 +219,11 @@ def table_of_algorithm(algorithm: str, cells) -> str:
     return markdown(["task", "steps", "seeds", "score", "paper", "seconds"], rows)
 
 
-def players(table: str) -> list[str]:
-    """The algorithms of a table of games; with many agents only three are compared."""
-    return ["inspo", "logo", "moma_ppo"] if table == "scaling" else list(NAMES)
-
-
-def table_of_games(table: str, cells) -> str:
-    """A row for each algorithm, a column for each game, and the seconds of a run."""
-    columns = [task for task in all_tasks() if task.startswith(GAMES[table])]
+def table_of_agreement(table: str, cells) -> str:
+    """A row for each algorithm, a column for each task, and the seconds of a run."""
+    columns = [task for task in all_tasks() if task.startswith(AGREEMENT[table])]
     rows = []
-    for algorithm in players(table):
+    for algorithm in COMPARED.get(table, NAMES):
         finished = {task: cells[algorithm, task] for task in columns if (algorithm, task) in cells}
         if finished:
             seeds = span([len(runs) for runs in finished.values()])
@@ -244,7 +245,7 @@ def interval(statistic, *samples: list[float]) -> str:
 
 
 def interquartile_mean(scores, axis=-1):
-    """The mean of the middle half, which no one bad seed moves (Agarwal et al., NeurIPS 2021)."""
+    """The mean of the middle half (Agarwal et al., NeurIPS 2021); of three seeds nothing is cut."""
     return trim_mean(scores, 0.25, axis=axis)
 
 
@@ -311,8 +312,8 @@ def make_table(name: str, cells) -> str:
         return table_of_readme(cells)
     if name in NAMES:
         return table_of_algorithm(name, cells)
-    if name in GAMES:
-        return table_of_games(name, cells)
+    if name in AGREEMENT:
+        return table_of_agreement(name, cells)
     if name == "intervals":
         return table_of_intervals(cells)
     if name in ABLATIONS:

@@ -316,6 +316,18 @@ def test_a_cloned_team_is_not_cloned_again(run_tiny, run_script, monkeypatch):
         assert torch.equal(weight, states_of(killed)[name]), name
 
 
+def test_an_extended_run_of_inspo_does_not_clone_again(run_tiny, run_script):
+    """A quarter of the steps that it began with are cloning, whatever --total-steps is later."""
+    status, output, run_dir = run_tiny("inspo")
+    assert status == 0, output
+    cloned = {name: x for name, x in states_of(run_dir).items() if "behavior" in name}
+    status, output = run_script(path_of("inspo"), "--resume", run_dir, "--total-steps", 40)
+    assert status == 0, output
+    assert cloned and load_checkpoint(run_dir)["step"] == 40
+    for name, weight in cloned.items():
+        assert torch.equal(weight, states_of(run_dir)[name]), name
+
+
 def test_a_world_model_that_has_changed_is_noticed(run_tiny, run_script, world_models, tmp_path):
     mine = tmp_path / "mine.pt"
     mine.write_bytes(world_models["reacher"].read_bytes())

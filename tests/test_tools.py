@@ -432,7 +432,7 @@ def test_runs_of_games_beyond_the_paper_are_kept_short_and_drawn(tmp_path):
     assert "| InSPO | 2 | not run | not run | 0.75 ± 0.25 | not run | 2 |" in table
     agreement.main(agreement.Args(tmp_path, tmp_path))
     assert (tmp_path / "agreement-climbing.png").read_bytes().startswith(b"\x89PNG")
-    assert_refused(agreement, agreement.Args(tmp_path / "runs"), "no games")
+    assert_refused(agreement, agreement.Args(tmp_path / "runs"), "no runs")
 
 
 def test_bad_input_of_adding_runs(tmp_path):
