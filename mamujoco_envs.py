@@ -133,8 +133,8 @@ class Task:
     expert_return: float = 1.0
     """returns that the normalised score calls 0 and 1 (Table 2); by default it is the return"""
     entropy_target: float | None = None
-    """joint entropy that PPO keeps (Appendix A.1); by default minus the number of actions, as in
-    SAC (arXiv 1812.05905)"""
+    """joint entropy below which PPO pays a bonus (Appendix A.1); by default minus the number of
+    actions, as in SAC (arXiv 1812.05905)"""
     simulator: Callable | None = None
     """`simulator(task, num_envs)`: copies of the environment, with the methods of `Simulator`; by
     default the best there is for the environment"""

@@ -95,7 +95,8 @@ class Args:
     lambda_a: float = 1.0
     """weight of eps_a, the aleatoric uncertainty (MOPO); only with --penalty aleatoric"""
     max_uncertainty: float | None = None
-    """l_eps: a rollout ends when eps_g reaches it; by default calibrated, inf means never"""
+    """l_eps: a rollout ends when eps_g reaches it, and no penalty counts more than it; by default
+    calibrated, inf means never"""
     cloning_steps: int = 0
     """gradient steps of behavioural cloning before the first learning step (the paper: 0)"""
     transitions: int = 2000
@@ -115,7 +116,7 @@ class Args:
     critic_coefficient: float = 0.5
     """weight of the critic loss"""
     entropy_coefficient: float = 0.001
-    """step size of the dual variable that keeps the entropy at its target"""
+    """step size of the dual variable that keeps the entropy from falling below its target"""
     action_penalty: float = 1.0
     """weight of the penalty on greedy actions outside [-1, 1]"""
     max_grad_norm: float = 1.0
@@ -129,7 +130,7 @@ DEFAULTS = {
         total_steps=2000, eval_every=200, eval_episodes=20, start_states="any",
         cloning_steps=3000, learning_rate=1e-4, gamma=0.99,
     ),
-    # The game is played in single steps and has no uncertainty (Section 5.2).
+    # A step of the game has no effect on the next (Deviation 17).
     "coordination": Args(
         total_steps=40, eval_every=4, start_states="any", rollout_length=1,
         penalty="none", max_uncertainty=math.inf, epochs=5, gamma=0.5,
@@ -615,7 +616,7 @@ def ppo_loss(team, batch, args):
     values = team.team_value(inputs, batch.states)
     clipped_values = batch.values + (values - batch.values).clamp(-args.clip, args.clip)
     errors = [(v - batch.returns).square().mean() for v in (clipped_values, values)]
-    critic_loss = torch.max(*errors)
+    critic_loss = torch.max(*errors)  # the larger of two means, not the mean of the larger
 
     # The dual variable grows while the entropy is below its target.
     entropy = torch.min((-ratio * log_probs).mean(), (-clipped_ratio * log_probs).mean())
@@ -623,7 +624,7 @@ def ppo_loss(team, batch, args):
         gap = team.task.entropy_target - entropy
         team.entropy_alpha.add_(args.entropy_coefficient * gap).clamp_(min=0)
 
-    # The penalty, like the entropy, is the larger of two means, not the mean of the larger.
+    # The larger of two means again, as of the entropy the smaller.
     excess = (distribution.mode.abs() - 1).clamp(min=0).square().sum((1, 2))
     action_penalty = torch.max((ratio * excess).mean(), (clipped_ratio * excess).mean())
 
@@ -708,7 +709,7 @@ def check(args):
     check_range(args, 0, math.inf, "max_uncertainty")
     count = args.transitions // args.rollout_length  # of rollouts; a tenth is held out
     trained = (count - count // 10) * args.rollout_length
-    message = "--transitions must fill a --minibatch-size with rollouts of --rollout-length"
+    message = "--transitions must fill a --minibatch-size with rollouts of --rollout-length steps"
     require(trained >= args.minibatch_size, message)
 
 

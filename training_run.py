@@ -39,6 +39,7 @@ from pathlib import Path
 import filelock
 import torch
 import tyro
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -419,6 +420,11 @@ class Run:
                 require(description["sha256"] == before, message)
             for name, module in tracked.items():
                 module.load_state_dict(self.checkpoint["state"][name])
+            for schedule in tracked.values():
+                if isinstance(schedule, LambdaLR):  # --total-steps may have changed
+                    scales = zip(schedule.base_lrs, schedule.lr_lambdas)
+                    for group, (rate, decay) in zip(schedule.optimizer.param_groups, scales):
+                        group["lr"] = rate * decay(schedule.last_epoch)
             self.step, self.seconds = self.checkpoint["step"], self.checkpoint["seconds"]
             self.evaluations = self.checkpoint["evaluations"]
             torch.set_rng_state(self.checkpoint["random_states"]["cpu"])
@@ -499,7 +505,7 @@ class Run:
             self.seconds += time.perf_counter() - self.clock
             if due or last:
                 self.save()
-            if due and not last:
+            if due and not last and not self.signal:
                 self._evaluate(evaluate)
                 self.save()
             self.clock = time.perf_counter()

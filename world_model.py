@@ -1,10 +1,10 @@
 """The ensemble world model of MOMA-PPO (Section 3.1): trains it and exports it for moma_ppo.py.
 
 Paper: Barde et al., "A Model-Based Solution to the Offline Multi-Agent Reinforcement Learning
-Coordination Problem", AAMAS 2024 (arXiv 2305.17198). Seven members predict the next state, the
-reward and whether the next state is absorbing, from the global state and the joint action. They
-train at once as one batched network, each on its own minibatches; the five best on held-out data
-are the elites. Tasks that share a dataset share its world model.
+Coordination Problem", AAMAS 2024 (arXiv 2305.17198). Seven members predict the next state and the
+reward from the global state and the joint action, and from the next state whether it is absorbing.
+They train at once as one batched network, each on its own minibatches; the five best on held-out
+data are the elites. Tasks that share a dataset share its world model.
 
     python world_model.py --task reacher-leader-only
     python world_model.py --task reacher-leader-only --paper    # the paper's networks and budget
@@ -83,7 +83,7 @@ class Args:
     decay: Literal["cosine", "none"] = "cosine"
     """decay the learning rate to zero along a cosine, or keep it"""
     beta: float = 0.5
-    """beta-NLL: exponent of the variance that weighs the state's likelihood; 0 is no weight"""
+    """beta-NLL: exponent of the variance that weights the state's likelihood; 0 is unweighted"""
     reward_weight_decay: float = 0.3
     """AdamW, reward network: makes it read only the dimensions that explain the reward"""
     max_grad_norm: float = 1.0
@@ -489,7 +489,7 @@ def train(args: Args) -> dict:
         if args.normalize:
             ensemble.standardize(dataset, training_rows)
         changes = ensemble.target_std.nonzero()[:, 0]
-        # eps_g is measured in standard deviations of the data.
+        # Predictions are divided by the data's standard deviations before eps_g is computed.
         scale = torch.cat([dataset.states, dataset.rewards[:, None]], dim=1).std(0)
         scale = torch.where(scale < 1e-6, 1, scale)
 

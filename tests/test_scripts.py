@@ -316,6 +316,18 @@ def test_a_cloned_team_is_not_cloned_again(run_tiny, run_script, monkeypatch):
         assert torch.equal(weight, states_of(killed)[name]), name
 
 
+def test_an_extended_run_learns_from_its_first_step(run_tiny, run_script):
+    """Its learning rate had decayed to zero."""
+    status, output, run_dir = run_tiny("ibc")
+    assert status == 0, output
+    before = states_of(run_dir)
+    status, output = run_script(path_of("ibc"), "--resume", run_dir, "--total-steps", 5)
+    assert status == 0, output
+    assert load_checkpoint(run_dir)["step"] == 5
+    after = states_of(run_dir)
+    assert any(not torch.equal(x, after[name]) for name, x in before.items() if "policy" in name)
+
+
 def test_an_extended_run_of_inspo_does_not_clone_again(run_tiny, run_script):
     """A quarter of the steps that it began with are cloning, whatever --total-steps is later."""
     status, output, run_dir = run_tiny("inspo")
