@@ -63,7 +63,8 @@ def draw(cells: dict, path: Path) -> None:
                 label = None
     axes.axhline(1, color="grey", linewidth=0.8, linestyle=":")
     axes.axhline(0, color="grey", linewidth=0.8)
-    axes.set_xticks(range(len(tasks)), tasks, fontsize=7)
+    labels = [task.replace("-", "-\n", 1) for task in tasks]
+    axes.set_xticks(range(len(tasks)), labels, fontsize=8)
     axes.set_ylabel("normalised score")
     figure.legend(loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=90)
