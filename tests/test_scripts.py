@@ -591,6 +591,14 @@ def test_who_agrees_in_the_coordination_game(name, behavior, score, run_script, 
     assert result_of(tmp_path / "run")["score"] == score
 
 
+def test_logo_learns_in_a_model_of_its_own(run_script, tmp_path):
+    options = ["--task", "coordination-favorable", "--model-steps", 150, "--total-steps", 150]
+    options += ["--eval-every", 150, "--batch-size", 64]
+    status, output = run_script(path_of("logo"), *options, "--run-dir", tmp_path / "run")
+    assert status == 0, output
+    assert result_of(tmp_path / "run")["score"] == 1
+
+
 def test_moma_ppo_agrees_where_the_data_leads_apart(run_script, tmp_path):
     """On the unfavorable dataset most joint actions of the data fail."""
     options = ["--task", "coordination-unfavorable", "--total-steps", 10]
