@@ -1,4 +1,4 @@
-"""Coordination games: discrete (Section 5.2), continuous, and one with a best play rarely shown.
+"""Coordination games: discrete (Section 5.2), continuous, and one whose best play is rarely shown.
 
 Paper: Barde et al., "A Model-Based Solution to the Offline Multi-Agent Reinforcement Learning
 Coordination Problem", AAMAS 2024 (arXiv 2305.17198), Figure 3 (a), Tables 1 and 3. Agents act at

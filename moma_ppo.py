@@ -624,7 +624,7 @@ def ppo_loss(team, batch, args):
         gap = team.task.entropy_target - entropy
         team.entropy_alpha.add_(args.entropy_coefficient * gap).clamp_(min=0)
 
-    # The larger of two means again, as of the entropy the smaller.
+    # The larger of two means again; of the entropy it was the smaller.
     excess = (distribution.mode.abs() - 1).clamp(min=0).square().sum((1, 2))
     action_penalty = torch.max((ratio * excess).mean(), (clipped_ratio * excess).mean())
 

@@ -1,8 +1,8 @@
 """InSPO: in-sample sequential policy optimisation, agents updated one after another.
 
 Paper: Liu et al., "Offline Multi-Agent Reinforcement Learning via In-Sample Sequential Policy
-Optimization", AAAI 2025 (arXiv 2412.07639). Agents take turns in random order. Each learns from the
-data reweighted by the others' present policies, as if it had played with them, without any model.
+Optimization", AAAI 2025 (arXiv 2412.07639). Agents take turns in random order. Each imitates its
+best actions in data reweighted by the others' present policies, as if it had played with them.
 
     python baselines/inspo.py --task coordination-unfavorable
     python baselines/inspo.py --resume runs/RUN
