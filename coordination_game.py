@@ -101,7 +101,7 @@ def make_task(kind: str, behavior: str, agents: int, actions: int, size: str) ->
     state = tuple(range(agents * actions))
     return Task(
         name=f"{kind}-{behavior}{size}",
-        environment="coordination",
+        environment="coordination" if discrete else "continuous",
         dataset=f"{kind}-{behavior}{size}",
         observed=(state,) * agents,
         driven=tuple(state[i * actions : (i + 1) * actions] for i in range(agents)),
@@ -113,6 +113,7 @@ def make_task(kind: str, behavior: str, agents: int, actions: int, size: str) ->
         simulator=CoordinationGame,
         columns=make_columns,
         discrete=discrete,
+        defaults="coordination",
     )
 
 
@@ -259,11 +260,10 @@ def train_world_model(task: Task, seed: int, run_dir: Path) -> Path:
     path = run_dir / "world_model.pt"
     if not path.is_file():
         script = Path(__file__).resolve().parent / "world_model.py"
-        # Agreement gets rarer with every agent, so its reward takes longer to learn; so does a
-        # reward of numbers, which is a curved surface instead of a table.
-        steps = 500 * (task.num_agents - 1) if task.discrete else 3000
-        options = ["--task", task.option, "--seed", str(seed), "--total-steps", str(steps)]
-        options += ["--run-dir", run_dir]
+        options = ["--task", task.option, "--seed", str(seed), "--run-dir", run_dir]
+        if task.discrete:
+            # Agreement gets rarer with every agent, so its reward takes longer to learn.
+            options += ["--total-steps", str(500 * (task.num_agents - 1))]
         if (run_dir / "checkpoint.pt").is_file():
             options = ["--resume", run_dir]
         finished = subprocess.run([sys.executable, script, *options])

@@ -429,7 +429,8 @@ NONSENSE = [
     ("moma_ppo", "gamma", 1),
     *[("world_model", name, 0) for name in ("batch_size", "hidden", "reward_hidden")],
     *[("world_model", "elites", value) for value in (1, 8)],  # no variance; of seven
-    *[("world_model", name, "nan") for name in ("beta", "reward_weight_decay", "max_grad_norm")],
+    *[("world_model", name, "nan") for name in ("beta", "reward_beta", "reward_weight_decay")],
+    ("world_model", "max_grad_norm", "nan"),
 ]
 
 

@@ -91,8 +91,8 @@ def batches_of(dataset, rows):
 
 
 @each_target
-@pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_losses_are_those_of_gaussians_and_a_bernoulli(target, beta, float64):
+@pytest.mark.parametrize(("beta", "reward_beta"), [(0.0, 0.5), (0.5, 0.0)])
+def test_losses_are_those_of_gaussians_and_a_bernoulli(target, beta, reward_beta, float64):
     ensemble = made_up_ensemble(target)
     for network in (ensemble.state, ensemble.reward):
         network[-1].weight.data.mul_(60)  # some log standard deviations leave their bounds
@@ -101,7 +101,7 @@ def test_losses_are_those_of_gaussians_and_a_bernoulli(target, beta, float64):
     masks = (torch.rand(MEMBERS, 30) > 0.3).double()
     changes = ensemble.target_std.nonzero()[:, 0]
     batch, judged = (states, actions, next_states, rewards), torch.randn(MEMBERS, 30, 11)
-    losses = member_losses(ensemble, batch, (judged, masks), changes, beta)
+    losses = member_losses(ensemble, batch, (judged, masks), changes, beta, reward_beta)
     constant = 0.5 * np.log(2 * np.pi)
     for i in range(MEMBERS):
         prediction = literal_prediction(ensemble, i, states[i], actions[i])
@@ -113,9 +113,11 @@ def test_losses_are_those_of_gaussians_and_a_bernoulli(target, beta, float64):
         nll = -normal.log_prob(next_states[i][:, changes]) - constant - shift
         variance = (2 * (log_std[:, changes] - shift)).exp()
         reward_nll = -Normal(reward_mean, reward_log_std.exp()).log_prob(rewards[i])
+        reward_nll -= constant + ensemble.reward_std.log()
+        reward_variance = (reward_log_std.exp() / ensemble.reward_std).square()
         expected = [
             (variance**beta * nll).mean(),
-            (reward_nll - constant - ensemble.reward_std.log()).mean(),
+            (reward_variance**reward_beta * reward_nll).mean(),
             F.binary_cross_entropy(literal_mask(ensemble, i, judged[i]), masks[i]),
         ]
         torch.testing.assert_close(losses[:, i], torch.stack(expected), rtol=1e-7, atol=1e-9)
@@ -124,7 +126,8 @@ def test_losses_are_those_of_gaussians_and_a_bernoulli(target, beta, float64):
 def test_a_members_loss_leaves_the_other_members_alone():
     ensemble = made_up_ensemble()
     batches = batches_of(toy_dataset(), torch.randint(5000, (MEMBERS, 30)))
-    losses = member_losses(ensemble, *batches, ensemble.target_std.nonzero()[:, 0], 0.5)
+    changes = ensemble.target_std.nonzero()[:, 0]
+    losses = member_losses(ensemble, *batches, changes, 0.5, 0.5)
     losses[:, 1].sum().backward()
     for name, parameter in ensemble.named_parameters():
         assert (parameter.grad[1] != 0).any(), name
@@ -186,7 +189,7 @@ def test_dimensions_that_never_change_are_predicted_to_the_bit(target):
     assert torch.equal(predicted[..., kept], states[:, kept].expand(MEMBERS, -1, -1))
     changes = ensemble.target_std.nonzero()[:, 0]
     batches = batches_of(dataset, rows.expand(MEMBERS, -1))
-    assert member_losses(ensemble, *batches, changes, 0.5).isfinite().all()
+    assert member_losses(ensemble, *batches, changes, 0.5, 0.5).isfinite().all()
 
 
 def test_held_out_errors_against_a_loop_over_members():
@@ -368,7 +371,8 @@ def test_a_linear_world_is_learned(target, beta):
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 400)
         rows = training_rows[torch.randint(len(training_rows), (MEMBERS, 128))]
         optimizer.zero_grad()
-        member_losses(ensemble, *batches_of(dataset, rows), changes, beta).sum().backward()
+        batches = batches_of(dataset, rows)
+        member_losses(ensemble, *batches, changes, beta, reward_beta=0.0).sum().backward()
         clip_each_agent(list(ensemble.parameters()), MEMBERS, 1.0)
         optimizer.step()
     errors = held_out_errors(ensemble, dataset, held_out_rows, scale)
