@@ -10,6 +10,7 @@ paper's, and its observations, horizon and dataset size are ours. docs/tasks.md 
     python coordination_game.py --agents 4    # generalised to more agents
 """
 
+import shutil
 import subprocess
 import sys
 import zlib
@@ -109,7 +110,7 @@ def make_task(kind: str, behavior: str, agents: int, actions: int, size: str) ->
         episode_length=EPISODE_LENGTH,
         random_return=0.0,
         expert_return=float(EPISODE_LENGTH),
-        entropy_target=-4.0 if discrete else -2.0 * agents,
+        entropy_target=-4.0 if discrete else -2.0 * agents,  # of options, which is at least 0: none
         simulator=CoordinationGame,
         columns=make_columns,
         discrete=discrete,
@@ -255,18 +256,21 @@ def make_columns(task: Task, seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def train_world_model(task: Task, seed: int, run_dir: Path) -> Path:
+def train_world_model(task: Task, seed: int, device: str, run_dir: Path) -> Path:
     """The game's world model, trained in `run_dir` in seconds, so that none ships."""
     path = run_dir / "world_model.pt"
     if not path.is_file():
         script = Path(__file__).resolve().parent / "world_model.py"
-        options = ["--task", task.option, "--seed", str(seed), "--run-dir", run_dir]
+        options = ["--task", task.option, "--seed", str(seed), "--device", device]
+        options += ["--run-dir", run_dir]
         if task.discrete:
             # Agreement gets rarer with every agent, so its reward takes longer to learn.
             options += ["--total-steps", str(500 * (task.num_agents - 1))]
-        if (run_dir / "checkpoint.pt").is_file():
-            options = ["--resume", run_dir]
-        finished = subprocess.run([sys.executable, script, *options])
+        try:
+            finished = subprocess.run([sys.executable, script, *options])
+        finally:
+            if not path.is_file():  # so that the same command can start again
+                shutil.rmtree(run_dir, ignore_errors=True)
         require(finished.returncode == 0, f"no world model in {run_dir}; its own error is above")
     return path
 

@@ -213,7 +213,7 @@ class Task:
     @property
     def world_model_path(self) -> Path:
         """The shipped world model, or the file beside an own dataset, with the suffix .pt."""
-        if Path(self.dataset).suffix:
+        if self.file and Path(self.dataset).suffix:
             return (self.folder / self.dataset).with_suffix(".pt")
         return Path(__file__).resolve().parent / "data" / "weights" / f"{self.dataset}.pt"
 

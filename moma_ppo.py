@@ -95,8 +95,8 @@ class Args:
     lambda_a: float = 1.0
     """weight of eps_a, the aleatoric uncertainty (MOPO); only with --penalty aleatoric"""
     max_uncertainty: float | None = None
-    """l_eps: a rollout ends when eps_g reaches it, and no penalty counts more than it; by default
-    calibrated, inf means never"""
+    """l_eps: a rollout ends when eps_g reaches it, and eps_r and eps_g count at most this much in
+    the penalty; by default calibrated, inf means never"""
     cloning_steps: int = 0
     """gradient steps of behavioural cloning before the first learning step (the paper: 0)"""
     transitions: int = 2000
@@ -104,7 +104,7 @@ class Args:
     epochs: int = 2
     """passes over these transitions (the paper: 5)"""
     minibatch_size: int = 256
-    """transitions per gradient step"""
+    """transitions per gradient step; a smaller remainder of an epoch is left out"""
     learning_rate: float = 1e-3
     """Adam; decays linearly to zero (the paper: 5e-5, memory 1e-4, constant)"""
     gamma: float = 0.97
@@ -135,10 +135,10 @@ DEFAULTS = {
         total_steps=40, eval_every=4, start_states="any", rollout_length=1,
         penalty="none", max_uncertainty=math.inf, epochs=5, gamma=0.5,
     ),
-    # Policies get narrow, and minibatches of 256 then push them off their peak again.
+    # Policies get narrow, and more epochs then push them off their peak again.
     "continuous": Args(
         total_steps=40, eval_every=4, start_states="any", rollout_length=1,
-        penalty="none", max_uncertainty=math.inf, epochs=5, minibatch_size=1000, gamma=0.5,
+        penalty="none", max_uncertainty=math.inf, epochs=1, gamma=0.5,
     ),
 }  # fmt: skip
 
@@ -696,7 +696,8 @@ def make_model(dataset, args, run):
         return GroundTruth(task, args.transitions // args.rollout_length)
     path = args.world_model or task.world_model_path
     if task.columns and not args.world_model:  # a game whose data are generated
-        path = coordination_game.train_world_model(task, args.seed, run.dir / "world_model")
+        folder = run.dir / "world_model"
+        path = coordination_game.train_world_model(task, args.seed, run.device.type, folder)
     model = open_world_model(task, path, run.device, args.next_states)
     if args.dataset and model.description["dataset"]["sha256"] != dataset.description["sha256"]:
         say(f"note: {path} was not trained on {args.dataset}; --world-model names another")
@@ -714,8 +715,11 @@ def check(args):
     check_range(args, 0, math.inf, "max_uncertainty")
     count = args.transitions // args.rollout_length  # of rollouts; a tenth is held out
     trained = (count - count // 10) * args.rollout_length
-    message = "--transitions must fill a --minibatch-size with rollouts of --rollout-length steps"
+    message = f"--minibatch-size is {args.minibatch_size}, but of --transitions only {trained} are"
+    message += " trained on: rollouts have --rollout-length steps, and a tenth of them is held out"
     require(trained >= args.minibatch_size, message)
+    message = "--ground-truth is instead of a world model; leave --world-model out"
+    require(not (args.ground_truth and args.world_model), message)
 
 
 def train(args: Args) -> dict:

@@ -104,7 +104,9 @@ def too_large(args, usual) -> str:
         if type(value) in (int, tuple) and value > getattr(usual, name)
         if name not in ("seed", "total_steps", "eval_every")
     ]
-    return f"out of memory; use a smaller {', '.join(names) or '--batch-size, or a larger machine'}"
+    usual_size = "--minibatch-size" if hasattr(args, "minibatch_size") else "--batch-size"
+    advice = ", ".join(names) or f"{usual_size}, or a larger machine"
+    return f"out of memory; use a smaller {advice}"
 
 
 def resumed_args(args_type: type, run_dir: Path, words: list[str]):
@@ -502,7 +504,6 @@ class Run:
         due = self.step % self.args.eval_every == 0 and not already
         if due or last or self.signal or self.step % self.log_every == 0:
             self._write_logs()
-            self.seconds += time.perf_counter() - self.clock
             if due or last:
                 self.save()
             if due and not last and not self.signal:
@@ -521,13 +522,15 @@ class Run:
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def _write_logs(self) -> None:
-        for name, total in self.sums.items():
-            mean = float(total) / self.counts[name]
+        # Reading the sums waits for the GPU, so training has ended only then.
+        means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        self.seconds += time.perf_counter() - self.clock
+        for name, mean in means.items():
             good = abs(mean) < float("inf") or not name.startswith("losses/")
             advice = "start again with a smaller learning rate"
             require(good, f"{name} is not finite before step {self.step}; {advice}")
             self.writer.add_scalar(name, mean, self.step)
-        if self.sums and self.seconds:
+        if means:
             self.writer.add_scalar("charts/SPS", self.step / self.seconds, self.step)
         self.sums, self.counts = {}, {}
 

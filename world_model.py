@@ -59,7 +59,7 @@ class Args:
     output: Path | None = None
     """file to export the world model to; by default world_model.pt in the run folder"""
     paper: bool = False
-    """the paper's networks, learning rates and budget, whatever other options say: see PAPER"""
+    """the paper's networks, losses and budget, whatever other options say: see PAPER"""
     members: int = 7
     """trained networks"""
     elites: int = 5
@@ -230,7 +230,7 @@ class Ensemble(nn.Module):
 
 
 def gaussian_nll(target, mean, log_std, beta=0.0):
-    """Negative log-likelihood without its constant, weighed by variance ** beta.
+    """Negative log-likelihood without its constant, weighted by variance ** beta.
 
     Without that weight (beta-NLL, Seitzer et al., ICLR 2022), what is hard to predict is given up
     as noise.
@@ -489,7 +489,7 @@ def train(args: Args) -> dict:
         torch.manual_seed(args.seed)
         training_rows, held_out_rows = dataset.split()
         long_enough = len(open_loop_starts(dataset, held_out_rows, args.start_states)) > 0
-        message = f"no held-out episode has {OPEN_LOOP_STEPS} steps; use a larger dataset"
+        message = f"no held-out episode has {OPEN_LOOP_STEPS} steps; use more or longer episodes"
         require(long_enough, message)
         if not task.continues_from_states:
             say(f"note: {task.name} has no simulator that starts anywhere, so the model is judged")

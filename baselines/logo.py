@@ -45,7 +45,7 @@ class Args:
     task: str = "reacher-leader-only"
     """one of docs/tasks.md, or FILE:NAME of your own"""
     seed: int = 1
-    """seed of networks, minibatches, rollouts and noise"""
+    """seed of networks, minibatches and rollouts"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses a CUDA GPU if there is one"""
     total_steps: int = 5000
@@ -102,11 +102,7 @@ class Args:
     """how far targets move at a policy step"""
     policy_delay: int = 2
     """gradient steps of the critics per step of policies and targets"""
-    policy_noise: float = 0.2
-    """standard deviation of the noise that smooths the target policies' actions"""
-    noise_clip: float = 0.5
-    """largest size of that noise"""
-    cql_alpha: float = 0.1
+    cql_alpha: float = 1.0
     """weight of the conservative loss"""
     cql_points: int = 24
     """points per action dimension of the quadrature in the conservative loss"""
@@ -639,21 +635,20 @@ class SyntheticData:
 # The learner: conservative Q-learning of mixed critics (MACQL).
 
 
-def macql_losses(team: Team, batch: Batch, noise, args: Args, learn_policy: bool):
-    """TD loss and conservative loss of the critics and, with `learn_policy`, the policies' loss.
+def rows_of_data(args: Args) -> int:
+    """How many transitions of a batch are the data's, which come first."""
+    return args.batch_size - round(args.synthetic_share * args.batch_size)
 
-    `noise` [batch, agent, action] is standard normal. The first rows are the data's.
-    """
+
+def macql_losses(team: Team, batch: Batch, args: Args, learn_policy: bool):
+    """TD loss and conservative loss of the critics and, with `learn_policy`, the policies' loss."""
     inputs = team.inputs(batch.observations, batch.histories)
 
-    # y = r + gamma min_j Q'_j(s', a'), where a' is greedy, of policies with clipped noise.
+    # y = r + gamma min_j Q'_j(s', a'), where a' is greedy.
     with torch.no_grad():
         next_inputs = team.inputs(batch.next_observations, batch.next_histories, target=True)
-        next_actions = team.act(next_inputs, target=True)
-        if not team.task.discrete:
-            smoothing = (args.policy_noise * noise).clamp(-args.noise_clip, args.noise_clip)
-            next_actions = (next_actions + smoothing).clamp(-1, 1)
-        next_q = team.q_values(next_inputs, next_actions[None], target=True)[:, :, 0]
+        next_actions = team.act(next_inputs, target=True)[None]
+        next_q = team.q_values(next_inputs, next_actions, target=True)[:, :, 0]
         next_q = team.mix(next_q, batch.next_states, target=True).amin(0)
         td_targets = batch.rewards + args.gamma * batch.masks * next_q  # [batch]
 
@@ -661,18 +656,23 @@ def macql_losses(team: Team, batch: Batch, noise, args: Args, learn_policy: bool
     q = team.q_values(inputs, batch.actions[None])[:, :, 0]  # [twin, agent, batch]
     td_loss = (team.mix(q, batch.states) - td_targets).square().mean(1).sum()
 
-    # Every agent's critics are pushed down on all its actions and up on the data's (CQL, Eq. 4).
+    # The mixture, of which one agent's action varies, is pushed down on all its actions and up on
+    # the data's (CFCQL). What the others add to it cancels.
     rows = slice(args.cql_batch_size)
-    node_q = team.q_values(inputs[:, rows], team.nodes)  # [twin, agent, node, row]
-    log_integral = (node_q + team.log_weights[:, None]).logsumexp(2)
-    conservative_loss = args.cql_alpha * (log_integral - q[..., rows]).mean(-1).sum()
+    weights, _ = team.mixing(batch.states)  # [agent, batch]
+    node_q = weights[:, None, rows] * team.q_values(inputs[:, rows], team.nodes)
+    log_integral = (node_q + team.log_weights[:, None]).logsumexp(2)  # [twin, agent, row]
+    excess = log_integral - weights[:, rows] * q[..., rows]
+    conservative_loss = args.cql_alpha * excess.mean(-1).sum()
     if not learn_policy:
         return td_loss, conservative_loss
 
-    # Policies maximise the mixture of the first critics.
-    own_q = team.first_q_values(inputs.detach(), team.act(inputs)[None])[:, 0]  # [agent, batch]
-    weights, _ = team.mixing(batch.states)
-    return td_loss, conservative_loss, -(weights.detach() * own_q).sum(0).mean()
+    # Policies maximise the mixture of the first critics, where the data are: elsewhere the critics
+    # are not conservative.
+    rows = slice(rows_of_data(args))
+    inputs, weights = inputs[:, rows], weights[:, rows].detach()
+    own_q = team.first_q_values(inputs.detach(), team.act(inputs)[None])[:, 0]  # [agent, row]
+    return td_loss, conservative_loss, -(weights * own_q).sum(0).mean()
 
 
 # Running it.
@@ -706,11 +706,10 @@ def check(args: Args) -> None:
     check_range(args, 1, 1000, "cql_points")
     check_range(args, 0, 0.999999, "gamma")
     check_range(args, 0, 1, "polyak", "synthetic_share", "exploration")
-    check_range(args, 0, 1e9, "reconstruction", "confidence", "policy_noise", "noise_clip")
-    check_range(args, 0, 1e9, "cql_alpha")
-    from_data = args.batch_size - round(args.synthetic_share * args.batch_size)
-    message = f"a batch has {from_data} transitions of the data; use a smaller --synthetic-share"
-    require(from_data >= args.cql_batch_size, f"{message} or --cql-batch-size")
+    check_range(args, 0, 1e9, "reconstruction", "confidence", "cql_alpha")
+    message = f"a batch has {rows_of_data(args)} transitions of the data; use a smaller"
+    enough = rows_of_data(args) >= args.cql_batch_size
+    require(enough, f"{message} --synthetic-share or --cql-batch-size")
     room = args.generations * args.rollouts * (HISTORY_LENGTH + args.horizon)
     message = "--generations of --rollouts of --horizon steps are more than PyTorch can draw from"
     require(room < 2**24, f"{message}; use a smaller one")
@@ -756,8 +755,8 @@ def train(args: Args) -> dict:
         model_schedule = LambdaLR(model_optimizer, lambda step: math.cos(quarter * step) ** 2)
 
         synthetic = SyntheticData(dataset, args)
-        share = round(args.synthetic_share * args.batch_size)
-        model_steps = args.model_steps if share else 0
+        made_up = args.batch_size - rows_of_data(args)
+        model_steps = args.model_steps if made_up else 0
         tracked = {"team": team, "optimizer": optimizer, "schedule": schedule, "model": model}
         tracked |= {"model_optimizer": model_optimizer, "model_schedule": model_schedule}
         run.restore({"dataset": dataset.description}, **tracked, synthetic=synthetic)
@@ -791,19 +790,17 @@ def train(args: Args) -> dict:
 
             # Then the team learns from the data and from its rollouts in the model.
             team_step = step - model_steps
-            if share and (team_step - 1) % args.refresh_every == 0:
+            if made_up and (team_step - 1) % args.refresh_every == 0:
                 synthetic.add_rollouts(team, model)
-            rows, with_histories = dataset.sample_rows(args.batch_size - share), bool(team.memory)
+            rows, with_histories = dataset.sample_rows(rows_of_data(args)), bool(team.memory)
             batch = dataset.batch(rows, with_histories)
-            if share:
-                made = synthetic.batch(share, with_histories)
+            if made_up:
+                made = synthetic.batch(made_up, with_histories)
                 batch = Batch(*[x if x is None else torch.cat([x, y]) for x, y in zip(batch, made)])
             batch = batch._replace(rewards=reward_scale * batch.rewards)
-            # The noise is drawn here, so that compiling the losses changes no random number.
-            noise = torch.randn_like(batch.actions)
             time_for_policy = team_step % args.policy_delay == 0
             learn_policy = time_for_policy and not task.discrete
-            losses = team_loss_function(team, batch, noise, args, learn_policy)
+            losses = team_loss_function(team, batch, args, learn_policy)
             descend(losses, optimizer, schedule, args.max_grad_norm)
             if time_for_policy:
                 with torch.no_grad():

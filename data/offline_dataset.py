@@ -207,7 +207,7 @@ def fingerprint(columns: dict[str, np.ndarray]) -> str:
 
 def dataset_path(task: Task) -> Path:
     """The task's own file: in this folder, or beside the file that defines the task."""
-    if Path(task.dataset).suffix:
+    if task.file and Path(task.dataset).suffix:
         return task.folder / task.dataset
     return FOLDER / f"{task.dataset}.hdf5"
 

@@ -15,6 +15,7 @@ from coordination_game import (
     continuous_task,
     coordination_task,
     make_columns,
+    train_world_model,
 )
 from data.offline_dataset import load_dataset
 from mamujoco_envs import InputError, evaluate, find_task
@@ -165,3 +166,18 @@ def test_the_script_prints_table_1(run_script):
     assert status == 0 and "0.623" not in output
     status, _ = run_script("coordination_game.py", "--agents", 1)
     assert status.startswith("error: ") and "\n" not in status
+
+
+def test_a_world_model_that_is_stopped_leaves_nothing(monkeypatch, tmp_path):
+    """So that the same command, with the same --run-dir, starts again."""
+
+    def stopped(command):
+        assert command[command.index("--device") + 1] == "cpu"
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "checkpoint.pt").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(coordination_game.subprocess, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train_world_model(coordination_task("neutral"), 1, "cpu", tmp_path / "model")
+    assert not (tmp_path / "model").exists()

@@ -304,48 +304,45 @@ def literal_action(team, agent, x, target=False):
 @torch.no_grad()
 def test_macql_losses_equal_the_equations_transition_by_transition(task, float64):
     team, batch = made_up_team(task), made_up_batch(task)
-    args = logo.Args(gamma=0.9, cql_alpha=0.5, cql_batch_size=3)
-    noise = 2 * torch.randn(7, task.num_agents, task.action_dim)
+    options = {"batch_size": 10, "synthetic_share": 0.5}  # so that the last two are of rollouts
+    args = logo.Args(gamma=0.9, cql_alpha=0.5, cql_batch_size=3, **options)
     inputs = all_literal_inputs(team, batch.observations, batch.histories)
     next_inputs = all_literal_inputs(team, batch.next_observations, batch.next_histories, True)
     agents, td_loss, conservative, policy = range(task.num_agents), 0, 0, 0
     for b in range(7):
         x, next_x = [x[b] for x in inputs], [x[b] for x in next_inputs]
         next_actions = [literal_action(team, i, next_x[i], target=True) for i in agents]
-        if not task.discrete:
-            smoothing = (0.2 * noise[b]).clamp(-0.5, 0.5)
-            next_actions = [(a + z).clamp(-1, 1) for a, z in zip(next_actions, smoothing)]
         next_q = min(
             literal_mixed(team, j, batch.next_states[b], next_actions, next_x, True) for j in (0, 1)
         )
         td_target = batch.rewards[b] + 0.9 * batch.masks[b] * next_q
         data = list(batch.actions[b])
+        standardized = (batch.states[b] - team.state_mean) / team.state_std
+        outputs = literal_mlp(team.mixer, 0, standardized)
+        weights = [math.log1p(math.exp(output)) for output in outputs[:-1]]
         for j in (0, 1):
             td_loss += (literal_mixed(team, j, batch.states[b], data, x) - td_target) ** 2 / 7
             for i in agents if b < 3 else ():
                 nodes = team.nodes[:, 0, i]
                 qs = torch.stack([literal_q(team, j, i, node, x[i]) for node in nodes])
-                log_integral = (qs + team.log_weights).exp().sum().log()
-                conservative += 0.5 * (log_integral - literal_q(team, j, i, data[i], x[i])) / 3
-        if not task.discrete:
-            outputs = literal_mlp(
-                team.mixer, 0, (batch.states[b] - team.state_mean) / team.state_std
-            )
-            for i in agents:
-                q = literal_q(team, 0, i, literal_action(team, i, x[i]), x[i])
-                policy -= math.log1p(math.exp(outputs[i])) * q / 7
-    got = logo.macql_losses(team, batch, noise, args, learn_policy=not task.discrete)
+                log_integral = (weights[i] * qs + team.log_weights).exp().sum().log()
+                lifted = weights[i] * literal_q(team, j, i, data[i], x[i])
+                conservative += 0.5 * (log_integral - lifted) / 3
+        for i in agents if b < 5 and not task.discrete else ():
+            q = literal_q(team, 0, i, literal_action(team, i, x[i]), x[i])
+            policy -= weights[i] * q / 5
+    got = logo.macql_losses(team, batch, args, learn_policy=not task.discrete)
     expected = [td_loss, conservative] + ([] if task.discrete else [policy])
     torch.testing.assert_close(torch.stack(got), torch.stack(expected), rtol=1e-6, atol=1e-9)
 
 
 def test_each_loss_of_the_learner_trains_its_own_networks_only(float64):
     team, batch = made_up_team(REACHER, memory="attention"), made_up_batch(REACHER)
-    noise = torch.randn(7, 2, 1)
-    trained = [{"critics", "mixer", "memory"}, {"critics", "memory"}, {"policy", "memory"}]
+    valued = {"critics", "mixer", "memory"}
+    trained = [valued, valued, {"policy", "memory"}]
     for index, expected in enumerate(trained):
         team.zero_grad()
-        losses = logo.macql_losses(team, batch, noise, logo.Args(), learn_policy=True)
+        losses = logo.macql_losses(team, batch, logo.Args(), learn_policy=True)
         losses[index].backward()
         named = team.named_parameters()
         got = {name.split(".")[0] for name, p in named if p.grad is not None and p.grad.any()}

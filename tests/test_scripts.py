@@ -411,7 +411,7 @@ NONSENSE = [
     *[(name, "seed", value) for name in TRAINING for value in (-1, 2**32)],
     *[("maiql --finetune", name, 0) for name in ("rollout_every", "rollout_length")],
     *[(name, "policy_delay", 0) for name in (*TD3_FAMILY, "logo")],
-    *[(name, "policy_noise", "nan") for name in (*TD3_FAMILY, "logo")],
+    *[(name, "policy_noise", "nan") for name in TD3_FAMILY],
     *[(name, "alpha", "inf") for name in ("itd3_bc", "matd3_bc")],
     *[(name, x, 0) for name in ("icql", "iomar", "logo") for x in ("cql_points", "cql_batch_size")],
     *[("iomar", "omar_elites", value) for value in (1, 21)],  # no variance; of twenty samples

@@ -146,6 +146,8 @@ def test_files_and_tensorboard(whole):
     assert names - {".lock", "strategy.png"} == {"checkpoint.pt", "result.json"}
     shown = scalars(whole)
     assert {"losses/cloning", "eval/return", "eval/normalized_score", "charts/SPS"} <= set(shown)
+    speed = shown["charts/SPS"][max(shown["charts/SPS"])]  # the mean of the whole run
+    assert speed == pytest.approx(result_of(whole)["steps_per_second"], rel=0.01)
     assert all(map(math.isfinite, shown["losses/cloning"].values()))
     for evaluation in result_of(whole)["evaluations"]:
         got = shown["eval/normalized_score"][evaluation["step"]]
