@@ -135,9 +135,10 @@ DEFAULTS = {
         total_steps=40, eval_every=4, start_states="any", rollout_length=1,
         penalty="none", max_uncertainty=math.inf, epochs=5, gamma=0.5,
     ),
-    # Policies get narrow, and more epochs then push them off their peak again.
+    # Policies of numbers get narrow, and more epochs then push them off their peak again. Longer
+    # rollouts reach the states that the team itself brings about.
     "continuous": Args(
-        total_steps=40, eval_every=4, start_states="any", rollout_length=1,
+        total_steps=80, eval_every=8, start_states="any", rollout_length=10,
         penalty="none", max_uncertainty=math.inf, epochs=1, gamma=0.5,
     ),
 }  # fmt: skip
@@ -177,9 +178,9 @@ class HistoryEncoder(nn.Module):
 
     Pairs are standardised, embedded and given positions; then come self-attention with a skip
     connection and LayerNorm, and soft attention over the ten results. Up to the two softmaxes all
-    of this is linear in a token (pair, 1 if it is known, one-hot position), so `forward` multiplies
-    the weights with each other before they touch the batch: the same function in a third of the
-    time. docs/history_encoder.md derives it, and a test compares it with the plain form.
+    of this is linear in a token (standardised pair, one-hot position), so `forward` multiplies the
+    weights with each other before they touch the batch: the same function in a third of the time.
+    docs/history_encoder.md derives it, and a test compares it with the plain form.
     """
 
     def __init__(self, in_dims, pair_mean, pair_std, dim=128):
@@ -198,23 +199,23 @@ class HistoryEncoder(nn.Module):
         positions = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
         self.register_buffer("positions", positions, persistent=False)
         self.register_buffer("pair_mean", pair_mean[:, None])
-        self.register_buffer("pair_std", pair_std[:, :, None])
+        self.register_buffer("pair_std", pair_std[:, None])
 
     def forward(self, histories):
         """[batch, agent, 10, pair] -> [agent, batch, dim]."""
         batch, agents, length, width = histories.shape
         pairs = histories.transpose(0, 1)
-        known = (pairs != 0).any(dim=-1, keepdim=True).to(pairs)
+        known = (pairs != 0).any(dim=-1, keepdim=True)
+        pairs = known * (pairs - self.pair_mean[:, None]) / self.pair_std[:, None]
         one_hot = torch.eye(length, device=pairs.device).expand(agents, batch, length, length)
-        tokens = torch.cat([pairs, known, one_hot], dim=-1)  # [agent, batch, 10, token]
+        tokens = torch.cat([pairs, one_hot], dim=-1)  # [agent, batch, 10, token]
 
         # A token times this matrix [agent, token, dim] is its embedding plus its position.
-        weight = self.embedding.weight / self.pair_std
         positions = self.embedding.bias + self.positions
-        embedding = torch.cat([weight, -self.pair_mean @ weight, positions], dim=1)
+        embedding = torch.cat([self.embedding.weight, positions], dim=1)
 
         def fold(layer):  # every token has one position, which takes the bias along
-            bias = F.pad(layer.bias.expand(-1, length, -1), (0, 0, width + 1, 0))
+            bias = F.pad(layer.bias.expand(-1, length, -1), (0, 0, width, 0))
             return embedding @ layer.weight + bias
 
         # Self-attention: queries times keys is a bilinear form in tokens.
@@ -449,8 +450,12 @@ def open_world_model(task: Task, path: Path, device, next_states="sample") -> Wo
     """What world_model.py or baselines/logo.py exported to `path`."""
 
     def make(exported):
-        kind = LocalToGlobalModel if "local_encoder" in exported else WorldModel
-        return kind(task, exported, next_states)
+        if "local_encoder" not in exported:
+            return WorldModel(task, exported, next_states)
+        advice = f"make one with: python baselines/logo.py --task {task.option}"
+        same = exported["split"] == {"observed": task.observed, "driven": task.driven}
+        require(same, f"{path} was made for other agents than those of {task.name}; {advice}")
+        return LocalToGlobalModel(task, exported, next_states)
 
     return load_world_model(make, task, path, device)
 

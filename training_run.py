@@ -260,7 +260,10 @@ def load_world_model(make: Callable, task, path: Path, device):
         made_for, model = exported["dataset"]["name"], make(exported)
         actions = torch.zeros(1, task.num_agents, task.action_dim, device=device)
         trial = model.step(torch.zeros(1, task.state_dim, device=device), actions)
-        require(all(x.isfinite().all() for x in trial), "not finite")
+        if not all(x.isfinite().all() for x in trial):
+            raise ValueError("it predicts what is not finite")
+    except InputError:
+        raise
     except Exception as error:
         reason = f"is not a world model of {task.dataset} ({type(error).__name__})"
         raise InputError(f"{path} {reason}; make one with: {command}") from None

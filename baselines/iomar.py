@@ -156,9 +156,9 @@ class HistoryEncoder(nn.Module):
 
     Pairs are standardised, embedded and given positions; then come self-attention with a skip
     connection and LayerNorm, and soft attention over the ten results. Up to the two softmaxes all
-    of this is linear in a token (pair, 1 if it is known, one-hot position), so `forward` multiplies
-    the weights with each other before they touch the batch: the same function in a third of the
-    time. docs/history_encoder.md derives it, and a test compares it with the plain form.
+    of this is linear in a token (standardised pair, one-hot position), so `forward` multiplies the
+    weights with each other before they touch the batch: the same function in a third of the time.
+    docs/history_encoder.md derives it, and a test compares it with the plain form.
     """
 
     def __init__(self, in_dims, pair_mean, pair_std, dim=128):
@@ -177,23 +177,23 @@ class HistoryEncoder(nn.Module):
         positions = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
         self.register_buffer("positions", positions, persistent=False)
         self.register_buffer("pair_mean", pair_mean[:, None])
-        self.register_buffer("pair_std", pair_std[:, :, None])
+        self.register_buffer("pair_std", pair_std[:, None])
 
     def forward(self, histories):
         """[batch, agent, 10, pair] -> [agent, batch, dim]."""
         batch, agents, length, width = histories.shape
         pairs = histories.transpose(0, 1)
-        known = (pairs != 0).any(dim=-1, keepdim=True).to(pairs)
+        known = (pairs != 0).any(dim=-1, keepdim=True)
+        pairs = known * (pairs - self.pair_mean[:, None]) / self.pair_std[:, None]
         one_hot = torch.eye(length, device=pairs.device).expand(agents, batch, length, length)
-        tokens = torch.cat([pairs, known, one_hot], dim=-1)  # [agent, batch, 10, token]
+        tokens = torch.cat([pairs, one_hot], dim=-1)  # [agent, batch, 10, token]
 
         # A token times this matrix [agent, token, dim] is its embedding plus its position.
-        weight = self.embedding.weight / self.pair_std
         positions = self.embedding.bias + self.positions
-        embedding = torch.cat([weight, -self.pair_mean @ weight, positions], dim=1)
+        embedding = torch.cat([self.embedding.weight, positions], dim=1)
 
         def fold(layer):  # every token has one position, which takes the bias along
-            bias = F.pad(layer.bias.expand(-1, length, -1), (0, 0, width + 1, 0))
+            bias = F.pad(layer.bias.expand(-1, length, -1), (0, 0, width, 0))
             return embedding @ layer.weight + bias
 
         # Self-attention: queries times keys is a bilinear form in tokens.
@@ -397,14 +397,15 @@ def clip_each_agent(parameters, agents, max_norm):
 def train(args: Args) -> dict:
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size")
     check_positive(args, "learning_rate", "memory_learning_rate", "max_grad_norm", "policy_delay")
-    check_positive(args, "cql_batch_size", "omar_iterations", "omar_std")
+    check_positive(args, "omar_iterations", "omar_std")
+    check_range(args, 1, args.batch_size, "cql_batch_size")
     check_range(args, 1, 1000, "cql_points")
     check_range(args, 2, 1e9, "omar_samples")
     check_range(args, 2, args.omar_samples, "omar_elites")
     check_range(args, 0, 1, "gamma", "polyak", "omega")
     check_range(args, 0, 1e9, "policy_noise", "noise_clip", "cql_alpha", "action_penalty")
     task = find_task(args.task)
-    message = f"{task.name} has discrete actions; use ibc.py, iql.py, maiql.py or inspo.py"
+    message = f"{task.name} has discrete actions; use moma_ppo.py, inspo.py, maiql.py or iql.py"
     require(not task.discrete, message)
     with Run(args, "iomar") as run:
         device = run.device

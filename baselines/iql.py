@@ -125,9 +125,9 @@ class HistoryEncoder(nn.Module):
 
     Pairs are standardised, embedded and given positions; then come self-attention with a skip
     connection and LayerNorm, and soft attention over the ten results. Up to the two softmaxes all
-    of this is linear in a token (pair, 1 if it is known, one-hot position), so `forward` multiplies
-    the weights with each other before they touch the batch: the same function in a third of the
-    time. docs/history_encoder.md derives it, and a test compares it with the plain form.
+    of this is linear in a token (standardised pair, one-hot position), so `forward` multiplies the
+    weights with each other before they touch the batch: the same function in a third of the time.
+    docs/history_encoder.md derives it, and a test compares it with the plain form.
     """
 
     def __init__(self, in_dims, pair_mean, pair_std, dim=128):
@@ -146,23 +146,23 @@ class HistoryEncoder(nn.Module):
         positions = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
         self.register_buffer("positions", positions, persistent=False)
         self.register_buffer("pair_mean", pair_mean[:, None])
-        self.register_buffer("pair_std", pair_std[:, :, None])
+        self.register_buffer("pair_std", pair_std[:, None])
 
     def forward(self, histories):
         """[batch, agent, 10, pair] -> [agent, batch, dim]."""
         batch, agents, length, width = histories.shape
         pairs = histories.transpose(0, 1)
-        known = (pairs != 0).any(dim=-1, keepdim=True).to(pairs)
+        known = (pairs != 0).any(dim=-1, keepdim=True)
+        pairs = known * (pairs - self.pair_mean[:, None]) / self.pair_std[:, None]
         one_hot = torch.eye(length, device=pairs.device).expand(agents, batch, length, length)
-        tokens = torch.cat([pairs, known, one_hot], dim=-1)  # [agent, batch, 10, token]
+        tokens = torch.cat([pairs, one_hot], dim=-1)  # [agent, batch, 10, token]
 
         # A token times this matrix [agent, token, dim] is its embedding plus its position.
-        weight = self.embedding.weight / self.pair_std
         positions = self.embedding.bias + self.positions
-        embedding = torch.cat([weight, -self.pair_mean @ weight, positions], dim=1)
+        embedding = torch.cat([self.embedding.weight, positions], dim=1)
 
         def fold(layer):  # every token has one position, which takes the bias along
-            bias = F.pad(layer.bias.expand(-1, length, -1), (0, 0, width + 1, 0))
+            bias = F.pad(layer.bias.expand(-1, length, -1), (0, 0, width, 0))
             return embedding @ layer.weight + bias
 
         # Self-attention: queries times keys is a bilinear form in tokens.

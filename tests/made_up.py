@@ -155,7 +155,7 @@ def literal_memory(encoder, agent, pairs):
         return inputs @ layer.weight[agent, : inputs.shape[-1]] + layer.bias[agent, 0]
 
     width, dim = pairs.shape[-1], encoder.soft_key.shape[-1]
-    mean, std = encoder.pair_mean[agent, 0, :width], encoder.pair_std[agent, :width, 0]
+    mean, std = encoder.pair_mean[agent, 0, :width], encoder.pair_std[agent, 0, :width]
     missing = (pairs == 0).all(dim=-1, keepdim=True)
     standardised = torch.where(missing, 0, (pairs - mean) / std)
     angles = [[t / 10000 ** (k // 2 * 2 / dim) for k in range(dim)] for t in range(HISTORY_LENGTH)]

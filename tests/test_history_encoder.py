@@ -60,7 +60,7 @@ def made_up_encoder(task, dim):
     shape = task.num_agents, max(task.pair_dims)
     encoder = HistoryEncoder(task.pair_dims, torch.randn(shape), torch.rand(shape) + 0.5, dim)
     for agent, width in enumerate(task.pair_dims):
-        encoder.pair_mean[agent, :, width:], encoder.pair_std[agent, width:] = 0, 1
+        encoder.pair_mean[agent, ..., width:], encoder.pair_std[agent, ..., width:] = 0, 1
     return scramble(encoder, 0.3)
 
 
@@ -96,6 +96,17 @@ def test_a_missing_pair_is_zero_after_standardising(float64):
     encoder.pair_mean.add_(100.0)
     histories[:, :, 4:] += 100.0  # all known pairs move along
     torch.testing.assert_close(encoder(histories), before, rtol=0, atol=1e-9)
+
+
+def test_observations_far_from_zero_keep_their_precision():
+    """Pressures, temperatures or time stamps of logged data, in float32."""
+    mean, std = torch.full((2, 13), 1e4), torch.ones(2, 13)
+    encoder = HistoryEncoder([13, 13], mean, std)
+    near_zero = HistoryEncoder([13, 13], 0 * mean, std)
+    near_zero.load_state_dict(encoder.state_dict() | {"pair_mean": near_zero.pair_mean})
+    histories = torch.randn(50, 2, 10, 13)
+    got, expected = encoder(histories + 1e4), near_zero(histories)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-3)
 
 
 def test_clipping_treats_each_agent_as_if_it_were_alone():

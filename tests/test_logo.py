@@ -20,7 +20,7 @@ from made_up import (
 import moma_ppo
 from baselines import logo
 from data.offline_dataset import OfflineDataset, load_dataset
-from mamujoco_envs import append_to_histories, find_task
+from mamujoco_envs import InputError, append_to_histories, find_task
 from training_run import save
 
 ANT_FO = find_task("ant-medium-fo")
@@ -197,6 +197,17 @@ def test_moma_ppo_steps_the_exported_model_as_this_script_does(task, tmp_path):
     torch.testing.assert_close(step.epsilon_g, uncertainty)
     assert torch.equal(step.masks, masks)
     assert not step.epsilon_a.any() and not step.epsilon_r.any()
+
+
+def test_a_model_is_for_the_agents_that_it_was_trained_with(tmp_path):
+    """Tasks that share a dataset do not share this model, whose networks are the agents'."""
+    task, other = find_task("ant-medium-po"), find_task("ant-medium-po-other-legs")
+    dataset = OfflineDataset(task, recorded_columns(ANT))
+    exported = logo.exported_model(made_up_model(task, torch.float32), logo.Args(), dataset, {})
+    save(exported, tmp_path / "model.pt")
+    moma_ppo.open_world_model(task, tmp_path / "model.pt", "cpu")
+    with pytest.raises(InputError, match="made for other agents .*logo.py --task ant-medium-po"):
+        moma_ppo.open_world_model(other, tmp_path / "model.pt", "cpu")
 
 
 # Synthetic data.

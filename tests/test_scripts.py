@@ -28,8 +28,9 @@ TINY["moma_ppo"] = ["--transitions", 500, "--epochs", 1, "--total-steps", 4, "--
 TINY["world_model"] = ["--hidden", 16, 16, "--reward-hidden", 16, "--mask-hidden", 16]
 TINY["world_model"] += ["--total-steps", 40, "--eval-every", 20]
 TINY["inspo"] += ["--turn-steps", 2, "--pool-size", 64]
-TINY["logo"] += ["--model-steps", 4, "--rollouts", 4, "--cql-batch-size", 8]
-TINY["logo"] += ["--refresh-every", 2, "--generations", 2]
+TINY["logo"] += ["--model-steps", 4, "--rollouts", 4, "--refresh-every", 2, "--generations", 2]
+for conservative in ("icql", "iomar", "logo"):
+    TINY[conservative] += ["--cql-batch-size", 8]
 # Runs that go through other code than the script's default.
 VARIANTS = [*TRAINING, "maiql --finetune", "moma_ppo --ground-truth", "logo --synthetic-share 0"]
 PAPER_NAMES = {"maiql --finetune": "maiql_ft", "moma_ppo --ground-truth": "moma_ppo-ground-truth"}
@@ -326,6 +327,13 @@ def test_an_extended_run_learns_from_its_first_step(run_tiny, run_script):
     assert load_checkpoint(run_dir)["step"] == 5
     after = states_of(run_dir)
     assert any(not torch.equal(x, after[name]) for name, x in before.items() if "policy" in name)
+
+
+def test_a_finetuned_run_is_not_extended(run_tiny, run_script):
+    status, output, run_dir = run_tiny("maiql --finetune")
+    assert status == 0, output
+    options = "--resume", run_dir, "--total-steps", 100
+    assert_one_line(*run_script(path_of("maiql"), *options), "--total-steps cannot change")
 
 
 def test_an_extended_run_of_inspo_does_not_clone_again(run_tiny, run_script):
