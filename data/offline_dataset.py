@@ -15,6 +15,7 @@ import importlib
 from pathlib import Path
 from typing import NamedTuple
 
+import filelock
 import h5py
 import numpy as np
 import torch
@@ -223,7 +224,9 @@ def load_dataset(task: Task, path: Path | None = None, device="cpu") -> OfflineD
     if path is None:
         path = dataset_path(task)
         if not path.is_file() and task.recorder:
-            importlib.import_module(task.recorder).record(task, path)
+            with filelock.FileLock(f"{path}.lock"):  # of several runs one records, the others wait
+                if not path.is_file():
+                    importlib.import_module(task.recorder).record(task, path)
     path = Path(path)
     is_minari = str(path).startswith("minari:") or (path / "data").is_dir()
     columns, source = (read_minari if is_minari else read_columns)(task, path)

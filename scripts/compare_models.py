@@ -1,4 +1,4 @@
-"""Compares world models of a task: errors on and off the data, what their uncertainty knows, speed.
+"""Compares world models of a task: errors on and off the data, uncertainty, speed.
 
     python baselines/logo.py --task reacher-leader-only --run-dir runs/logo
     python scripts/compare_models.py --task reacher-leader-only \\

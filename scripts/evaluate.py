@@ -5,8 +5,9 @@
     python scripts/evaluate.py --run runs/RUN --episodes 10 --video    # and films the first one
 
 The run may be finished, stopped or still running. With the default seed the episodes are those of
-the run's own evaluations; another seed gives episodes that nobody has chosen a checkpoint by. A
-run needs neither its dataset nor its world model here, unless its task has no environment.
+the run's own evaluations, by which a setting may have been chosen. --seed 20000 gives others:
+episode i starts from seed + i, so a seed nearby repeats most of them. A run needs neither its
+dataset nor its world model here, unless its task has no environment.
 """
 
 import importlib

@@ -119,7 +119,7 @@ def position_of(env: ParallelEnv) -> float:
 
 
 def write_gif(film: Film, path: Path) -> None:
-    """Every second frame, at the speed of life."""
+    """Every second frame, in real time."""
     imageio.imwrite(path, film.frames[::2], duration=2000 * film.step_seconds, loop=0)
 
 

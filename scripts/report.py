@@ -15,8 +15,6 @@ import re
 import statistics
 import sys
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -26,8 +24,16 @@ import tyro
 from scipy.stats import bootstrap, trim_mean
 
 from mamujoco_envs import BODIES, PAPER_SCORES, InputError, all_tasks, require
-from scripts.reproduce import ABLATIONS, ALGORITHMS, COMPARED_ON, VARIANTS, Cell, plot_curves
-from training_run import REPOSITORY, default_args, say
+from scripts.reproduce import (
+    ABLATIONS,
+    COMPARED_ON,
+    VARIANTS,
+    Cell,
+    changed_options,
+    plot_curves,
+    rounded,
+)
+from training_run import REPOSITORY, say
 
 RESULTS = REPOSITORY / "docs" / "results"
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -77,8 +83,6 @@ README_TASKS = (
 KEPT = ("score", "score_stderr", "returns", "steps", "seconds", "evaluations", "args", "dataset")
 KEPT += ("world_model", "versions", "machine", "model_return")
 KEPT_OF_GAMES = ("score", "score_stderr", "return", "steps", "seconds", "args", "versions")
-# Options that a run of a table may have.
-FREE = ("task", "seed", "device", "run_dir", "resume", "compile")
 
 
 @dataclass
@@ -87,34 +91,11 @@ class Args:
     """folders of finished runs to add, named TASK__ALGORITHM__SEED as reproduce.py does"""
 
 
-def rounded(value):
-    """Floats in five digits, which is more than a score's error has."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {name: rounded(item) for name, item in value.items()}
-    return [rounded(item) for item in value] if isinstance(value, list) else value
-
-
-@cache
-def default_options(algorithm: str, task: str) -> dict:
-    """The options of a run of a table, as they are kept."""
-    script, *options = ALGORITHMS[algorithm]
-    module = import_module(script.removesuffix(".py").replace("/", "."))
-    defaults = default_args(module.DEFAULTS, task)
-    return rounded(vars(tyro.cli(type(defaults), args=options, default=defaults)))
-
-
-def changed_options(run: dict) -> str:
-    """Options of a run that are not what its algorithm has today, such as "total_steps 400"."""
-    expected = default_options(run["algorithm"], run["task"])
-    calibrated = ("lambda_g", "max_uncertainty")  # found out from the world model
-    return ", ".join(
-        f"{name} {value}"
-        for name, value in run.get("args", {}).items()
-        if name not in FREE and not (name in calibrated and expected[name] is None)
-        if str(value) != str(expected.get(name))
-    )
+def write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def add_run(run_dir: Path, folder: Path = RESULTS) -> None:
@@ -137,11 +118,13 @@ def add_run(run_dir: Path, folder: Path = RESULTS) -> None:
     result["args"].pop("run_dir", None)  # a place on somebody's machine
     run = {"task": task, "algorithm": algorithm, "seed": int(seed)}
     run |= {name: rounded(result[name]) for name in columns if name in result}
-    changed = changed_options(run)
+    same = (result["args"]["task"], result["args"]["seed"]) == (task, int(seed))
+    require(same, f"{run_dir} is a run of another task or seed than its name says")
+    changed = changed_options(algorithm, task, run["args"])
     require(not changed, f"{run_dir} has {changed}, but tables are of defaults alone")
     runs[run_dir.name] = run
     lines = (f"{json.dumps(name)}: {json.dumps(run)}" for name, run in sorted(runs.items()))
-    table.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    write(table, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def read_runs(folder: Path = RESULTS) -> dict[tuple[str, str], list[dict]]:
@@ -149,7 +132,7 @@ def read_runs(folder: Path = RESULTS) -> dict[tuple[str, str], list[dict]]:
     cells = {}
     for path in sorted(folder.glob("table-*.json")):
         for run in json.loads(path.read_text(encoding="utf-8")).values():
-            if not changed_options(run):
+            if not changed_options(run["algorithm"], run["task"], run.get("args", {})):
                 cells.setdefault((run["algorithm"], run["task"]), []).append(run)
     return cells
 
@@ -241,7 +224,8 @@ def interval(statistic, *samples: list[float]) -> str:
     # "percentile", because BCa is not defined where all seeds score alike.
     options = {"method": "percentile", "n_resamples": 9999, "rng": 0}
     found = bootstrap(samples, statistic, vectorized=True, **options).confidence_interval
-    return f"{statistic(*samples, axis=-1):.2f} [{found.low:.2f}, {found.high:.2f}]"
+    values = statistic(*samples, axis=-1), found.low, found.high
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*(round(x, 2) + 0.0 for x in values))  # never -0.00
 
 
 def interquartile_mean(scores, axis=-1):
@@ -281,6 +265,7 @@ def table_of_ablation(name: str, cells) -> str:
             for task in COMPARED_ON[name]
         ]
         seeds = [len(cells.get((variant, task), [])) for task in COMPARED_ON[name]]
+        seeds = [count for count in seeds if count] or [0]
         rows.append([VARIANT_NAMES[variant], span(seeds), *scores])
     return markdown(["MOMA-PPO", "seeds", *(f"`{x}`" for x in COMPARED_ON[name])], rows)
 
@@ -344,12 +329,15 @@ def draw_curves(cells, folder: Path) -> None:
 
 def main(args: Args) -> None:
     for run_dir in args.runs:
-        add_run(run_dir)
+        try:
+            add_run(run_dir)
+        except InputError as error:
+            say(f"left out: {error}")
     cells = read_runs()
     draw_curves(cells, REPOSITORY / "docs" / "figures")
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        page.write_text(with_tables(text, cells), encoding="utf-8")
+        write(page, with_tables(text, cells))
     say(f"{sum(map(len, cells.values()))} runs in {RESULTS}; tables written")
 
 

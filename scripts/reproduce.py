@@ -13,8 +13,8 @@
 
 Every run is a process with one thread, and as many run at once as there are cores. Ctrl-C or
 SIGTERM stops them after saving; the same command then resumes. Finished runs are not run again.
-The curves are FOLDER/table_TABLE.png, over time, and FOLDER/table_TABLE_steps.png. Where there are
-GPUs, runs take turns on them.
+The curves are FOLDER/table_TABLE.png, over time, and FOLDER/table_TABLE_steps.png, with the tasks
+and algorithms that were chosen in the name. Where there are GPUs, runs take turns on them.
 
     python scripts/reproduce.py --table 4b --cluster slurm --gpus 1 --slurm partition=gpu mem=16G
     python scripts/reproduce.py --table 4b --dry-run | parallel    # or xargs, or an array job
@@ -34,6 +34,8 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
 from io import StringIO
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -49,7 +51,15 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from mamujoco_envs import PAPER_SCORES, InputError, all_tasks, available_cores, find_task, require
-from training_run import REPOSITORY, check_positive, find_compiler, say
+from training_run import (
+    REPOSITORY,
+    check_positive,
+    default_args,
+    find_compiler,
+    load_checkpoint,
+    restored,
+    say,
+)
 
 # In the order of Table 4: the script of each algorithm, and its options.
 ALGORITHMS = {
@@ -114,6 +124,8 @@ TABLES = {
     "4b": Table("ant-", seeds=3, compile=True),
     "other": Table(None, seeds=3, compile=True),
 } | {name: Table(COMPARED_ON[name], 3, True, rows) for name, rows in ABLATIONS.items()}
+# Options that a run of a table may have.
+FREE = ("task", "seed", "device", "run_dir", "resume", "compile")
 
 
 @dataclass
@@ -214,14 +226,63 @@ def job_command(job: Job, options: list[str]) -> list[str]:
     return [*command, *own_options, *options]
 
 
-def compile_options(environment: dict[str, str]) -> list[str]:
-    """--compile, if there is a C++ compiler, of which torch.compile is told."""
-    found = find_compiler()
-    if not found:
-        say("note: runs are not compiled, because there is no C++ compiler; install g++")
-        return []
-    environment["CXX"] = found
-    return ["--compile"]
+def compile_options() -> list[str]:
+    """--compile, if there is a C++ compiler."""
+    if find_compiler():
+        return ["--compile"]
+    note = "note: runs are not compiled, because there is no C++ compiler; install g++"
+    print(note, file=sys.stderr)  # not among the commands that --dry-run prints
+    return []
+
+
+# What is in a run folder already.
+
+
+def rounded(value):
+    """Floats in five digits, which is more than errors justify."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value
+
+
+@cache
+def default_options(algorithm: str, task: str) -> dict:
+    """The options of a run of a table, as they are kept."""
+    script, *options = ALGORITHMS[algorithm]
+    module = import_module(script.removesuffix(".py").replace("/", "."))
+    defaults = default_args(module.DEFAULTS, task)
+    return rounded(vars(tyro.cli(type(defaults), args=options, default=defaults)))
+
+
+def changed_options(algorithm: str, task: str, options: dict) -> str:
+    """Options of a run that are not what its algorithm has today, such as "total_steps 400"."""
+    expected = default_options(algorithm, task)
+    calibrated = ("lambda_g", "max_uncertainty")  # found out from the world model
+    return ", ".join(
+        f"{name} {options.get(name, 'missing')}"
+        for name in expected | options
+        if name not in FREE and not (name in calibrated and expected[name] is None)
+        if str(options.get(name, "missing")) != str(expected.get(name, "missing"))
+    )
+
+
+def check_folder(job: Job) -> None:
+    """Raises `InputError` if the folder of a run holds another one."""
+    result = read_result(job)
+    try:
+        saved = result["args"] if result else load_checkpoint(job.run_dir)["args"]
+    except InputError:
+        return  # there is no run yet, or none that can be read
+    file, _, name = str(restored(saved["task"], job.run_dir)).rpartition(":")
+    own_file, _, own_name = job.cell.task.rpartition(":")
+    same_file = Path(file).resolve() == Path(own_file).resolve()
+    same = same_file and name == own_name and saved["seed"] == job.seed
+    other = "" if same else f"of {saved['task']}, seed {saved['seed']}"
+    changed = other or changed_options(job.cell.algorithm, job.cell.task, rounded(saved))
+    message = f"{job.run_dir} holds a run {other or f'with {changed}'}"
+    require(not changed, f"{message}; move it away, or give another --folder")
 
 
 # Running it.
@@ -307,13 +368,14 @@ def run_on_slurm(jobs: list[Job], args: Args, options: list[str]) -> None:
     try:
         while waiting:
             for ended in [job for job in waiting if job.done()]:
-                job, log = waiting.pop(ended), StringIO(f"{ended.stdout()}\n{ended.stderr()}")
-                report(job, log, ended.exception() is not None, f"{len(waiting)} to go")
+                output = f"{ended.stdout() or ''}\n{ended.stderr() or ''}"
+                job, status = waiting.pop(ended), int(ended.exception() is not None)
+                report(job, StringIO(output), status, f"{len(waiting)} to go")
             time.sleep(1)
     except KeyboardInterrupt:
         say("the jobs go on without this script, which prints the table when run again; stop them")
         say(f"with scancel {submitted[0][0].job_id.partition('_')[0]}")
-        raise
+        sys.exit(128 + signal.SIGINT)
 
 
 def read_result(job: Job) -> dict | None:
@@ -322,11 +384,11 @@ def read_result(job: Job) -> dict | None:
 
 
 def why_it_failed(output: str, exit_status: int) -> str:
-    """The run's own error line; without one its last line."""
+    """The run's own error lines, its world model's first; without one its last line."""
     lines = [line for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("error:")]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     last = lines[-1] if lines else "no output"
-    return errors[-1] if errors else f"exit status {exit_status}: {last}"
+    return f"error: {'; '.join(errors)}" if errors else f"exit status {exit_status}: {last}"
 
 
 def run_all(jobs: list[Job], workers: int, options: list[str], environment: dict) -> int | None:
@@ -502,6 +564,7 @@ def main(args: Args) -> None:
     table = TABLES[args.table]
     seeds = table.seeds if args.seeds is None else args.seeds
     require(seeds > 0, f"--seeds must be above 0; it is {seeds}")
+    args.tasks, args.algorithms = map(tuple, map(dict.fromkeys, (args.tasks, args.algorithms)))
     cells, started = table_cells(args), time.perf_counter()
     jobs = [
         Job(cell, seed, args.folder / f"{find_task(cell.task).name}__{cell.algorithm}__{seed}")
@@ -511,11 +574,14 @@ def main(args: Args) -> None:
     message = "two of --tasks have the same name, and would share run folders; rename one"
     require(len({job.run_dir for job in jobs}) == len(jobs), message)
     environment = os.environ | JOB_ENVIRONMENT
-    options = compile_options(environment) if table.compile else []
+    options = compile_options() if table.compile else []
+    for job in jobs:
+        check_folder(job)
     unfinished = [job for job in jobs if not (job.run_dir / "result.json").is_file()]
     if args.dry_run:
         prefix = " ".join(f"{name}={value}" for name, value in JOB_ENVIRONMENT.items())
         for job in unfinished:
+            remove_debris(job.run_dir)  # in which the command could not start
             print(prefix, shlex.join(job_command(job, options)))
         return
 
@@ -535,6 +601,8 @@ def main(args: Args) -> None:
     print_table(results, seeds)
     names = [find_task(task).name for task in args.tasks]
     name = "_".join(["table", args.table, *names, *args.algorithms])
+    if len(name) > 200:  # for the name of a file
+        name = f"table_{args.table}_{len(names)}_tasks_{len(args.algorithms)}_algorithms"
     plot_curves(results, args.folder / f"{name}.png", "seconds of training")
     plot_curves(results, args.folder / f"{name}_steps.png", "steps")
     failed = len(jobs) - sum(map(len, results.values()))

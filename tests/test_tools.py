@@ -152,6 +152,17 @@ def made_up_result(score, seconds=2.0):
     return result | {"evaluations": curve, "dataset": {"mean_return": 4.0}}
 
 
+def made_up_run(run_dir, score, **options):
+    """A finished run in a folder named TASK__ALGORITHM__SEED, of defaults but for `options`."""
+    task, algorithm, seed = run_dir.name.split("__")
+    args = reproduce.default_options(algorithm, task) | {"task": task, "seed": int(seed)}
+    args = json.loads(json.dumps(args | options, default=str))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    result = made_up_result(score) | {"args": args}
+    (run_dir / "result.json").write_text(json.dumps(result))
+    return result
+
+
 @pytest.fixture
 def stub(monkeypatch, tmp_path):
     """Stands for the scripts: keeps the commands, and writes results of the scores given."""
@@ -182,8 +193,8 @@ def test_a_table_is_run_printed_and_drawn(stub, tmp_path, capsys):
     folder, files = tmp_path / "runs", {1: "result.json", 2: "checkpoint.pt", 3: "events"}
     for seed, name in files.items():
         run_dir = folder / f"ant-medium-fo__ibc__{seed}"
-        run_dir.mkdir(parents=True)
-        (run_dir / name).write_text(json.dumps(made_up_result(1.0)))
+        made_up_run(run_dir, 1.0)
+        (run_dir / "result.json").rename(run_dir / name)
     cell = {"tasks": ("ant-medium-fo",), "algorithms": ("ibc",)}
     reproduce.main(reproduce.Args("4b", 3, **cell, workers=1, folder=folder))
     assert [command[1] for command in commands] == ["--resume", "--task"]
@@ -193,6 +204,22 @@ def test_a_table_is_run_printed_and_drawn(stub, tmp_path, capsys):
     assert "0.667 ± 0.167" in output and "3 runs" in output and "0.84 ± 0.01" in output
     for name in ("table_4b_ant-medium-fo_ibc.png", "table_4b_ant-medium-fo_ibc_steps.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_size": 7}, "holds a run with batch_size 7; move it away"),
+        ({"seed": 2}, "holds a run of ant-medium-fo, seed 2; move it away"),
+        ({"task": "ant-expert-fo"}, "holds a run of ant-expert-fo, seed 1; move it away"),
+        ({"task": "a/pair.py:PAIR"}, "holds a run of a/pair.py:PAIR, seed 1; move it away"),
+    ],
+)
+def test_the_run_of_another_command_is_not_taken_for_this_one(options, message, tmp_path):
+    made_up_run(tmp_path / "ant-medium-fo__ibc__1", 1.0, **options)
+    cell = {"tasks": ("ant-medium-fo",), "algorithms": ("ibc",)}
+    args = reproduce.Args("4b", 1, **cell, folder=tmp_path, dry_run=True)
+    assert_refused(reproduce, args, message)
 
 
 def test_a_run_that_fails_in_a_table_is_named(stub, tmp_path, capsys):
@@ -214,6 +241,8 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
 
 def test_why_a_run_failed():
     assert reproduce.why_it_failed("a\nerror: no luck\nb\n", 1) == "error: no luck"
+    both = "error: no room\nb\nerror: no world model\n"
+    assert reproduce.why_it_failed(both, 1) == "error: no room; no world model"
     assert "137" in reproduce.why_it_failed("", 137)
 
 
@@ -357,15 +386,10 @@ def test_a_published_score_is_the_mean_of_its_raw_returns():
 
 
 def test_a_run_is_added_to_the_published_ones(tmp_path):
-    result = made_up_result(0.25) | {
-        "returns": [1.23456789],
-        "args": {"batch_size": 256},
-        "more": 1,
-    }
     for seed, score in ((1, 0.25), (2, 0.75), (2, 0.35)):  # the last replaces the one before
         run_dir = tmp_path / f"ant-medium-fo__ibc__{seed}"
-        run_dir.mkdir(exist_ok=True)
-        (run_dir / "result.json").write_text(json.dumps(result | {"score": score}))
+        result = made_up_run(run_dir, score) | {"returns": [1.23456789], "more": 1}
+        (run_dir / "result.json").write_text(json.dumps(result))
         report.add_run(run_dir, tmp_path)
     (runs,) = report.read_runs(tmp_path).values()
     assert runs[0]["returns"] == [1.2346] and "more" not in runs[0]
@@ -378,17 +402,18 @@ def test_a_run_is_added_to_the_published_ones(tmp_path):
 
 def test_tables_are_of_runs_with_todays_defaults(tmp_path):
     """Of MOMA-PPO's calibrated options every value is one."""
-    result = made_up_result(0.5) | {"args": {"lambda_g": 12.0, "seed": 7}}
     run_dir = tmp_path / "ant-medium-fo__moma_ppo__7"
-    run_dir.mkdir()
-    (run_dir / "result.json").write_text(json.dumps(result))
+    made_up_run(run_dir, 0.5, lambda_g=12.0)
     report.add_run(run_dir, tmp_path)
     assert report.read_runs(tmp_path)
-    (run_dir / "result.json").write_text(json.dumps(result | {"args": {"ground_truth": True}}))
+    made_up_run(run_dir, 0.5, seed=8)
+    with pytest.raises(InputError, match="of another task or seed than its name says"):
+        report.add_run(run_dir, tmp_path)
+    made_up_run(run_dir, 0.5, ground_truth=True)
     with pytest.raises(InputError, match="has ground_truth True, but tables are of defaults"):
         report.add_run(run_dir, tmp_path)
     text = (tmp_path / "table-4b.json").read_text()
-    (tmp_path / "table-4b.json").write_text(text.replace('"seed": 7}', '"epochs": 5}'))
+    (tmp_path / "table-4b.json").write_text(text.replace('"epochs": 2', '"epochs": 5'))
     assert not report.read_runs(tmp_path)
     with pytest.raises(InputError, match="must be named TASK__ALGORITHM__SEED"):
         report.add_run(run_dir.rename(tmp_path / "ant-medium-fo__moma_ppo__7__2026"), tmp_path)
@@ -409,22 +434,21 @@ def test_intervals_are_those_of_the_seeds():
 
 def test_a_variant_is_kept_apart_and_has_its_own_table(tmp_path):
     run_dir = tmp_path / "ant-medium-fo__moma_ppo-ground-truth__1"
-    run_dir.mkdir()
-    (run_dir / "result.json").write_text(json.dumps(made_up_result(1.5) | {"args": {}}))
+    made_up_run(run_dir, 1.5)
     report.add_run(run_dir, tmp_path)
     assert (tmp_path / "table-ablations.json").is_file()
     table = report.make_table("5", report.read_runs(tmp_path))
-    row = "| rollouts in the true simulator | 0 to 1 | not run | 1.50 ± 0.10* (1.68 ± 0.03) |"
+    row = "| rollouts in the true simulator | 1 | not run | 1.50 ± 0.10* (1.68 ± 0.03) |"
     assert row in table
     assert set(report.VARIANT_NAMES) == {"moma_ppo", *reproduce.VARIANTS}
 
 
 def test_runs_of_games_beyond_the_paper_are_kept_short_and_drawn(tmp_path):
     for algorithm, seed, score in (("ibc", 1, 0.0), ("inspo", 1, 0.5), ("inspo", 2, 1.0)):
-        result = made_up_result(score) | {"return": 10 * score, "returns": [10 * score] * 100}
         run_dir = tmp_path / f"climbing-1__{algorithm}__{seed}"
-        run_dir.mkdir()
-        (run_dir / "result.json").write_text(json.dumps(result | {"args": {}}))
+        result = made_up_run(run_dir, score)
+        result |= {"return": 10 * score, "returns": [10 * score] * 100}
+        (run_dir / "result.json").write_text(json.dumps(result))
         report.add_run(run_dir, tmp_path)
     cells = report.read_runs(tmp_path)
     assert not any("returns" in run for runs in cells.values() for run in runs)
