@@ -233,7 +233,9 @@ def print_times(times: dict[str, dict], before: dict[str, dict]) -> None:
         milliseconds = cell["median"]["update"]
         spread = (max(cell["update"]) - min(cell["update"])) / milliseconds
         parts = [f"{part} {ms:.1f}" for part, ms in cell["median"].items() if part != "update"]
-        row = [*name.split(), f"{milliseconds:.1f}", f"{spread:.0%}", ", ".join(parts)]
+        script, rest = name.split(maxsplit=1)
+        task, mode = rest.rsplit(maxsplit=1)
+        row = [script, task, mode, f"{milliseconds:.1f}", f"{spread:.0%}", ", ".join(parts)]
         if before:
             earlier = before.get(name, {}).get("median", {}).get("update")
             row += [f"{earlier:.1f}", f"{earlier / milliseconds:.2f}"] if earlier else ["-", "-"]
@@ -252,7 +254,11 @@ def main(args: Args) -> None:
     before = {"machine": {}, "times": {}}
     if args.baseline:
         require(args.baseline.is_file(), f"no file {args.baseline} to compare with")
-        before = json.loads(args.baseline.read_text(encoding="utf-8"))
+        try:
+            before = json.loads(args.baseline.read_text(encoding="utf-8"))
+            before["machine"]["versions"], before["times"]
+        except (ValueError, LookupError, TypeError):
+            raise InputError(f"{args.baseline} is not what this script's --output writes") from None
     machine, times = describe_machine(), {}
     with tempfile.TemporaryDirectory() as folder:
         for cells in choose_cells(args).values():
