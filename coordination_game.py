@@ -10,7 +10,6 @@ paper's, and its observations, horizon and dataset size are ours. docs/tasks.md 
     python coordination_game.py --agents 4    # generalised to more agents
 """
 
-import shutil
 import subprocess
 import sys
 import zlib
@@ -22,6 +21,7 @@ import numpy as np
 import tyro
 
 from mamujoco_envs import InputError, Task, require
+from training_run import load_checkpoint
 
 EPISODES, EPISODE_LENGTH = 5000, 10
 BEHAVIORS = {"favorable": 0.623, "neutral": 0.502, "unfavorable": 0.375}  # mean scores of Table 1
@@ -110,7 +110,8 @@ def make_task(kind: str, behavior: str, agents: int, actions: int, size: str) ->
         episode_length=EPISODE_LENGTH,
         random_return=0.0,
         expert_return=float(EPISODE_LENGTH),
-        entropy_target=-4.0 if discrete else -2.0 * agents,  # of options, which is at least 0: none
+        # The entropy of options is never below 0, so this target gives no bonus there.
+        entropy_target=-4.0 if discrete else -2.0 * agents,
         simulator=CoordinationGame,
         columns=make_columns,
         discrete=discrete,
@@ -258,7 +259,11 @@ def make_columns(task: Task, seed: int = 0) -> dict[str, np.ndarray]:
 
 def train_world_model(task: Task, seed: int, device: str, run_dir: Path) -> Path:
     """The game's world model, trained in `run_dir` in seconds, so that none ships."""
-    path = run_dir / "world_model.pt"
+    path, begun = run_dir / "world_model.pt", (run_dir / "checkpoint.pt").is_file()
+    if begun:
+        begun_with = load_checkpoint(run_dir)["args"]["seed"]
+        message = f"{run_dir} has seed {begun_with}, not {seed}; give another --run-dir"
+        require(begun_with == seed, message)
     if not path.is_file():
         script = Path(__file__).resolve().parent / "world_model.py"
         options = ["--task", task.option, "--seed", str(seed), "--device", device]
@@ -266,11 +271,9 @@ def train_world_model(task: Task, seed: int, device: str, run_dir: Path) -> Path
         if task.discrete:
             # Agreement gets rarer with every agent, so its reward takes longer to learn.
             options += ["--total-steps", str(500 * (task.num_agents - 1))]
-        try:
-            finished = subprocess.run([sys.executable, script, *options])
-        finally:
-            if not path.is_file():  # so that the same command can start again
-                shutil.rmtree(run_dir, ignore_errors=True)
+        if begun:
+            options = ["--resume", run_dir, "--device", device]
+        finished = subprocess.run([sys.executable, script, *options])
         require(finished.returncode == 0, f"no world model in {run_dir}; its own error is above")
     return path
 

@@ -453,7 +453,7 @@ def open_world_model(task: Task, path: Path, device, next_states="sample") -> Wo
         if "local_encoder" not in exported:
             return WorldModel(task, exported, next_states)
         advice = f"make one with: python baselines/logo.py --task {task.option}"
-        same = exported["split"] == {"observed": task.observed, "driven": task.driven}
+        same = exported.get("split") == {"observed": task.observed, "driven": task.driven}
         require(same, f"{path} was made for other agents than those of {task.name}; {advice}")
         return LocalToGlobalModel(task, exported, next_states)
 

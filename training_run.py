@@ -260,8 +260,8 @@ def load_world_model(make: Callable, task, path: Path, device):
         made_for, model = exported["dataset"]["name"], make(exported)
         actions = torch.zeros(1, task.num_agents, task.action_dim, device=device)
         trial = model.step(torch.zeros(1, task.state_dim, device=device), actions)
-        if not all(x.isfinite().all() for x in trial):
-            raise ValueError("it predicts what is not finite")
+        finite = all(x.isfinite().all() for x in trial)
+        require(finite, f"{path} predicts what is not finite; make one with: {command}")
     except InputError:
         raise
     except Exception as error:
@@ -369,7 +369,9 @@ class Run:
             for name in ("checkpoint.pt", "result.json", "world_model.pt"):
                 for half_written in run_dir.glob(f"{name}.*.tmp"):  # by a process that was killed
                     half_written.unlink()
-            taken = not args.resume and any(path.name != ".lock" for path in run_dir.iterdir())
+            # What a game has trained of its world model is used, or resumed.
+            new = {path.name for path in run_dir.iterdir()} <= {".lock", "world_model"}
+            taken = not args.resume and not new
             if not taken:
                 return run_dir, lock
             lock.release()
@@ -423,8 +425,12 @@ class Run:
                 before = self.checkpoint["inputs"][name]["sha256"]
                 message = f"the {name} has changed since {self.dir} started; put the old one back"
                 require(description["sha256"] == before, message)
-            for name, module in tracked.items():
-                module.load_state_dict(self.checkpoint["state"][name])
+            try:
+                for name, module in tracked.items():
+                    module.load_state_dict(self.checkpoint["state"][name])
+            except (LookupError, RuntimeError):
+                message = f"{self.dir} was started by another version of {self.script}.py"
+                raise InputError(f"{message}; start the run again") from None
             for schedule in tracked.values():
                 if isinstance(schedule, LambdaLR):  # --total-steps may have changed
                     scales = zip(schedule.base_lrs, schedule.lr_lambdas)

@@ -213,6 +213,23 @@ def dataset_path(task: Task) -> Path:
     return FOLDER / f"{task.dataset}.hdf5"
 
 
+def record_once(task: Task, path: Path) -> None:
+    """Records the task's dataset; of several runs that lack it one does, and the others wait."""
+    lock = filelock.FileLock(f"{path}.lock", timeout=20)
+    while not lock.is_locked:
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            print(f"waiting for {path}, which another run records", flush=True)
+        except (OSError, NotImplementedError) as error:
+            raise InputError(f"cannot write to {path.parent} ({error}); change its mode") from None
+    try:
+        if not path.is_file():
+            importlib.import_module(task.recorder).record(task, path)
+    finally:
+        lock.release()
+
+
 def load_dataset(task: Task, path: Path | None = None, device="cpu") -> OfflineDataset:
     """Loads a task's own dataset, recording it first if it is missing, or the one at `path`.
 
@@ -224,9 +241,7 @@ def load_dataset(task: Task, path: Path | None = None, device="cpu") -> OfflineD
     if path is None:
         path = dataset_path(task)
         if not path.is_file() and task.recorder:
-            with filelock.FileLock(f"{path}.lock"):  # of several runs one records, the others wait
-                if not path.is_file():
-                    importlib.import_module(task.recorder).record(task, path)
+            record_once(task, path)
     path = Path(path)
     is_minari = str(path).startswith("minari:") or (path / "data").is_dir()
     columns, source = (read_minari if is_minari else read_columns)(task, path)

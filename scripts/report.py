@@ -32,6 +32,7 @@ from scripts.reproduce import (
     changed_options,
     plot_curves,
     rounded,
+    script_of,
 )
 from training_run import REPOSITORY, say
 
@@ -118,8 +119,9 @@ def add_run(run_dir: Path, folder: Path = RESULTS) -> None:
     result["args"].pop("run_dir", None)  # a place on somebody's machine
     run = {"task": task, "algorithm": algorithm, "seed": int(seed)}
     run |= {name: rounded(result[name]) for name in columns if name in result}
-    same = (result["args"]["task"], result["args"]["seed"]) == (task, int(seed))
-    require(same, f"{run_dir} is a run of another task or seed than its name says")
+    found = result["script"], result["args"]["task"], result["args"]["seed"]
+    same = found == (script_of(algorithm), task, int(seed))
+    require(same, f"{run_dir} is a run of {found[0]}.py on {found[1]}, seed {found[2]}")
     changed = changed_options(algorithm, task, run["args"])
     require(not changed, f"{run_dir} has {changed}, but tables are of defaults alone")
     runs[run_dir.name] = run
@@ -328,17 +330,22 @@ def draw_curves(cells, folder: Path) -> None:
 
 
 def main(args: Args) -> None:
+    left_out = 0
     for run_dir in args.runs:
         try:
             add_run(run_dir)
         except InputError as error:
             say(f"left out: {error}")
+            left_out += 1
     cells = read_runs()
     draw_curves(cells, REPOSITORY / "docs" / "figures")
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         write(page, with_tables(text, cells))
     say(f"{sum(map(len, cells.values()))} runs in {RESULTS}; tables written")
+    require(
+        not left_out, f"{left_out} of {len(args.runs)} runs were left out; the reasons are above"
+    )
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ TABLES = {
     "4b": Table("ant-", seeds=3, compile=True),
     "other": Table(None, seeds=3, compile=True),
 } | {name: Table(COMPARED_ON[name], 3, True, rows) for name, rows in ABLATIONS.items()}
-# Options that a run of a table may have.
+# Options in which a run may differ from its table's defaults.
 FREE = ("task", "seed", "device", "run_dir", "resume", "compile")
 
 
@@ -247,6 +247,11 @@ def rounded(value):
     return [rounded(item) for item in value] if isinstance(value, list) else value
 
 
+def script_of(algorithm: str) -> str:
+    """As runs name it, such as "maiql" for maiql_ft."""
+    return Path(ALGORITHMS[algorithm][0]).stem
+
+
 @cache
 def default_options(algorithm: str, task: str) -> dict:
     """The options of a run of a table, as they are kept."""
@@ -263,23 +268,23 @@ def changed_options(algorithm: str, task: str, options: dict) -> str:
     return ", ".join(
         f"{name} {options.get(name, 'missing')}"
         for name in expected | options
-        if name not in FREE and not (name in calibrated and expected[name] is None)
+        if name not in FREE and not (name in calibrated and expected.get(name, "missing") is None)
         if str(options.get(name, "missing")) != str(expected.get(name, "missing"))
     )
 
 
 def check_folder(job: Job) -> None:
     """Raises `InputError` if the folder of a run holds another one."""
-    result = read_result(job)
     try:
-        saved = result["args"] if result else load_checkpoint(job.run_dir)["args"]
+        run = read_result(job) or load_checkpoint(job.run_dir)
     except InputError:
         return  # there is no run yet, or none that can be read
+    saved, script = run["args"], script_of(job.cell.algorithm)
     file, _, name = str(restored(saved["task"], job.run_dir)).rpartition(":")
     own_file, _, own_name = job.cell.task.rpartition(":")
     same_file = Path(file).resolve() == Path(own_file).resolve()
-    same = same_file and name == own_name and saved["seed"] == job.seed
-    other = "" if same else f"of {saved['task']}, seed {saved['seed']}"
+    same = same_file and name == own_name and (saved["seed"], run["script"]) == (job.seed, script)
+    other = "" if same else f"of {run['script']}.py on {saved['task']}, seed {saved['seed']}"
     changed = other or changed_options(job.cell.algorithm, job.cell.task, rounded(saved))
     message = f"{job.run_dir} holds a run {other or f'with {changed}'}"
     require(not changed, f"{message}; move it away, or give another --folder")
@@ -581,7 +586,6 @@ def main(args: Args) -> None:
     if args.dry_run:
         prefix = " ".join(f"{name}={value}" for name, value in JOB_ENVIRONMENT.items())
         for job in unfinished:
-            remove_debris(job.run_dir)  # in which the command could not start
             print(prefix, shlex.join(job_command(job, options)))
         return
 

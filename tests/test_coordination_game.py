@@ -1,6 +1,7 @@
 """The coordination game and its datasets."""
 
 import itertools
+import subprocess
 
 import numpy as np
 import pytest
@@ -19,6 +20,9 @@ from coordination_game import (
 )
 from data.offline_dataset import load_dataset
 from mamujoco_envs import InputError, evaluate, find_task
+from training_run import save
+
+CHECKPOINT = ("script", "args", "step", "seconds", "evaluations", "random_states", "state")
 
 
 def one_hot(choices, actions=2):
@@ -168,16 +172,25 @@ def test_the_script_prints_table_1(run_script):
     assert status.startswith("error: ") and "\n" not in status
 
 
-def test_a_world_model_that_is_stopped_leaves_nothing(monkeypatch, tmp_path):
-    """So that the same command, with the same --run-dir, starts again."""
+def test_a_stopped_world_model_is_resumed_by_the_same_command(monkeypatch, tmp_path):
+    """But not by one with another seed."""
+    run_dir, commands = tmp_path / "world_model", []
 
-    def stopped(command):
-        assert command[command.index("--device") + 1] == "cpu"
-        (tmp_path / "model").mkdir()
-        (tmp_path / "model" / "checkpoint.pt").touch()
+    def trained_or_stopped(command):
+        commands.append(command[2:])
+        if len(commands) > 1:
+            (run_dir / "world_model.pt").touch()
+            return subprocess.CompletedProcess(command, 0)
+        run_dir.mkdir()
+        save({name: {"seed": 1} for name in CHECKPOINT}, run_dir / "checkpoint.pt")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(coordination_game.subprocess, "run", stopped)
+    monkeypatch.setattr(coordination_game.subprocess, "run", trained_or_stopped)
+    task = coordination_task("neutral")
     with pytest.raises(KeyboardInterrupt):
-        train_world_model(coordination_task("neutral"), 1, "cpu", tmp_path / "model")
-    assert not (tmp_path / "model").exists()
+        train_world_model(task, 1, "cpu", run_dir)
+    with pytest.raises(InputError, match="has seed 1, not 2; give another --run-dir"):
+        train_world_model(task, 2, "cpu", run_dir)
+    assert train_world_model(task, 1, "cpu", run_dir) == run_dir / "world_model.pt"
+    assert commands[0][:4] == ["--task", "coordination-neutral", "--seed", "1"]
+    assert commands[1:] == [["--resume", run_dir, "--device", "cpu"]]

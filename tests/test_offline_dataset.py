@@ -1,6 +1,8 @@
 """Datasets on small made-up files against loops over episodes, and every kind of bad file."""
 
 import sys
+import time
+from threading import Thread
 from types import ModuleType
 
 import numpy as np
@@ -351,3 +353,26 @@ def test_files_of_other_versions_are_refused(tmp_path, d4rl_columns):
     assert_refused(task, path, "'observations'", "(57, 29)", "(57, 27)")
     del d4rl_columns["next_observations"]
     assert_refused(task, write_dataset(path, d4rl_columns), "no 'next_observations'")
+
+
+def test_of_several_runs_one_records(monkeypatch, tmp_path):
+    recorded = []
+
+    class Recorder:
+        @staticmethod
+        def record(task, path):
+            recorded.append(path)
+            time.sleep(0.3)
+            path.write_text("data")
+
+    path = tmp_path / "data.hdf5"
+    monkeypatch.setattr(offline_dataset.importlib, "import_module", lambda name: Recorder)
+    threads = [Thread(target=offline_dataset.record_once, args=(REACHER, path)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert recorded == [path]
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot write to"):
+        offline_dataset.record_once(REACHER, tmp_path / "file" / "data.hdf5")

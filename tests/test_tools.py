@@ -158,7 +158,7 @@ def made_up_run(run_dir, score, **options):
     args = reproduce.default_options(algorithm, task) | {"task": task, "seed": int(seed)}
     args = json.loads(json.dumps(args | options, default=str))
     run_dir.mkdir(parents=True, exist_ok=True)
-    result = made_up_result(score) | {"args": args}
+    result = made_up_result(score) | {"args": args, "script": reproduce.script_of(algorithm)}
     (run_dir / "result.json").write_text(json.dumps(result))
     return result
 
@@ -210,9 +210,9 @@ def test_a_table_is_run_printed_and_drawn(stub, tmp_path, capsys):
     "options, message",
     [
         ({"batch_size": 7}, "holds a run with batch_size 7; move it away"),
-        ({"seed": 2}, "holds a run of ant-medium-fo, seed 2; move it away"),
-        ({"task": "ant-expert-fo"}, "holds a run of ant-expert-fo, seed 1; move it away"),
-        ({"task": "a/pair.py:PAIR"}, "holds a run of a/pair.py:PAIR, seed 1; move it away"),
+        ({"seed": 2}, "holds a run of ibc.py on ant-medium-fo, seed 2; move it away"),
+        ({"task": "ant-expert-fo"}, "holds a run of ibc.py on ant-expert-fo, seed 1"),
+        ({"task": "a/pair.py:PAIR"}, "holds a run of ibc.py on a/pair.py:PAIR, seed 1"),
     ],
 )
 def test_the_run_of_another_command_is_not_taken_for_this_one(options, message, tmp_path):
@@ -220,6 +220,20 @@ def test_the_run_of_another_command_is_not_taken_for_this_one(options, message, 
     cell = {"tasks": ("ant-medium-fo",), "algorithms": ("ibc",)}
     args = reproduce.Args("4b", 1, **cell, folder=tmp_path, dry_run=True)
     assert_refused(reproduce, args, message)
+
+
+def test_the_run_of_another_script_is_not_taken_for_this_one(tmp_path):
+    """ITD3+BC and MATD3+BC have the same options."""
+    made_up_run(tmp_path / "ant-medium-fo__matd3_bc__1", 1.0)
+    run_dir = (tmp_path / "ant-medium-fo__matd3_bc__1").rename(
+        tmp_path / "ant-medium-fo__itd3_bc__1"
+    )
+    cell = {"tasks": ("ant-medium-fo",), "algorithms": ("itd3_bc",)}
+    args = reproduce.Args("4b", 1, **cell, folder=tmp_path, dry_run=True)
+    assert_refused(reproduce, args, "holds a run of matd3_bc.py on ant-medium-fo, seed 1")
+    with pytest.raises(InputError, match="is a run of matd3_bc.py on ant-medium-fo, seed 1"):
+        report.add_run(run_dir, tmp_path)
+    assert "lambda_g" in reproduce.changed_options("ibc", "ant-medium-fo", {"lambda_g": 1.0})
 
 
 def test_a_run_that_fails_in_a_table_is_named(stub, tmp_path, capsys):
@@ -407,7 +421,7 @@ def test_tables_are_of_runs_with_todays_defaults(tmp_path):
     report.add_run(run_dir, tmp_path)
     assert report.read_runs(tmp_path)
     made_up_run(run_dir, 0.5, seed=8)
-    with pytest.raises(InputError, match="of another task or seed than its name says"):
+    with pytest.raises(InputError, match="is a run of moma_ppo.py on ant-medium-fo, seed 8"):
         report.add_run(run_dir, tmp_path)
     made_up_run(run_dir, 0.5, ground_truth=True)
     with pytest.raises(InputError, match="has ground_truth True, but tables are of defaults"):
