@@ -271,11 +271,11 @@ def test_the_document_runs_as_written(run_script, monkeypatch, capsys):
     assert names["PLANT"].state_dim == 21 and "staticmethod" in rule
     for text in (act, sweep):
         exec(text, {})
+    status, output = run_script("scripts/reproduce.py", *shlex.split(tables)[2:], "--dry-run")
+    assert status == 0 and "--lambda-g" in loop
     Path("runs/pair").rename("runs/PAIR__moma_ppo__1")
     exec(sweep, {})
     assert len(capsys.readouterr().out.splitlines()[-1].split()) == 4
-    status, output = run_script("scripts/reproduce.py", *shlex.split(tables)[2:], "--dry-run")
-    assert status == 0 and "--lambda-g" in loop
 
 
 def test_a_gymnasium_id_is_played_but_not_continued(run_own, folder):
