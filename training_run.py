@@ -286,13 +286,14 @@ def load_checkpoint(run_dir: Path) -> dict:
     return checkpoint
 
 
-def load_team(run_dir: Path, task: str | None = None):
+def load_team(run_dir: Path, task: str | None = None, checkpoint: dict | None = None):
     """The trained team of any script's run, on the CPU; `team.task` is its task.
 
     `team.act_greedily(observations, histories)` gives actions [batch, agent, action]. `task` names
-    it where the file that defines it, FILE:NAME, has moved since.
+    it where the file that defines it, FILE:NAME, has moved since; `checkpoint` is the run's, if it
+    has been read already.
     """
-    checkpoint = load_checkpoint(run_dir)
+    checkpoint = checkpoint or load_checkpoint(run_dir)
     script, saved = checkpoint["script"], checkpoint["args"]
     require("team" in checkpoint["state"], f"{run_dir} is a run of {script}.py and has no team")
     if str(REPOSITORY) not in sys.path:

@@ -50,7 +50,8 @@ def main(args: Args) -> dict:
         render = importlib.import_module("render")
         film = render.Args(run=args.run, seed=args.seed, task=args.task)
         render.check(film)
-    checkpoint, team = load_checkpoint(args.run), load_team(args.run, args.task)
+    checkpoint = load_checkpoint(args.run)  # only once: the run may be saving others
+    team = load_team(args.run, args.task, checkpoint)
     task, script, step = team.task, checkpoint["script"], checkpoint["step"]
     record = evaluate(task, team.act_greedily, args.episodes, args.seed).record()
     if args.output:
