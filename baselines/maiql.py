@@ -395,9 +395,7 @@ class OnlineData:
 
     def load_state_dict(self, saved: dict) -> None:
         same = saved["total_steps"] == self.total_steps
-        require(
-            same, "--total-steps cannot change in a run with --finetune, which starts after them"
-        )
+        require(same, "--total-steps cannot change in a run with --finetune; leave it out")
         self.rows = saved["rows"].to(self.rows)
         self.next_row = self.dataset.size + len(saved["states"])
         for name in self.COLUMNS:
