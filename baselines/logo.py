@@ -107,7 +107,7 @@ class Args:
     cql_points: int = 24
     """points per action dimension of the quadrature in the conservative loss"""
     cql_batch_size: int = 32
-    """transitions of the data per gradient step that the conservative loss uses"""
+    """transitions of a batch that the conservative loss uses"""
     max_grad_norm: float = 1.0
     """gradient norms of the model and of each kind of network are clipped at this value"""
 
@@ -656,23 +656,21 @@ def macql_losses(team: Team, batch: Batch, args: Args, learn_policy: bool):
     q = team.q_values(inputs, batch.actions[None])[:, :, 0]  # [twin, agent, batch]
     td_loss = (team.mix(q, batch.states) - td_targets).square().mean(1).sum()
 
-    # The mixture, of which one agent's action varies, is pushed down on all its actions and up on
-    # the data's (CFCQL). What the others add to it cancels.
-    rows = slice(args.cql_batch_size)
+    # The mixture, of which one agent's action varies, is pushed down on all its actions (CFCQL), in
+    # the data and in rollouts, and up on the data's (COMBO). What the others add to it cancels.
+    stride = args.batch_size // args.cql_batch_size
+    rows, data_rows = slice(None, None, stride), slice(None, rows_of_data(args), stride)
     weights, _ = team.mixing(batch.states)  # [agent, batch]
     node_q = weights[:, None, rows] * team.q_values(inputs[:, rows], team.nodes)
     log_integral = (node_q + team.log_weights[:, None]).logsumexp(2)  # [twin, agent, row]
-    excess = log_integral - weights[:, rows] * q[..., rows]
-    conservative_loss = args.cql_alpha * excess.mean(-1).sum()
+    data_q = weights[:, data_rows] * q[..., data_rows]
+    conservative_loss = args.cql_alpha * (log_integral.mean(-1) - data_q.mean(-1)).sum()
     if not learn_policy:
         return td_loss, conservative_loss
 
-    # Policies maximise the mixture of the first critics, where the data are: elsewhere the critics
-    # are not conservative.
-    rows = slice(rows_of_data(args))
-    inputs, weights = inputs[:, rows], weights[:, rows].detach()
-    own_q = team.first_q_values(inputs.detach(), team.act(inputs)[None])[:, 0]  # [agent, row]
-    return td_loss, conservative_loss, -(weights * own_q).sum(0).mean()
+    # Policies maximise the mixture of the first critics.
+    own_q = team.first_q_values(inputs.detach(), team.act(inputs)[None])[:, 0]  # [agent, batch]
+    return td_loss, conservative_loss, -(weights.detach() * own_q).sum(0).mean()
 
 
 # Running it.
@@ -708,9 +706,10 @@ def check(args: Args) -> None:
     check_range(args, 0, 0.999999, "gamma")
     check_range(args, 0, 1, "polyak", "synthetic_share", "exploration")
     check_range(args, 0, 1e9, "reconstruction", "confidence", "cql_alpha")
-    message = f"a batch has {rows_of_data(args)} transitions of the data; use a smaller"
-    enough = rows_of_data(args) >= args.cql_batch_size
-    require(enough, f"{message} --synthetic-share or --cql-batch-size")
+    enough = args.cql_batch_size <= args.batch_size
+    require(enough, "--cql-batch-size is more than --batch-size; use a smaller one")
+    message = "no transition of a batch is the data's; use a smaller --synthetic-share"
+    require(rows_of_data(args) > 0, message)
     room = args.generations * args.rollouts * (HISTORY_LENGTH + args.horizon)
     message = "--generations of --rollouts of --horizon steps are more than PyTorch can draw from"
     require(room < 2**24, f"{message}; use a smaller one")
