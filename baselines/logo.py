@@ -32,7 +32,7 @@ from torch.func import functional_call
 from torch.optim.lr_scheduler import LambdaLR
 
 from data.offline_dataset import Batch, OfflineDataset, load_dataset
-from mamujoco_envs import ACTION_LIMIT, HISTORY_LENGTH, Task, evaluate, find_task, require
+from mamujoco_envs import ACTION_LIMIT, HISTORY_LENGTH, Task, evaluate, require
 from training_run import FINAL_EPISODES, Run, check_positive, check_range, compiled, main, save
 
 BOX_MARGIN = 0.5  # in widths of the data's bounding box
@@ -81,11 +81,11 @@ class Args:
     synthetic_share: float = 0.5
     """share of a batch that comes from rollouts; 0 leaves the model out"""
     rollouts: int = 400
-    """rollouts that start at once, from random states of the data"""
+    """rollouts that start together, from random states of the data"""
     refresh_every: int = 100
-    """gradient steps of the team between such starts"""
+    """gradient steps of the team between two such generations"""
     generations: int = 10
-    """starts that are kept; then the oldest rollouts give way"""
+    """generations that are kept; a new one replaces the oldest"""
     exploration: float = 0.1
     """standard deviation of the noise on a rollout's actions, or share of its random options"""
     uncertainty: Literal["weighting", "penalty", "none"] = "weighting"
@@ -107,7 +107,7 @@ class Args:
     cql_points: int = 24
     """points per action dimension of the quadrature in the conservative loss"""
     cql_batch_size: int = 32
-    """transitions of a batch that the conservative loss uses"""
+    """evenly spaced transitions of a batch that the conservative loss uses"""
     max_grad_norm: float = 1.0
     """gradient norms of the model and of each kind of network are clipped at this value"""
 
@@ -266,28 +266,30 @@ class ModelStep(NamedTuple):
 class LocalToGlobal(nn.Module):
     """The world model: from local predictions to the global state.
 
-    Networks deal in standardised states and changes of state, of which agents see their part.
+    Networks work on standardised states and changes of state; an agent's get the dimensions that it
+    observes.
     """
 
     def __init__(self, task: Task, args: Args):
         super().__init__()
         self.task = task
-        width, embedding = [args.model_width], args.embedding
+        one, two = [args.model_width], [args.model_width] * 2  # hidden layers
+        embedding = args.embedding
         agents, observed = task.num_agents, max(task.obs_dims)
         local_dims = [embedding + pair for pair in task.pair_dims]
         joint_dim = agents * task.action_dim
         # The predictive model: (o_i, a_i), and an embedding of the state, to o_i'.
-        self.context = MLP([task.state_dim], 2 * width, embedding, nn.SiLU)
-        self.local_encoder = MLP(local_dims, width, embedding, nn.SiLU)
+        self.context = MLP([task.state_dim], two, embedding, nn.SiLU)
+        self.local_encoder = MLP(local_dims, one, embedding, nn.SiLU)
         local_outputs = observed + task.action_dim + observed  # o_i', and what was encoded
-        self.local_decoder = MLP([embedding] * agents, width, local_outputs, nn.SiLU)
+        self.local_decoder = MLP([embedding] * agents, one, local_outputs, nn.SiLU)
         # The deductive model: all agents' o_i' to s' and r, and s' to whether it is absorbing.
         deduced = task.state_dim + 1 + agents * observed  # s', r, and what was encoded
-        self.deductive_encoder = MLP([agents * observed + embedding], 2 * width, embedding, nn.SiLU)
-        self.deductive_decoder = MLP([embedding], width, deduced, nn.SiLU)
+        self.deductive_encoder = MLP([agents * observed + embedding], two, embedding, nn.SiLU)
+        self.deductive_decoder = MLP([embedding], one, deduced, nn.SiLU)
         self.mask_network = MLP([task.state_dim], [128, 128], 1)
         # The auxiliary encoder: (s, a) to the deductive decoder, past the agents.
-        self.auxiliary_encoder = MLP([task.state_dim + joint_dim], 2 * width, embedding, nn.SiLU)
+        self.auxiliary_encoder = MLP([task.state_dim + joint_dim], two, embedding, nn.SiLU)
         sizes = {"state": task.state_dim, "change": task.state_dim, "reward": 1}
         for name, size in sizes.items():
             self.register_buffer(f"{name}_mean", torch.zeros(size))
@@ -329,9 +331,8 @@ class LocalToGlobal(nn.Module):
     def deduce(self, context, changes):
         """Change of the state and reward [batch, state + 1], and `changes` reconstructed."""
         joint = changes.transpose(0, 1).flatten(1)[None]
-        outputs = self.deductive_decoder(
-            self.deductive_encoder(torch.cat([joint, context], dim=-1))
-        )[0]
+        embedding = self.deductive_encoder(torch.cat([joint, context], dim=-1))
+        outputs = self.deductive_decoder(embedding)[0]
         deduced, reconstruction = outputs.split([len(self.state_mean) + 1, joint.shape[-1]], dim=-1)
         return deduced, reconstruction.unflatten(1, (-1, changes.shape[-1])).transpose(0, 1)
 
@@ -612,10 +613,9 @@ class SyntheticData:
             histories = buffer.histories(now) if team.memory else None
             observations = team.task.observe(states)
             actions = team.explore(observations, histories, self.args.exploration)
-            next_states, rewards, masks, uncertainty = model.step(states, actions)
-            weights, rewards = self.weigh(
-                uncertainty / model.uncertainty_scale, rewards, model.reward_std
-            )
+            next_states, rewards, masks, u = model.step(states, actions)
+            u = u / model.uncertainty_scale
+            weights, rewards = self.weigh(u, rewards, model.reward_std)
             buffer.actions[now], buffer.next_states[now] = actions, next_states
             buffer.rewards[now], buffer.masks[now] = rewards, masks
             self.weights[now] = alive * weights
@@ -644,7 +644,7 @@ def macql_losses(team: Team, batch: Batch, args: Args, learn_policy: bool):
     """TD loss and conservative loss of the critics and, with `learn_policy`, the policies' loss."""
     inputs = team.inputs(batch.observations, batch.histories)
 
-    # y = r + gamma min_j Q'_j(s', a'), where a' is greedy.
+    # y = r + gamma f min_j Q'_j(s', a'), where a' is greedy and f the mask.
     with torch.no_grad():
         next_inputs = team.inputs(batch.next_observations, batch.next_histories, target=True)
         next_actions = team.act(next_inputs, target=True)[None]
@@ -653,18 +653,21 @@ def macql_losses(team: Team, batch: Batch, args: Args, learn_policy: bool):
         td_targets = batch.rewards + args.gamma * batch.masks * next_q  # [batch]
 
     # Both mixed critics learn y.
-    q = team.q_values(inputs, batch.actions[None])[:, :, 0]  # [twin, agent, batch]
-    td_loss = (team.mix(q, batch.states) - td_targets).square().mean(1).sum()
+    q = team.q_values(inputs, batch.actions[None])[:, :, 0]
+    weights, bias = team.mixing(batch.states)  # [agent, batch], [batch]
+    own = weights * q  # [twin, agent, batch]
+    mixed = own.sum(1, keepdim=True) + bias
+    td_loss = (mixed[:, 0] - td_targets).square().mean(1).sum()
 
-    # The mixture, of which one agent's action varies, is pushed down on all its actions (CFCQL), in
-    # the data and in rollouts, and up on the data's (COMBO). What the others add to it cancels.
+    # The mixture is pushed down on all actions of one agent, while the others act as in the batch
+    # (CFCQL), in data and rollouts alike, and up on the data's actions (COMBO).
     stride = args.batch_size // args.cql_batch_size
     rows, data_rows = slice(None, None, stride), slice(None, rows_of_data(args), stride)
-    weights, _ = team.mixing(batch.states)  # [agent, batch]
     node_q = weights[:, None, rows] * team.q_values(inputs[:, rows], team.nodes)
     log_integral = (node_q + team.log_weights[:, None]).logsumexp(2)  # [twin, agent, row]
-    data_q = weights[:, data_rows] * q[..., data_rows]
-    conservative_loss = args.cql_alpha * (log_integral.mean(-1) - data_q.mean(-1)).sum()
+    pushed_down = log_integral + (mixed - own)[..., rows]
+    excess = pushed_down.mean(-1) - mixed[..., data_rows].mean(-1)  # [twin, agent]
+    conservative_loss = args.cql_alpha * excess.sum()
     if not learn_policy:
         return td_loss, conservative_loss
 
@@ -706,8 +709,8 @@ def check(args: Args) -> None:
     check_range(args, 0, 0.999999, "gamma")
     check_range(args, 0, 1, "polyak", "synthetic_share", "exploration")
     check_range(args, 0, 1e9, "reconstruction", "confidence", "cql_alpha")
-    enough = args.cql_batch_size <= args.batch_size
-    require(enough, "--cql-batch-size is more than --batch-size; use a smaller one")
+    fits = args.batch_size % args.cql_batch_size == 0
+    require(fits, "--batch-size must be a multiple of --cql-batch-size")
     message = "no transition of a batch is the data's; use a smaller --synthetic-share"
     require(rows_of_data(args) > 0, message)
     room = args.generations * args.rollouts * (HISTORY_LENGTH + args.horizon)
@@ -719,9 +722,8 @@ def descend(losses, optimizer, schedule, max_grad_norm) -> None:
     """A gradient step of all networks that have gradients, each kind clipped by itself."""
     optimizer.zero_grad()
     sum(losses).backward()
-    for group in optimizer.param_groups:
-        if group["params"][0].grad is not None:  # policies have none between their steps
-            nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
+    for group in optimizer.param_groups:  # policies have no gradients between their steps
+        nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
     optimizer.step()
     schedule.step()
 
@@ -729,7 +731,7 @@ def descend(losses, optimizer, schedule, max_grad_norm) -> None:
 def train(args: Args) -> dict:
     check(args)
     with Run(args, "logo") as run:
-        task, device = find_task(args.task), run.device
+        task, device = run.task, run.device
         dataset = load_dataset(task, args.dataset, device)
         torch.manual_seed(args.seed)
         team = Team(task, dataset.states, args).to(device)
@@ -755,8 +757,8 @@ def train(args: Args) -> dict:
         model_schedule = LambdaLR(model_optimizer, lambda step: math.cos(quarter * step) ** 2)
 
         synthetic = SyntheticData(dataset, args)
-        made_up = args.batch_size - rows_of_data(args)
-        model_steps = args.model_steps if made_up else 0
+        synthetic_size = args.batch_size - rows_of_data(args)
+        model_steps = args.model_steps if synthetic_size else 0
         tracked = {"team": team, "optimizer": optimizer, "schedule": schedule, "model": model}
         tracked |= {"model_optimizer": model_optimizer, "model_schedule": model_schedule}
         run.restore({"dataset": dataset.description}, **tracked, synthetic=synthetic)
@@ -783,20 +785,25 @@ def train(args: Args) -> dict:
                 run.log(dict(zip(MODEL_LOSSES, losses)))
                 if step == model_steps:
                     errors = model_errors(model, dataset, held_out_rows)
-                    model.uncertainty_scale.fill_(max(errors["uncertainty_0.99"], 1e-6))
+                    run.log({f"eval/{name}": value for name, value in errors.items()})
+                    quantile = errors["uncertainty_0.99"]
+                    message = "the world model is not finite; use a smaller --model-learning-rate"
+                    require(math.isfinite(quantile), message)
+                    model.uncertainty_scale.fill_(max(quantile, 1e-6))
                     exported = exported_model(model, args, dataset, errors)
                     save(exported, run.dir / "world_model.pt")
                 continue
 
             # Then the team learns from the data and from its rollouts in the model.
             team_step = step - model_steps
-            if made_up and (team_step - 1) % args.refresh_every == 0:
+            if synthetic_size and (team_step - 1) % args.refresh_every == 0:
                 synthetic.add_rollouts(team, model)
             rows, with_histories = dataset.sample_rows(rows_of_data(args)), bool(team.memory)
             batch = dataset.batch(rows, with_histories)
-            if made_up:
-                made = synthetic.batch(made_up, with_histories)
-                batch = Batch(*[x if x is None else torch.cat([x, y]) for x, y in zip(batch, made)])
+            if synthetic_size:
+                others = synthetic.batch(synthetic_size, with_histories)
+                pairs = zip(batch, others)
+                batch = Batch(*[x if x is None else torch.cat([x, y]) for x, y in pairs])
             batch = batch._replace(rewards=reward_scale * batch.rewards)
             time_for_policy = team_step % args.policy_delay == 0
             learn_policy = time_for_policy and not task.discrete

@@ -315,8 +315,9 @@ def literal_action(team, agent, x, target=False):
 @torch.no_grad()
 def test_macql_losses_equal_the_equations_transition_by_transition(task, float64):
     team, batch = made_up_team(task), made_up_batch(task)
-    options = {"batch_size": 7, "synthetic_share": 2 / 7}  # so that the last two are of rollouts
-    args = logo.Args(gamma=0.9, cql_alpha=0.5, cql_batch_size=3, **options)
+    # As if these seven were of fourteen, five of them data; the last two are of rollouts.
+    options = {"batch_size": 14, "synthetic_share": 9 / 14, "cql_batch_size": 7}
+    args = logo.Args(gamma=0.9, cql_alpha=0.5, **options)
     inputs = all_literal_inputs(team, batch.observations, batch.histories)
     next_inputs = all_literal_inputs(team, batch.next_observations, batch.next_histories, True)
     agents, td_loss, conservative, policy = range(task.num_agents), 0, 0, 0
@@ -334,12 +335,11 @@ def test_macql_losses_equal_the_equations_transition_by_transition(task, float64
         for j in (0, 1):
             td_loss += (literal_mixed(team, j, batch.states[b], data, x) - td_target) ** 2 / 7
             for i in agents if b % 2 == 0 else ():  # every second row
-                nodes = team.nodes[:, 0, i]
-                qs = torch.stack([literal_q(team, j, i, node, x[i]) for node in nodes])
-                log_integral = (weights[i] * qs + team.log_weights).exp().sum().log()
-                conservative += 0.5 * log_integral / 4
+                varied = [[*data[:i], node, *data[i + 1 :]] for node in team.nodes[:, 0, i]]
+                qs = [literal_mixed(team, j, batch.states[b], actions, x) for actions in varied]
+                conservative += 0.5 * (torch.stack(qs) + team.log_weights).exp().sum().log() / 4
                 if b < 5:
-                    conservative -= 0.5 * weights[i] * literal_q(team, j, i, data[i], x[i]) / 3
+                    conservative -= 0.5 * literal_mixed(team, j, batch.states[b], data, x) / 3
         for i in agents if not task.discrete else ():
             q = literal_q(team, 0, i, literal_action(team, i, x[i]), x[i])
             policy -= weights[i] * q / 7

@@ -429,7 +429,7 @@ NONSENSE = [
     *[("logo", name, 0) for name in ("model_steps", "horizon", "rollouts", "generations")],
     *[("logo", name, 0) for name in ("refresh_every", "embedding", "model_width")],
     *[("logo", "synthetic_share", value) for value in (-0.1, 1)],  # none of the data
-    ("logo", "cql_batch_size", 257),  # of 256
+    *[("logo", "cql_batch_size", value) for value in (3, 257)],  # does not divide 256
     *[("moma_ppo", "transitions", value) for value in (-400, 0, 200)],
     *[("moma_ppo", "rollout_length", value) for value in (-1, 0, 501)],
     *[("moma_ppo", name, 0) for name in ("minibatch_size", "epochs", "eval_episodes")],
