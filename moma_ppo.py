@@ -93,7 +93,8 @@ class Args:
     lambda_g: float | None = None
     """weight of eps_g; by default the value calibrated with the world model"""
     lambda_a: float = 1.0
-    """weight of eps_a, the aleatoric uncertainty (MOPO); only with --penalty aleatoric"""
+    """weight of eps_a, the aleatoric uncertainty in units of the data, which has no upper limit
+    (MOPO); only with --penalty aleatoric"""
     max_uncertainty: float | None = None
     """l_eps: a rollout ends when eps_g reaches it, and eps_r and eps_g count at most this much in
     the penalty; by default calibrated, inf means never"""
@@ -135,7 +136,7 @@ DEFAULTS = {
         total_steps=40, eval_every=4, start_states="any", rollout_length=1,
         penalty="none", max_uncertainty=math.inf, epochs=5, gamma=0.5,
     ),
-    # Policies of numbers get narrow, and more epochs then push them off their peak again. Longer
+    # Gaussian policies get narrow, and further epochs would push them off their peak again. Longer
     # rollouts reach the states that the team itself brings about.
     "continuous": Args(
         total_steps=80, eval_every=8, start_states="any", rollout_length=10,
@@ -523,7 +524,7 @@ def rollout_step(team, model, dataset, args, states, histories, age):
     elif args.penalty == "aleatoric":
         penalty = args.lambda_a * step.epsilon_a
 
-    # zeta_j = 1 - I(j = t + k - 1 or eps_g >= l_eps).
+    # zeta_j = 1 - I(j = t + k - 1 or eps_g >= l_eps), with the raw eps_g (Deviation 10).
     age = age + 1
     uncertain = step.epsilon_g >= args.max_uncertainty
     time_out = uncertain | (age == args.rollout_length)
@@ -549,7 +550,7 @@ def rollout_step(team, model, dataset, args, states, histories, age):
 
 @torch.no_grad()
 def generate_rollouts(step, team, model, dataset, args):
-    """Algorithm 1, "generate synthetic data": `transitions` of them, in parallel rollouts."""
+    """Algorithm 1, "generate synthetic data": parallel rollouts, --transitions steps in all."""
     count = args.transitions // args.rollout_length
     carry = (*new_rollouts(team, dataset, args, count), torch.zeros(count, device=dataset.device))
     transitions, reports = [], []
@@ -582,7 +583,8 @@ def generalized_advantages(rewards, values, next_values, masks, time_out_masks, 
 @torch.no_grad()
 def make_batch(team, rollouts, args, reward_scale):
     """All transitions of a learning step [time * rollout, ...], with returns and advantages."""
-    # V(s_{j+1}) is the next step's value, except where the rollout is cut.
+    # V(s_{j+1}) is the next step's value. Where a rollout is cut it is computed here; after an
+    # absorbing state it is another rollout's, and the mask removes it.
     next_values = rollouts.values.roll(-1, dims=0)
     cut = rollouts.time_out_masks == 0
     histories = None
@@ -603,10 +605,7 @@ def make_batch(team, rollouts, args, reward_scale):
 
 
 def split_rollouts(rollouts):
-    """Rows of nine rollouts in ten, which an update learns from, and of the others.
-
-    Deviation 16.
-    """
+    """Rows of the nine rollouts in ten that train, and of those held out (Deviation 16)."""
     steps, count = rollouts.rewards.shape
     rows = torch.arange(steps * count, device=rollouts.rewards.device).view(steps, count)
     kept = count - count // 10
@@ -634,7 +633,7 @@ def ppo_loss(team, batch, args):
         gap = team.task.entropy_target - entropy
         team.entropy_alpha.add_(args.entropy_coefficient * gap).clamp_(min=0)
 
-    # The larger of two means again; of the entropy it was the smaller.
+    # As for the critic, the larger of two means; of the entropy it was the smaller (Deviation 18).
     excess = (distribution.mode.abs() - 1).clamp(min=0).square().sum((1, 2))
     action_penalty = torch.max((ratio * excess).mean(), (clipped_ratio * excess).mean())
 
@@ -683,7 +682,7 @@ def clone(team, dataset, args, reward_scale):
 
 @torch.no_grad()
 def surrogate_gain(team, batch):
-    """The surrogate objective that an update has gained, E[(ratio - 1) A].
+    """How much an update raised the surrogate objective, E[(ratio - 1) A].
 
     On rollouts that were held out it shows how much of the update is not overfitting.
     """
@@ -746,7 +745,7 @@ def train(args: Args) -> dict:
         inputs = {"dataset": dataset.description, "world_model": model.description}
         run.restore(inputs, team=team, optimizer=optimizer, schedule=schedule)
 
-        # Deviation 7. Scales values to about 1: clipping moves them by at most 0.2 a step.
+        # Deviation 7. Scales values to about 1, as clipping lets them move by only 0.2 a step.
         reward_scale = (1 - args.gamma) / max(float(dataset.rewards.abs().mean()), 1e-3)
         if args.cloning_steps and not team.cloned:
             clone(team, dataset, args, reward_scale)

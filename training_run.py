@@ -556,10 +556,10 @@ class Run:
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             record = evaluate(getattr(self.args, "eval_episodes", None))
         record = record.record() if isinstance(record, Evaluation) else record
-        self._log_evaluation(record)
+        self.log_evaluation(record)
         self.evaluations.append({"step": self.step, "seconds": self.seconds} | record)
 
-    def _log_evaluation(self, record: dict) -> None:
+    def log_evaluation(self, record: dict) -> None:
         for name, value in record.items():
             if isinstance(value, (int, float)):
                 tag = {"score": "normalized_score"}.get(name, name)
@@ -568,7 +568,7 @@ class Run:
     def finish(self, evaluation: Evaluation) -> dict:
         """Writes result.json from the final evaluation, draws the task's figure, and returns it."""
         final = evaluation.record()
-        self._log_evaluation(final)
+        self.log_evaluation(final)
         # Not those of a world model that is trained first.
         scores = [old["score"] for old in self.evaluations if "score" in old]
         result = final | {

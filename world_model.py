@@ -59,7 +59,7 @@ class Args:
     output: Path | None = None
     """file to export the world model to; by default world_model.pt in the run folder"""
     paper: bool = False
-    """the paper's networks, losses and budget, whatever other options say: see PAPER"""
+    """the paper's networks, losses and budget; overrides the options that PAPER lists"""
     members: int = 7
     """trained networks"""
     elites: int = 5
@@ -346,11 +346,8 @@ class Logged:
     def __init__(self, dataset: OfflineDataset, rows):
         self.dataset, self.rows = dataset, rows
 
-    def set_states(self, states) -> None:
-        """They are the data's already."""
-
     def step(self, actions):
-        """What followed in the data, whose actions these must be."""
+        """What followed in the data; `actions` must be the data's."""
         data, rows = self.dataset, self.rows
         self.rows = rows + 1
         columns = data.next_states[rows], data.rewards[rows], data.masks[rows] == 0
@@ -358,22 +355,26 @@ class Logged:
 
 
 def make_simulator(dataset: OfflineDataset, rows):
-    """The true simulator, or else the episodes that start from `rows`."""
+    """The true simulator at the states of `rows`, or else the episodes that go on from there."""
     task = dataset.task
-    return task.simulator(task, len(rows)) if task.continues_from_states else Logged(dataset, rows)
+    if not task.continues_from_states:
+        return Logged(dataset, rows)
+    simulator = task.simulator(task, len(rows))
+    simulator.set_states(dataset.states[rows].cpu().numpy())
+    return simulator
 
 
 @torch.no_grad()
 def open_loop(ensemble, dataset: OfflineDataset, rows, scale, behavior) -> dict:
     """Rolls the ensemble and the true simulator out from `rows`, with the same actions.
 
-    Returns the state error (L2) after one and ten steps, the return's error and bias (positive: the
-    model promises too much), and quantiles of eps_g. Steps after termination are ignored.
+    Returns the state error (L2) after one and ten steps, the error and bias of the ten-step return
+    (positive: the model promises too much), and quantiles of eps_g. Steps after termination are
+    ignored.
     """
     task, device, count = dataset.task, dataset.device, len(rows)
     generator = torch.Generator().manual_seed(0)
     states, simulator = dataset.states[rows], make_simulator(dataset, rows)
-    simulator.set_states(states.cpu().numpy())
     model_return, true_return = torch.zeros(count), torch.zeros(count)
     alive, epsilons, errors = torch.ones(count, dtype=torch.bool), [], []
     for t in range(OPEN_LOOP_STEPS):
@@ -467,10 +468,9 @@ def check(args: Args) -> None:
     check_range(args, 2, args.members, "elites")
     check_range(args, 0, 1, "beta", "reward_beta")
     check_range(args, 0, 1e9, "reward_weight_decay")
-    widths = (*args.hidden, *args.reward_hidden, *args.mask_hidden)
-    layers = args.hidden and args.reward_hidden and args.mask_hidden
     message = "--hidden, --reward-hidden and --mask-hidden need one or more widths above 0"
-    require(layers and min(widths) > 0, message)
+    for widths in (args.hidden, args.reward_hidden, args.mask_hidden):
+        require(widths and min(widths) > 0, message)
 
 
 def train(args: Args) -> dict:
@@ -478,6 +478,7 @@ def train(args: Args) -> dict:
         args = replace(args, **PAPER)
     check(args)
     if args.output and not args.resume:
+        require(args.output.suffix != ".json", "--output is a PyTorch file; name it *.pt")
         message = f"{args.output} exists; give another --output, or move it away"
         require(not args.output.exists(), message)
         folder = args.output.absolute().parent
@@ -498,16 +499,16 @@ def train(args: Args) -> dict:
         if args.normalize:
             ensemble.standardize(dataset, training_rows)
         changes = ensemble.target_std.nonzero()[:, 0]
+        message = f"the states of {task.dataset} never change; use --no-normalize"
+        require(len(changes), message)
         # Predictions are divided by the data's standard deviations before eps_g is computed.
         scale = torch.cat([dataset.states, dataset.rewards[:, None]], dim=1).std(0)
         scale = torch.where(scale < 1e-6, 1, scale)
 
-        decays = {"state": 0.0, "reward": args.reward_weight_decay, "mask": 0.0}
-        groups = [
-            {"params": list(getattr(ensemble, name).parameters()), "weight_decay": decay}
-            for name, decay in decays.items()
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
+        networks = ensemble.state, ensemble.reward, ensemble.mask
+        groups = [{"params": network.parameters()} for network in networks]
+        groups[1]["weight_decay"] = args.reward_weight_decay
+        optimizer = torch.optim.AdamW(groups, args.learning_rate, weight_decay=0.0, fused=True)
         cosine = 0.5 * math.pi if args.decay == "cosine" else 0.0
         schedule = LambdaLR(optimizer, lambda step: math.cos(cosine * step / args.total_steps) ** 2)
         inputs = {"dataset": dataset.description}
@@ -542,6 +543,7 @@ def train(args: Args) -> dict:
             run.log(dict(zip(names, losses.detach().mean(1))))
 
         record = evaluate()
+        run.log_evaluation(record)
         output = args.output or run.dir / "world_model.pt"
         save(export(ensemble, args, dataset, record, scale, run.seconds), output)
         run.write_result(record | {"evaluations": run.evaluations})
