@@ -55,7 +55,8 @@ def climbing(choices: np.ndarray) -> np.ndarray:
 
 
 def product(numbers: np.ndarray) -> np.ndarray:
-    """Two agents earn most at the same end of [-1, 1], more agents with an even number at -1."""
+    """Two agents earn 1 if both choose 1 or both -1, more agents if an even number chooses -1 and
+    the others 1."""
     return numbers.prod(axis=-1)
 
 
@@ -281,6 +282,8 @@ def train_world_model(task: Task, seed: int, device: str, run_dir: Path) -> Path
 def describe(args: Args) -> None:
     """Prints the pay-off matrix and the datasets, with Table 1 where it has them."""
     require(args.seed >= 0, f"--seed must be 0 or more; it is {args.seed}")
+    small = args.agents * args.actions <= 1000
+    require(small, "--agents times --actions must be at most 1000; use smaller ones")
     games = [coordination_task(behavior, args.agents, args.actions) for behavior in BEHAVIORS]
     options = [str(i) for i in range(args.actions)]
     names = ["left", "right"] if args.actions == 2 else options

@@ -135,20 +135,20 @@ class Task:
     entropy_target: float | None = None
     """joint entropy below which PPO pays a bonus (Appendix A.1); by default minus the number of
     actions, as in SAC (arXiv 1812.05905)"""
-    simulator: Callable | None = None
-    """`simulator(task, num_envs)`: copies of the environment, with the methods of `Simulator`; by
-    default the best there is for the environment"""
+    simulator: type | None = None
+    """a class made with (task, num_envs): copies of the environment, with the methods of
+    `Simulator`; by default the best there is for the environment"""
     recorder: str = ""
     """module whose `record(task, path)` makes the dataset when it is missing"""
     plot: Callable | None = None
     """`plot(evaluation, path)` draws what a team agreed on"""
     symmetry: Symmetry | None = None
-    """what the dynamics are indifferent to, so that a world model is asked where the data are"""
+    """a symmetry of the dynamics, by which a world model is asked where the data are"""
     model_errors: Callable | None = None
-    """`model_errors(predict, states)`: errors of a world model that only this task can know"""
+    """`model_errors(predict, states)`: diagnostics of a world model, particular to this task"""
     layout: dict[str, str | tuple[str, ...]] | None = None
-    """names in an HDF5 file for D4RL's columns; several are joined side by side, as where the state
-    is the concatenation of the agents' observations"""
+    """the file's own names for D4RL's columns; where a column has several, they are concatenated,
+    such as the agents' observations into the state"""
     columns: Callable | None = None
     """`columns(task)`: the dataset itself, where it is generated in memory"""
     discrete: bool = False
@@ -161,6 +161,9 @@ class Task:
     """FILE:NAME of a task of your own, as --task names it; set by `find_task`"""
 
     def __post_init__(self):
+        for field in ("observed", "driven"):  # ranges and lists will do, too
+            groups = tuple(tuple(map(int, group)) for group in getattr(self, field))
+            object.__setattr__(self, field, groups)
         check_split(self)
         check_reference(self)
         widest = 1 + max(index for seen in self.observed for index in seen)
@@ -180,9 +183,10 @@ class Task:
 
     @property
     def environment_name(self) -> str:
-        """gymnasium's id, or the name of a class."""
+        """gymnasium's id, or the name of a class of your own."""
         known = self.environment
-        return known if isinstance(known, str) else known.__name__
+        ids = {environment: name for name, environment in ENVIRONMENTS.items()}
+        return known if isinstance(known, str) else ids.get(known, known.__name__)
 
     @property
     def mujoco(self) -> "type[MujocoEnvironment] | None":
@@ -268,6 +272,8 @@ class Task:
 
     def paper_score(self, algorithm: str) -> str | None:
         """Mean ± standard error over the paper's seeds, None where it reports none."""
+        if self.file:  # a task of your own, whatever its name
+            return None
         return PAPER_SCORES.get(algorithm, {}).get(self.name.removesuffix("-other-legs"))
 
 
@@ -278,6 +284,8 @@ def check_split(task: Task) -> None:
     require(agents and others, f"{name} needs agents in 'observed' and 'driven'")
     message = f"{name} has {agents} agents in 'observed', but {others} in 'driven'"
     require(agents == others, message)
+    message = f"every agent of {name} must observe and drive at least one dimension"
+    require(all(task.observed) and all(task.driven), message)
     message = f"agents of {name} drive different numbers of actions; give each the same"
     require(len({len(driven) for driven in task.driven}) == 1, message)
     actions = sorted(index for driven in task.driven for index in driven)
@@ -285,6 +293,9 @@ def check_split(task: Task) -> None:
     require(actions == list(range(len(actions))), f"{message}; not {actions}")
     lowest = min(index for seen in task.observed for index in seen)
     require(lowest >= 0, f"agents of {name} observe dimensions from 0 on; not {lowest}")
+    length = task.episode_length
+    message = f"episode_length of {name} must be a whole number above 0; not {length}"
+    require(isinstance(length, (int, np.integer)) and length > 0, message)
 
 
 def check_reference(task: Task) -> None:
@@ -328,7 +339,8 @@ def ant_heading(states):
 
 
 def turn_ant(states, angles):
-    """Orientation and velocity of the torso, turned about the vertical axis; joints stay."""
+    """Orientation and velocity of the torso, turned about the vertical axis. Joints stay, and so
+    does the angular velocity, which MuJoCo gives in the torso's own frame."""
     w, x, y, z = states[..., 1:5].unbind(-1)
     speed_x, speed_y = states[..., 13], states[..., 14]
     cos, sin = (angles / 2).cos(), (angles / 2).sin()
@@ -472,7 +484,7 @@ OWN_TASKS: dict[str, Task] = {}
 
 
 def own_task(file: str, name: str) -> Task:
-    """The `Task` that the variable `name` of a Python file holds; each file is run once."""
+    """The `Task` that the variable `name` of a Python file holds; the file is run once a name."""
     path = Path(file).resolve()
     option = f"{path}:{name}"
     if option not in OWN_TASKS:
@@ -485,7 +497,7 @@ def own_task(file: str, name: str) -> Task:
             spec.loader.exec_module(module)
         except InputError as error:
             raise InputError(f"{file}: {error}") from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             frames = traceback.extract_tb(error.__traceback__)
             lines = [frame.lineno for frame in frames if frame.filename == str(path)]
             place = f" in line {lines[-1]}" if lines else ""
@@ -718,6 +730,8 @@ class Simulator:
         self.states = np.zeros((num_envs, task.state_dim))
         self.threads = min(num_envs, available_cores())
         self.pool = ThreadPoolExecutor(self.threads)
+        self._read()
+        check_widths(task, self.states.shape[1], self.environment.model.nu)
 
     def reset(self, generators: list, where: np.ndarray | None = None) -> np.ndarray:
         """Starts an episode from each numpy generator, which moves on; states [B, state].
@@ -759,7 +773,7 @@ class Simulator:
         return self.states, rewards, self.environment.terminal(self.moment)
 
     def step_from(self, states: torch.Tensor, actions: torch.Tensor) -> list[torch.Tensor]:
-        """`step` on tensors, from `states` [B, state]; copies elsewhere are moved there first."""
+        """`step` on tensors, from `states` [B, state]; copies in another state are moved first."""
         known = torch.as_tensor(self.states).to(states)
         elsewhere = (known != states).any(dim=1).cpu().numpy()
         self.set_states(states.cpu().numpy(), where=elsewhere)
@@ -781,6 +795,16 @@ class Simulator:
         places = np.stack(self.qpos), np.stack(self.qvel), np.stack(self.xpos)
         self.states = self.environment.state(*places)
         self.moment = Moment(self.states, *places)
+
+
+def check_widths(task: Task, state_dim: int, actuators: int) -> None:
+    """Raises `InputError` unless a task has its environment's states and actions."""
+    name, environment = task.name or "the task", task.environment_name
+    message = f"{name} has states of {task.state_dim}; those of {environment} have {state_dim}"
+    require(task.state_dim == state_dim, message)
+    driven = task.num_agents * task.action_dim
+    message = f"agents of {name} drive {driven} actions; {environment} has {actuators}"
+    require(driven == actuators, message)
 
 
 class GymnasiumSimulator:
@@ -849,7 +873,9 @@ def make_environment(task: Task, render_mode: str | None = None):
         return GameEnvironment(task)
     if task.mujoco:
         options = {"camera_name": task.mujoco.camera} if task.mujoco.camera else {}
-        return build(task.mujoco.gymnasium, render_mode=render_mode, **options)
+        env = build(task.mujoco.gymnasium, render_mode=render_mode, **options)
+        check_widths(task, task.state_dim, env.model.nu)
+        return env
     name, length = task.environment, task.episode_length
     options = {"max_episode_steps": length, "disable_env_checker": True}
     try:
@@ -869,7 +895,7 @@ def make_environment(task: Task, render_mode: str | None = None):
 
 
 class WorldModelSimulator:
-    """Copies of a task's world model, for logged data of which there is no environment.
+    """Copies of a task's world model, for logged data without an environment.
 
     Episodes start from first states of the data. Scores say what the model promises, no more.
     """
@@ -903,7 +929,7 @@ class WorldModelSimulator:
         return self.states.double().numpy(), step.rewards.double().numpy(), step.masks.numpy() == 0
 
 
-def choose_simulator(environment: "str | type[MujocoEnvironment]") -> Callable:
+def choose_simulator(environment: "str | type[MujocoEnvironment]") -> type:
     """What plays the episodes of an environment, as `Task.environment` names it."""
     if not environment:
         return WorldModelSimulator
@@ -921,10 +947,15 @@ def state_width(environment: "str | type[MujocoEnvironment]") -> int:
         places = env.init_qpos[None], env.init_qvel[None], np.zeros((1, env.model.nbody, 3))
         return env.state(*places).shape[1]
     try:
-        return gymnasium.make(environment).observation_space.shape[0]
+        env = gymnasium.make(environment)
     except Exception as error:  # each environment fails in its own way
         reason = " ".join(str(error).split())
         raise InputError(f"gymnasium cannot make '{environment}' ({reason})") from None
+    space = env.observation_space
+    env.close()
+    flat = isinstance(space, Box) and len(space.shape) == 1
+    require(flat, f"states of {environment} must be a flat Box, not {space}")
+    return space.shape[0]
 
 
 def largest_difference(task: Task, steps: int = 1000) -> dict[str, float]:
@@ -939,7 +970,8 @@ def largest_difference(task: Task, steps: int = 1000) -> dict[str, float]:
         if ended:
             state, _ = env.reset(seed=seed)
             states = simulator.reset([np.random.default_rng(seed)])
-            differences["states"] = max(differences["states"], abs(states[0] - state).max())
+            found = np.maximum(differences["states"], abs(states[0] - state).max())
+            differences["states"] = float(found)  # unlike max, this keeps nan
             seed += 1
         actions = rng.uniform(-1, 1, (1, task.num_agents, task.action_dim))
         joint = task.join_actions(torch.as_tensor(actions))[0].numpy()
@@ -947,7 +979,7 @@ def largest_difference(task: Task, steps: int = 1000) -> dict[str, float]:
         states, rewards, terminals = simulator.step(actions)
         found = abs(states[0] - state).max(), abs(rewards[0] - reward), terminals[0] != ended
         for name, difference in zip(differences, found):
-            differences[name] = max(differences[name], float(difference))
+            differences[name] = float(np.maximum(differences[name], difference))
     return differences
 
 
@@ -964,7 +996,7 @@ def append_to_histories(histories, observations, actions) -> torch.Tensor:
 
 
 class Evaluation(NamedTuple):
-    """Episodes of a team in the true environment, or where `evaluated_in` says."""
+    """Episodes that a team played in the true environment, or in what `evaluated_in` names."""
 
     task: Task
     returns: np.ndarray  # [episode]
@@ -1024,7 +1056,7 @@ def evaluate(task: Task, act: Callable, episodes: int, seed=EVALUATION_SEED, dev
     return Evaluation(task, returns, lengths, first_states, last_states, columns, {}, stands_in)
 
 
-# How a world model, a `WorldModel` of moma_ppo.py, does where a team goes.
+# How accurate a world model (a `WorldModel` of moma_ppo.py) is where a team goes.
 
 
 @torch.no_grad()
@@ -1299,9 +1331,6 @@ PAPER_SCORES = {
         "ant-full-replay-po": "0.84 ± 0.07",
         "ant-expert-po": "0.43 ± 0.06",
     },
-    # Not in the paper.
-    "inspo": {},
-    "logo": {},
     "maiql": {
         "coordination-favorable": "1.00 ± 0.00",
         "coordination-neutral": "0.90 ± 0.10",
@@ -1388,4 +1417,7 @@ PAPER_SCORES = {
         "ant-full-replay-po": "0.11 ± 0.02",
         "ant-expert-po": "0.10 ± 0.01",
     },
+    # Not in the paper; report.py looks them up.
+    "inspo": {},
+    "logo": {},
 }

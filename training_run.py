@@ -22,6 +22,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -57,7 +58,9 @@ PACKAGES = ("torch", "numpy", "gymnasium", "mujoco")
 
 
 @dataclasses.dataclass
-class Which:
+class Selection:
+    """The two options that decide the defaults, read before the others."""
+
     task: str | None = None
     resume: Path | None = None
 
@@ -73,15 +76,15 @@ def default_args(defaults: dict, task: str):
 def main(train: Callable, defaults: dict) -> None:
     """Runs `train` on the command line's arguments; bad input ends with one clear line.
 
-    `defaults` holds an `Args` for each environment; that of None is for any other.
+    `defaults` maps a dataset or an environment to its `Args`; None stands for all others.
     """
     args = None
     try:
-        which, _ = tyro.cli(Which, return_unknown_args=True, add_help=False)
-        if which.resume:
-            args = resumed_args(type(defaults[None]), which.resume, sys.argv[1:])
+        selection, _ = tyro.cli(Selection, return_unknown_args=True, add_help=False)
+        if selection.resume:
+            args = resumed_args(type(defaults[None]), selection.resume, sys.argv[1:])
         else:
-            args = default_args(defaults, which.task or defaults[None].task)
+            args = default_args(defaults, selection.task or defaults[None].task)
             args = tyro.cli(type(args), default=args)
         train(args)
     except InputError as error:
@@ -177,7 +180,7 @@ def check_range(args, low: float, high: float, *names: str) -> None:
 
 
 def find_device(name: str) -> torch.device:
-    """ "auto" is a CUDA GPU if there is one."""
+    """The device of that name; "auto" takes a CUDA GPU if there is one."""
     has_gpu = torch.cuda.is_available()
     require(name != "cuda" or has_gpu, "--device cuda: PyTorch finds no CUDA GPU; use --device cpu")
     return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
@@ -190,9 +193,9 @@ def keep_freed_memory() -> None:
     """
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
+    # Older versions refuse a threshold above 32 MB. The other call alone would make things worse.
+    if mallopt and (mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)):
         mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**30)
 
 
 def find_compiler() -> str | None:
@@ -234,9 +237,14 @@ def save(data, path: Path) -> None:
         else:
             torch.save(data, temporary)
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: PyTorch's for a full disk
+    except ValueError:
+        raise InputError(f"cannot write {path}: a figure in it is not finite") from None
+    except (OSError, RuntimeError) as error:
+        full_disk = "inline_container" in str(error)  # PyTorch's RuntimeError for it
+        if isinstance(error, RuntimeError) and not full_disk:
+            raise
         reason = os.strerror(getattr(error, "errno", None) or errno.ENOSPC)
-        raise InputError(f"cannot write {path} ({reason}); make room and resume the run") from None
+        raise InputError(f"cannot write {path} ({reason})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -306,7 +314,8 @@ def load_team(run_dir: Path, task: str | None = None, checkpoint: dict | None = 
         team = module.Team(task, torch.zeros(2, task.state_dim), module.Args(**saved))
         team.load_state_dict(checkpoint["state"]["team"])
     except (TypeError, RuntimeError):
-        raise InputError(f"{run_dir} is a run of another version of {script}.py") from None
+        message = f"{run_dir} does not fit {task.option}, or is of another version of {script}.py"
+        raise InputError(message) from None
     return team.eval()
 
 
@@ -403,13 +412,13 @@ class Run:
                     self.save()
                 say(f"stopped at step {self.step}; continue with --resume {self.dir}")
         finally:
-            if self.writer:
-                self.writer.close()
-            self.lock.release()
-            if not any(path.name != ".lock" for path in self.dir.iterdir()):
-                shutil.rmtree(self.dir)  # nothing has begun yet
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
+            if self.writer:
+                self.writer.close()
+            if not any(path.name != ".lock" for path in self.dir.glob("*")):
+                shutil.rmtree(self.dir, ignore_errors=True)  # nothing has begun yet
+            self.lock.release()
 
     # The course of a run.
 
@@ -477,7 +486,13 @@ class Run:
             "random_states": {"cpu": torch.get_rng_state(), "cuda": cuda_state},
             "state": {name: module.state_dict() for name, module in self.tracked.items()},
         }
-        save(checkpoint, self.dir / "checkpoint.pt")
+        self._write(checkpoint, "checkpoint.pt")
+
+    def _write(self, data: dict, name: str) -> None:
+        try:
+            save(data, self.dir / name)
+        except InputError as error:
+            raise InputError(f"{error}; put that right and resume the run") from None
 
     def steps(self, evaluate: Callable, total: int | None = None) -> Iterator[int]:
         """Yields 1, 2, ..., `total`; between updates logs, evaluates, saves, or stops.
@@ -486,6 +501,8 @@ class Run:
         logged. The last step is not evaluated here: the final evaluation has more episodes.
         """
         self.started, total = True, total or self.args.total_steps
+        message = f"{self.dir} has taken {self.step} steps in all, more than {total}"
+        require(self.step <= total, f"{message}; give a larger --total-steps")
         interactive = sys.stderr.isatty()
         bar = tqdm(total=total, initial=self.step, unit="step", disable=not interactive)
         last_said = time.perf_counter()
@@ -568,6 +585,8 @@ class Run:
     def finish(self, evaluation: Evaluation) -> dict:
         """Writes result.json from the final evaluation, draws the task's figure, and returns it."""
         final = evaluation.record()
+        advice = "start again with a smaller learning rate"
+        require(math.isfinite(final["score"]), f"the final score is not finite; {advice}")
         self.log_evaluation(final)
         # Not those of a world model that is trained first.
         scores = [old["score"] for old in self.evaluations if "score" in old]
@@ -578,14 +597,14 @@ class Run:
             "evaluations": self.evaluations,
         }
         self.write_result(result)
-        if self.task.plot:
-            self.task.plot(evaluation, self.dir / "strategy.png")
         score = f"{final['score']:.3f} ± {final['score_stderr']:.3f}"
         episodes = f"{len(final['returns'])} greedy episodes"
         paper = result["paper_score"] or "no figure"
         where = f" in {evaluation.evaluated_in}" if evaluation.evaluated_in else ""
         say(f"{self.task.name}: score {score} over {episodes}{where} (paper: {paper})")
         say(f"{self.seconds:.0f} s of training; everything is in {self.dir}")
+        if self.task.plot:
+            self.task.plot(evaluation, self.dir / "strategy.png")
         return result
 
     def write_result(self, result: dict) -> None:
@@ -612,4 +631,4 @@ class Run:
             "seconds": self.seconds,
             "steps_per_second": self.step / max(self.seconds, 1e-9),
         }
-        save(result, self.dir / "result.json")
+        self._write(result, "result.json")

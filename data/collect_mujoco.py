@@ -43,7 +43,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from mamujoco_envs import InputError, Simulator, Task, find_task, require
-from training_run import check_positive, load, say
+from training_run import check_positive, check_range, load, say
 
 FOLDER = Path(__file__).resolve().parent
 WEIGHTS = FOLDER / "weights"
@@ -286,8 +286,10 @@ class ReplayBuffer:
 
 def train_snapshots(args: Snapshots) -> dict:
     """Saves all snapshots so far, stacked, with the mean return of each, whenever one is made."""
-    check_positive(args, "total_updates", "updates_per_step", "num_envs", "learning_rate")
-    check_positive(args, "batch_size", "buffer_size", "warm_up", "snapshot_every")
+    check_positive(args, "total_updates", "updates_per_step", "learning_rate", "batch_size")
+    check_positive(args, "warm_up", "snapshot_every")
+    check_range(args, 1, 10_000, "num_envs")
+    check_range(args, 1, 10_000_000, "buffer_size")
     check_seed(args.seed)
     message = f"--buffer-size must be at least --num-envs, {args.num_envs}; it is"
     require(args.buffer_size >= args.num_envs, f"{message} {args.buffer_size}")

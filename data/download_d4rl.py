@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from data.offline_dataset import FOLDER, DamagedFile, OfflineDataset, read_columns
 from mamujoco_envs import InputError, find_task, require
+from training_run import say
 
 HOST = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
 MIRROR = "the dataset imone/D4RL on the Hugging Face hub"
@@ -181,7 +182,8 @@ def download(args: Args) -> Path:
         raise InputError(f"{reason}; it was removed; {by_hand}") from None
     except InputError as error:
         reason = str(error).replace(str(part.path), url)
-        raise InputError(f"{reason}; the download is kept at {part.path}") from None
+        kept = f"the download is kept at {part.path}; move it away before you repeat the command"
+        raise InputError(f"{reason}; {kept}") from None
     part.path.replace(output)
     part.remove()
     dataset = OfflineDataset(task, columns, source=source)
@@ -233,16 +235,6 @@ class Progress:
             done, total = (tqdm.format_sizeof(number) for number in (self.done, self.total))
             say(f"{done} of {total} {self.unit}s{', ' if note else ''}{note}")
             self.said = time.monotonic()
-
-
-def say(text: str) -> None:
-    """Prints; a closed pipe or a terminal without the characters never costs a result."""
-    try:
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")
-        print(text, flush=True)
-    except OSError:
-        sys.stdout = open(os.devnull, "w")
 
 
 def interrupt(number, _) -> None:

@@ -110,11 +110,11 @@ def find_faults(dataset: OfflineDataset) -> list[str]:
     if rewards.std() < 1e-6:
         faults.append("rewards never change")
     if lengths.max() < 10:
-        faults.append("no episode has ten steps, which a world model is judged by")
+        faults.append("no episode has the ten steps that world_model.py judges a model by")
     if len(lengths) == 1:
         faults.append("there is one episode, and a world model needs some to be held out")
     elif len(lengths) < 10:
-        faults.append(f"{len(lengths)} episodes, of which one in ten is held out")
+        faults.append(f"there are only {len(lengths)} episodes, of which one is held out")
     return faults
 
 
@@ -182,3 +182,5 @@ if __name__ == "__main__":
         main(tyro.cli(Args))
     except InputError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

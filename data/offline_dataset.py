@@ -64,7 +64,7 @@ class Batch(NamedTuple):
 
 
 class OfflineDataset:
-    """N transitions on one device; every field is a tensor with N rows.
+    """N transitions on one device, as tensors.
 
     `states`, `next_states` [N, state] float32; `actions` [N, agent, action] float32, clamped to
     +-ACTION_LIMIT; `rewards` [N] float32; `masks` [N] float32, 0 where the next state is absorbing
@@ -362,8 +362,10 @@ def read_minari(task: Task, path: Path) -> tuple[dict[str, np.ndarray], str]:
 
 def columns_of_episodes(task: Task, path: Path, episodes: list, alive_bonus) -> dict:
     """D4RL's columns of Minari's episodes, which have a state more than they have actions."""
-    arrays = isinstance(episodes[0].observations, np.ndarray) if episodes else False
-    require(arrays, f"{path} has no episodes whose observations are arrays; {task.name} needs them")
+    values = [value for x in episodes for value in (x.observations, x.actions)]
+    arrays = values and all(isinstance(value, np.ndarray) for value in values)
+    message = f"{path} has no episodes whose observations and actions are arrays"
+    require(arrays, f"{message}; {task.name} needs them")
     parts = [
         (
             x.observations[:-1],
@@ -392,7 +394,7 @@ def columns_of_episodes(task: Task, path: Path, episodes: list, alive_bonus) -> 
 def check_environment(task: Task, path: Path, recorded: str) -> np.float32:
     """Raises `InputError` if data that say where they were recorded do not suit the task.
 
-    Returns what the task rewards a terminal step with beyond what these data do.
+    Returns what v4 adds to the reward of a terminal step, which these data lack.
     """
     known = task.environment_name
     if known not in ENVIRONMENTS or recorded in ("", known):

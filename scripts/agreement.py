@@ -71,6 +71,7 @@ def draw(cells: dict, path: Path) -> None:
 
 
 def main(args: Args) -> None:
+    require(args.figures.is_dir(), f"no folder {args.figures} to draw to")
     cells = read_runs(args.results)
     drawn = [table for table in AGREEMENT if cells_of(table, cells)]
     require(drawn, f"no runs in {args.results}; run scripts/reproduce.py and scripts/report.py")
@@ -85,3 +86,5 @@ if __name__ == "__main__":
         main(tyro.cli(Args))
     except InputError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

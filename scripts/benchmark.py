@@ -3,10 +3,10 @@
     python scripts/benchmark.py --output before.json
     python scripts/benchmark.py --baseline before.json --scripts ibc maiql
 
-Each script's own train() runs in a process with one thread; what its loop does between two steps is
-the update that is timed. The processes of a task take turns, a few updates each, so that a busy
-spell of the machine hits all of them. The figure is the median over rounds of the process's CPU
-time an update. More: docs/benchmark.md.
+Each script's own train() runs in a process with one thread, unless OMP_NUM_THREADS says otherwise;
+what its loop does between two steps is the update that is timed. The processes of a task take
+turns, a few updates each, so that a busy spell of the machine hits all of them. The figure is the
+median over rounds of the process's CPU time an update. More: docs/benchmark.md.
 """
 
 import json
@@ -37,11 +37,11 @@ from training_run import PACKAGES, Run, check_positive, compiled, default_args, 
 BASELINES = ("iql", "maiql", "matd3_bc", "ibc", "itd3_bc", "icql", "iomar", "inspo", "logo")
 SCRIPTS = ("world_model", "moma_ppo", *BASELINES)
 MODES = ("eager", "compiled")
-# Scripts of which one learner sees the whole state are timed on the task where agents see it, too.
+# Scripts with one learner that sees the whole state are timed on the fully observable task.
 CENTRALIZED = ("world_model", "iql")
 OBSERVANT = {"reacher-leader-only": "reacher-all-observant", "ant-medium-po": "ant-medium-fo"}
-# MOMA-PPO's update is a learning step; the cloning before it, and InSPO's, is not timed. In six
-# updates there is one turn of InSPO, and one start of LOGO's rollouts, of proportional size.
+# MOMA-PPO's update is a learning step; the cloning before it, and InSPO's, is not timed. Six
+# updates hold one turn of InSPO, and one generation of LOGO's rollouts, sized in proportion.
 OVERRIDES = {
     "moma_ppo": {"cloning_steps": 0},
     "inspo": {"cloning_share": 0.0, "turn_steps": 6, "pool_size": 1200},
@@ -256,20 +256,20 @@ def main(args: Args) -> None:
         require(args.baseline.is_file(), f"no file {args.baseline} to compare with")
         try:
             before = json.loads(args.baseline.read_text(encoding="utf-8"))
-            before["machine"]["versions"], before["times"]
-        except (ValueError, LookupError, TypeError):
+            machine_line(before["machine"]), dict(before["times"])
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise InputError(f"{args.baseline} is not what this script's --output writes") from None
     machine, times = describe_machine(), {}
     with tempfile.TemporaryDirectory() as folder:
         for cells in choose_cells(args).values():
             times |= time_task(cells, args, Path(folder))
+    if args.output:
+        save({"machine": machine, "times": times}, args.output)
     print_times(times, before["times"])
     print("\nCPU milliseconds an update; the spread is (slowest - fastest round) / median")
     print(f"now: {machine_line(machine)}")
     if args.baseline:
         print(f"before: {machine_line(before['machine'])}")
-    if args.output:
-        save({"machine": machine, "times": times}, args.output)
 
 
 if __name__ == "__main__":

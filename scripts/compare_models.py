@@ -111,3 +111,5 @@ if __name__ == "__main__":
         main(tyro.cli(Args))
     except InputError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

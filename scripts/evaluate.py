@@ -11,6 +11,7 @@ dataset nor its world model here, unless its task has no environment.
 """
 
 import importlib
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from mamujoco_envs import EVALUATION_SEED, InputError, evaluate, require
-from training_run import FINAL_EPISODES, check_positive, load_checkpoint, load_team, save
+from training_run import FINAL_EPISODES, check_range, load_checkpoint, load_team, save
 
 
 @dataclass
@@ -40,18 +41,20 @@ class Args:
 
 
 def main(args: Args) -> dict:
-    check_positive(args, "episodes")
+    check_range(args, 1, 10_000, "episodes")  # a simulator each
     require(args.seed >= 0, f"--seed must not be negative; it is {args.seed}")
     if args.output:
         require(args.output.suffix == ".json", f"--output must end in .json; it is {args.output}")
-        require(args.output.parent.is_dir(), f"no folder {args.output.parent} to write to")
+        folder = args.output.absolute().parent
+        require(folder.is_dir(), f"no folder {folder} to write to")
+        require(os.access(folder, os.W_OK), f"cannot write to {folder}; give another --output")
         require(not args.output.exists(), f"{args.output} exists; give another --output")
-    if args.video:  # before the episodes, because not every machine renders
-        render = importlib.import_module("render")
-        film = render.Args(run=args.run, seed=args.seed, task=args.task)
-        render.check(film)
     checkpoint = load_checkpoint(args.run)  # only once: the run may be saving others
     team = load_team(args.run, args.task, checkpoint)
+    if args.video:  # before the episodes, because not every machine renders
+        render = importlib.import_module("scripts.render")
+        film = render.Args(run=args.run, seed=args.seed, task=args.task)
+        render.check(film, team)
     task, script, step = team.task, checkpoint["script"], checkpoint["step"]
     record = evaluate(task, team.act_greedily, args.episodes, args.seed).record()
     if args.output:
@@ -67,7 +70,7 @@ def main(args: Args) -> dict:
     print(f"score {record['score']:.3f}{error}{where} (paper: {paper})")
     print(f"mean return {record['return']:.4g}")
     if args.video:
-        render.main(film)
+        render.main(film, team)
     return record
 
 
@@ -76,3 +79,5 @@ if __name__ == "__main__":
         main(tyro.cli(Args))
     except InputError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -89,9 +89,8 @@ def open_environment(task: Task) -> ParallelEnv:
 
 
 @torch.no_grad()
-def film(args: Args) -> Film:
+def play(args: Args, team) -> Film:
     """Lets the team act greedily, as an evaluation does, and keeps a frame of every step."""
-    team = load_team(args.run, args.task)
     task = team.task
     env = open_environment(task)
     env.reset(seed=args.seed)
@@ -142,8 +141,11 @@ def write_strip(film: Film, path: Path) -> None:
 WRITERS = {".gif": write_gif, ".png": write_strip}
 
 
-def check(args: Args) -> None:
-    """Raises `InputError` where an option makes no sense or the episode cannot be rendered."""
+def check(args: Args, team=None):
+    """Raises `InputError` where an option makes no sense or the episode cannot be rendered.
+
+    Returns `team`, or by default that of the run's checkpoint.
+    """
     output = args.output or args.run / "film.gif"
     require(output.suffix in WRITERS, f"--output must end in .gif or .png; it is {output}")
     require(args.steps > 0, f"--steps must be above 0; it is {args.steps}")
@@ -151,12 +153,14 @@ def check(args: Args) -> None:
     if args.output:
         require(output.parent.is_dir(), f"no folder {output.parent} to write {output.name} to")
         require(not output.exists(), f"{output} exists; delete it or give another --output")
-    open_environment(load_team(args.run, args.task).task).close()
+    team = team or load_team(args.run, args.task)
+    open_environment(team.task).close()
+    return team
 
 
-def main(args: Args) -> None:
-    check(args)
-    output, episode = args.output or args.run / "film.gif", film(args)
+def main(args: Args, team=None) -> None:
+    team = check(args, team)
+    output, episode = args.output or args.run / "film.gif", play(args, team)
     try:
         WRITERS[output.suffix](episode, output)
     except OSError as error:
@@ -169,3 +173,5 @@ if __name__ == "__main__":
         main(tyro.cli(Args))
     except InputError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -124,7 +124,7 @@ def test_films_and_strips(script, task, make_run, tmp_path):
 def test_the_filmed_episode_is_the_evaluations(make_run, tmp_path):
     team = make_run("iql", "reacher-all-observant")
     evaluation = mamujoco_envs.evaluate(team.task, team.act_greedily, 1)
-    film = render.film(render.Args(run=tmp_path, steps=100))
+    film = render.play(render.Args(run=tmp_path, steps=100), team)
     assert len(film.frames) == 51
     assert film.episode_return == pytest.approx(evaluation.returns[0], abs=1e-4)
     assert np.ptp(film.frames[0]) > 0
