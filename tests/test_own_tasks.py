@@ -20,6 +20,7 @@ from data.offline_dataset import load_dataset
 from mamujoco_envs import (
     EVALUATION_SEED,
     GymnasiumSimulator,
+    HalfCheetah,
     InputError,
     Simulator,
     Task,
@@ -157,6 +158,13 @@ BAD_TASKS = {
         "MINE = Task('', A, ((0,), (1,)), 5, state_dim=2)",
         "observes dimension 2",
     ),
+    "blind": ("MINE = Task('', ((0,), ()), ((0,), (1,)), 5)", "must observe and drive at least"),
+    "no whole number": (
+        "MINE = Task('', A, ((0,), (1,)), 1e3)",
+        "above 0; not 1000.0",
+    ),
+    "images": ("MINE = Task('FrozenLake-v1', A, ((0,), (1,)), 5)", "must be a flat Box"),
+    "an end of its own": ("raise SystemExit", "fails in line 3: SystemExit"),
     "unknown id": ("MINE = Task('Nowhere-v0', A, ((0,), (1,)), 5)", "cannot make 'Nowhere-v0'"),
 }
 
@@ -175,6 +183,11 @@ def test_environments_that_do_not_fit_are_one_line():
     assert_refused(lambda: parallel_env(cart), "within [-1, 1]", "RescaleAction")
     few = Task("Swimmer-v5", seen, blocks(2, 2), 5, name="few", state_dim=8)
     assert_refused(lambda: parallel_env(few), "few needs actions of shape (4,)")
+    body = Task(HalfCheetah, (range(17),) * 2, blocks(2, 2), 5, name="body")
+    assert_refused(lambda: Simulator(body, 1), "drive 4 actions; HalfCheetah-v4 has 6")
+    assert_refused(lambda: parallel_env(body), "drive 4 actions; HalfCheetah-v4 has 6")
+    wide = Task(HalfCheetah, (range(17),) * 2, blocks(3, 3), 5, name="wide", state_dim=20)
+    assert_refused(lambda: Simulator(wide, 1), "states of 20; those of HalfCheetah-v4 have 17")
 
 
 # Simulators.

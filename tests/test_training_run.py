@@ -336,6 +336,12 @@ def test_more_steps_may_be_given_on_resuming(copy_of_whole):
     assert [evaluation["step"] for evaluation in result["evaluations"]] == [0, 10, 20, 30, 40]
 
 
+def test_fewer_steps_than_were_taken_are_refused(copy_of_whole):
+    with pytest.raises(InputError, match="has taken 40 steps in all, more than 2"):
+        resume(copy_of_whole, total_steps=2)
+    assert load_checkpoint(copy_of_whole)["step"] == 40
+
+
 def test_resuming_a_finished_run_finishes_again(whole, copy_of_whole):
     resume(copy_of_whole)
     assert without_times(result_of(copy_of_whole)) == without_times(result_of(whole))
