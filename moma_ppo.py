@@ -93,7 +93,7 @@ class Args:
     lambda_g: float | None = None
     """weight of eps_g; by default the value calibrated with the world model"""
     lambda_a: float = 1.0
-    """weight of eps_a, the aleatoric uncertainty in units of the data, which has no upper limit
+    """weight of eps_a, the aleatoric uncertainty in variances of the data, which has no upper limit
     (MOPO); only with --penalty aleatoric"""
     max_uncertainty: float | None = None
     """l_eps: a rollout ends when eps_g reaches it, and eps_r and eps_g count at most this much in
