@@ -52,8 +52,7 @@ NAMES = {
     "moma_ppo": "MOMA-PPO",
 }
 # The rows of Table 5 and of the ablations.
-VARIANT_NAMES = {
-    "moma_ppo": "as it is",
+VARIANT_NAMES = NAMES | {
     "moma_ppo-ground-truth": "rollouts in the true simulator",
     "moma_ppo-aleatoric": "aleatoric penalty",
     "moma_ppo-aleatoric-no-cuts": "aleatoric penalty, no rollout cut",
@@ -61,6 +60,9 @@ VARIANT_NAMES = {
     "moma_ppo-no-cuts": "no rollout cut",
     "moma_ppo-neither": "no penalty, no rollout cut",
     **{f"moma_ppo-k{k}": f"k = {k}, from any states" for k in (5, 10, 25, 50)},
+    "moma_ppo-in-logo": "MOMA-PPO in LOGO's model",
+    "logo-data-alone": "MACQL on the data alone",
+    "logo-penalty": "LOGO-style, a penalty instead of weights",
 }
 TABLES = {"coordination": "table-3", "reacher": "table-4a", "ant": "table-4b"}
 # Tables of docs/agreement.md: how the names of their tasks start, and who is compared, if not all.
@@ -258,7 +260,7 @@ def table_of_intervals(cells) -> str:
 
 
 def table_of_ablation(name: str, cells) -> str:
-    """A row for each variant of MOMA-PPO, the paper's scores in brackets, where it has figures."""
+    """A row for each variant, the paper's scores in brackets, where it has figures."""
     rows = []
     for variant in ABLATIONS[name]:
         paper = PAPER_SCORES.get(variant, {})
@@ -269,7 +271,7 @@ def table_of_ablation(name: str, cells) -> str:
         seeds = [len(cells.get((variant, task), [])) for task in COMPARED_ON[name]]
         seeds = [count for count in seeds if count] or [0]
         rows.append([VARIANT_NAMES[variant], span(seeds), *scores])
-    return markdown(["MOMA-PPO", "seeds", *(f"`{x}`" for x in COMPARED_ON[name])], rows)
+    return markdown(["algorithm", "seeds", *(f"`{x}`" for x in COMPARED_ON[name])], rows)
 
 
 def table_of_readme(cells) -> str:

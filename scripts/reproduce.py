@@ -76,7 +76,7 @@ ALGORITHMS = {
     "moma_ppo": ["moma_ppo.py"],
 }
 OFFLINE = tuple(name for name in ALGORITHMS if name not in ("maiql_ft", "logo"))
-# MOMA-PPO with something changed: a run of one is named after it.
+# MOMA-PPO and LOGO with something changed: a run of one is named after it.
 VARIANTS = {
     "moma_ppo-ground-truth": ["--ground-truth"],
     "moma_ppo-aleatoric": ["--penalty", "aleatoric"],
@@ -89,17 +89,25 @@ VARIANTS = {
         f"moma_ppo-k{k}": ["--rollout-length", str(k), "--start-states", "any"]
         for k in (5, 10, 25, 50)
     },
+    "moma_ppo-in-logo": ["--world-model", "{folder}/{task}__logo__{seed}/world_model.pt"],
+    "logo-data-alone": ["--synthetic-share", "0"],
+    "logo-penalty": ["--uncertainty", "penalty"],
 }
-ALGORITHMS |= {name: ["moma_ppo.py", *options] for name, options in VARIANTS.items()}
+ALGORITHMS |= {
+    name: ALGORITHMS[name.partition("-")[0]] + options for name, options in VARIANTS.items()
+}
 # The rows of Table 5 and of the figures, and where they are compared.
 ABLATIONS = {
     "5": ("moma_ppo", "moma_ppo-ground-truth"),
     "figure-4": ("moma_ppo", "moma_ppo-aleatoric", "moma_ppo-aleatoric-no-cuts"),
     "figure-8": ("moma_ppo", "moma_ppo-no-penalty", "moma_ppo-no-cuts", "moma_ppo-neither"),
     "figure-9": tuple(f"moma_ppo-k{k}" for k in (5, 10, 25, 50)),
+    # MOMA-PPO in LOGO's model comes after LOGO, whose run makes that model.
+    "local-to-global": ("logo", "logo-data-alone", "logo-penalty", "moma_ppo-in-logo", "moma_ppo"),
 }
 COMPARED_ON = {name: ("reacher-leader-only", "ant-medium-fo") for name in ABLATIONS}
 COMPARED_ON["5"] += ("ant-medium-po",)
+COMPARED_ON["local-to-global"] += ("reacher-independent", "ant-medium-po")
 # One thread a run; waiting threads leave a busy core to others.
 JOB_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
@@ -132,9 +140,9 @@ FREE = ("task", "seed", "device", "run_dir", "resume", "compile")
 class Args:
     table: Literal[
         "3", "4a", "4b", "5", "figure-4", "figure-8", "figure-9",
-        "scaling", "continuous", "climbing", "other",
+        "scaling", "continuous", "climbing", "local-to-global", "other",
     ] = "3"  # fmt: skip
-    """table of the paper, or one of the last four, which go beyond it; "other" is any tasks"""
+    """table of the paper, or one of the last five, which go beyond it; "other" is any tasks"""
     seeds: int | None = None
     """run seeds 1 to this; by default as many as the paper: 10 for the game, 3 for the others"""
     tasks: tuple[str, ...] = ()
@@ -219,6 +227,8 @@ def other_cells(args: Args) -> list[Cell]:
 def job_command(job: Job, options: list[str]) -> list[str]:
     """Starts the run, or resumes it if there is a checkpoint."""
     script, *own_options = ALGORITHMS[job.cell.algorithm]
+    places = {"folder": job.run_dir.parent, "task": job.cell.task, "seed": job.seed}
+    own_options = [option.format(**places) for option in own_options]
     command = [sys.executable, os.path.relpath(REPOSITORY / script)]
     if (job.run_dir / "checkpoint.pt").is_file():
         return [*command, "--resume", str(job.run_dir)]
@@ -269,6 +279,7 @@ def changed_options(algorithm: str, task: str, options: dict) -> str:
         f"{name} {options.get(name, 'missing')}"
         for name in expected | options
         if name not in FREE and not (name in calibrated and expected.get(name, "missing") is None)
+        if "{folder}" not in str(expected.get(name))  # the model of another run
         if str(options.get(name, "missing")) != str(expected.get(name, "missing"))
     )
 

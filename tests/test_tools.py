@@ -454,7 +454,7 @@ def test_a_variant_is_kept_apart_and_has_its_own_table(tmp_path):
     table = report.make_table("5", report.read_runs(tmp_path))
     row = "| rollouts in the true simulator | 1 | not run | 1.50 ± 0.10* (1.68 ± 0.03) |"
     assert row in table
-    assert set(report.VARIANT_NAMES) == {"moma_ppo", *reproduce.VARIANTS}
+    assert set(report.VARIANT_NAMES) == {*report.NAMES, *reproduce.VARIANTS}
 
 
 def test_runs_of_games_beyond_the_paper_are_kept_short_and_drawn(tmp_path):
