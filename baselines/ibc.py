@@ -264,11 +264,10 @@ def train(args: Args) -> dict:
         dataset = load_dataset(task, args.dataset, device)
         torch.manual_seed(args.seed)
         team = Team(task, dataset.states, args).to(device)
-        groups = [{"params": list(team.policy.parameters()), "lr": args.learning_rate}]
+        groups = [{"params": team.policy.parameters()}]
         if team.memory:
-            memory = list(team.memory.parameters())
-            groups.append({"params": memory, "lr": args.memory_learning_rate})
-        optimizer = torch.optim.Adam(groups, fused=True)
+            groups.append({"params": team.memory.parameters(), "lr": args.memory_learning_rate})
+        optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True)
         schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)
         run.restore(
             {"dataset": dataset.description}, team=team, optimizer=optimizer, schedule=schedule

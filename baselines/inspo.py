@@ -215,7 +215,8 @@ def make_memory(task: Task, memory: str, obs_mean, obs_std):
 
 
 class Team(nn.Module):
-    """Policies and encoders, those of the data, which are frozen, and twin critics of the state."""
+    """Policies and encoders, those of the data, which are frozen, and twin critics of the state and
+    an agent's own action."""
 
     def __init__(self, task: Task, states, args: Args):
         """`states` [N, state]: their mean and standard deviation standardise observations."""
@@ -309,11 +310,12 @@ def call_slices(network, rows, x):
 
 def importance_weights(team: Team, batch: Batch, max_weight: float):
     """prod_{k != i} pi_k(a_k | h_k) / mu_k(a_k | h_k), clipped, of each agent i: [batch, agent]."""
-    log_ratios = 0
-    for behavior, sign in ((False, 1), (True, -1)):
+
+    def log_probs(behavior):
         inputs = team.inputs(batch.observations, batch.histories, behavior=behavior)
-        policies = team.distribution(inputs, team.everyone, behavior)
-        log_ratios = log_ratios + sign * policies.log_prob(batch.actions)
+        return team.distribution(inputs, team.everyone, behavior).log_prob(batch.actions)
+
+    log_ratios = log_probs(behavior=False) - log_probs(behavior=True)  # [batch, agent]
     others = log_ratios.sum(1, keepdim=True) - log_ratios
     ratios = others.clamp(-math.log(1e6), math.log(max_weight)).exp()
     return ratios.nan_to_num(1.0)  # if policies are not finite, the losses will say so
@@ -390,7 +392,8 @@ def train(args: Args) -> dict:
     check_positive(args, "learning_rate", "memory_learning_rate", "max_grad_norm", "alpha")
     check_range(args, 1, 2**24, "pool_size", "turn_steps", "policy_samples")
     check_range(args, 0, 1, "gamma", "polyak", "cloning_share")
-    cloning_steps = round(args.cloning_share * args.total_steps)
+    # Ratios of policies need the data's, so these are always cloned a little.
+    cloning_steps = max(1, round(args.cloning_share * args.total_steps))
     with Run(args, "inspo") as run:
         task, device = find_task(args.task), run.device
         dataset = load_dataset(task, args.dataset, device)

@@ -51,7 +51,7 @@ NAMES = {
     "logo": "LOGO-style",
     "moma_ppo": "MOMA-PPO",
 }
-# The rows of Table 5 and of the ablations.
+# The rows of Table 5, of the ablations and of LOGO's comparison.
 VARIANT_NAMES = NAMES | {
     "moma_ppo-ground-truth": "rollouts in the true simulator",
     "moma_ppo-aleatoric": "aleatoric penalty",
@@ -233,7 +233,8 @@ def interval(statistic, *samples: list[float]) -> str:
 
 
 def interquartile_mean(scores, axis=-1):
-    """The mean of the middle half (Agarwal et al., NeurIPS 2021); of three seeds nothing is cut."""
+    """The mean without the lowest and the highest quarter of the seeds, rounded down (Agarwal et
+    al., NeurIPS 2021); of three seeds nothing is cut."""
     return trim_mean(scores, 0.25, axis=axis)
 
 
@@ -264,12 +265,12 @@ def table_of_ablation(name: str, cells) -> str:
     rows = []
     for variant in ABLATIONS[name]:
         paper = PAPER_SCORES.get(variant, {})
+        found = {task: cells.get((variant, task), []) for task in COMPARED_ON[name]}
         scores = [
-            score(cells.get((variant, task), [])) + (f" ({paper[task]})" if task in paper else "")
-            for task in COMPARED_ON[name]
+            score(runs) + (f" ({paper[task]})" if task in paper else "")
+            for task, runs in found.items()
         ]
-        seeds = [len(cells.get((variant, task), [])) for task in COMPARED_ON[name]]
-        seeds = [count for count in seeds if count] or [0]
+        seeds = [len(runs) for runs in found.values() if runs] or [0]
         rows.append([VARIANT_NAMES[variant], span(seeds), *scores])
     return markdown(["algorithm", "seeds", *(f"`{x}`" for x in COMPARED_ON[name])], rows)
 

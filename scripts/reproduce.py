@@ -7,7 +7,10 @@
     python scripts/reproduce.py --table 4a         # two-agent Reacher, Table 4 (a)
     python scripts/reproduce.py --table 4b         # four-agent Ant, Table 4 (b)
     python scripts/reproduce.py --table 5          # rollouts in the true simulator, Table 5
-    python scripts/reproduce.py --table figure-8   # ablations: Figures 4, 8 and 9
+    python scripts/reproduce.py --table figure-8   # penalty and cuts, Figure 8
+    python scripts/reproduce.py --table figure-4   # epistemic or aleatoric penalty, Figure 4
+    python scripts/reproduce.py --table figure-9   # rollout length, Figure 9
+    python scripts/reproduce.py --table local-to-global    # LOGO-style and its variants
     python scripts/reproduce.py --table 4b --tasks ant-medium-fo --algorithms ibc moma_ppo --seeds 1
     python scripts/reproduce.py --table other --tasks halfcheetah-2x3-medium-fo --algorithms ibc
 
@@ -234,6 +237,11 @@ def job_command(job: Job, options: list[str]) -> list[str]:
         return [*command, "--resume", str(job.run_dir)]
     command += ["--task", job.cell.task, "--seed", str(job.seed), "--run-dir", str(job.run_dir)]
     return [*command, *own_options, *options]
+
+
+def needs_another_run(job: Job) -> bool:
+    """Whether the run rolls out in a world model that another run of the table makes."""
+    return any("{folder}" in option for option in ALGORITHMS[job.cell.algorithm])
 
 
 def compile_options() -> list[str]:
@@ -502,7 +510,7 @@ def color_of(algorithm: str):
         return "black"
     colors = colormaps["tab20"].colors
     others = [name for name in ALGORITHMS if name != "moma_ppo"]
-    return [*colors[::2], *colors[1::2]][others.index(algorithm)]
+    return [*colors[::2], *colors[1::2]][others.index(algorithm) % len(colors)]
 
 
 def learning_curve(results: list[dict]) -> list[tuple[int, float, float, float]]:
@@ -601,10 +609,12 @@ def main(args: Args) -> None:
         return
 
     args.folder.mkdir(parents=True, exist_ok=True)
-    if args.cluster == "slurm":
-        run_on_slurm(unfinished, args, options)
-    else:
-        stopped_by = run_all(unfinished, args.workers, options, environment)
+    for later in (False, True):
+        now = [job for job in unfinished if needs_another_run(job) == later]
+        if args.cluster == "slurm":
+            run_on_slurm(now, args, options)
+            continue
+        stopped_by = run_all(now, args.workers, options, environment)
         if stopped_by:
             say("stopped; the same command resumes")
             sys.exit(128 + stopped_by)

@@ -457,6 +457,27 @@ def test_a_variant_is_kept_apart_and_has_its_own_table(tmp_path):
     assert set(report.VARIANT_NAMES) == {*report.NAMES, *reproduce.VARIANTS}
 
 
+def test_moma_ppo_in_logos_model_follows_the_run_that_makes_it(tmp_path):
+    cell = reproduce.Cell("moma_ppo-in-logo", "ant-medium-fo")
+    job = reproduce.Job(cell, 2, tmp_path / "ant-medium-fo__moma_ppo-in-logo__2")
+    command = reproduce.job_command(job, [])
+    model = str(tmp_path / "ant-medium-fo__logo__2" / "world_model.pt")
+    assert command[command.index("--world-model") + 1] == model
+    assert reproduce.needs_another_run(job)
+    others = (
+        job._replace(cell=cell._replace(algorithm="logo")),
+        job._replace(cell=cell._replace(algorithm="moma_ppo-k5")),
+    )
+    assert not any(map(reproduce.needs_another_run, others))
+    options = reproduce.default_options("moma_ppo-in-logo", "ant-medium-fo")
+    kept = options | {"world_model": model}
+    assert not reproduce.changed_options("moma_ppo-in-logo", "ant-medium-fo", kept)
+
+
+def test_every_algorithm_has_a_colour():
+    assert all(reproduce.color_of(algorithm) for algorithm in reproduce.ALGORITHMS)
+
+
 def test_runs_of_games_beyond_the_paper_are_kept_short_and_drawn(tmp_path):
     for algorithm, seed, score in (("ibc", 1, 0.0), ("inspo", 1, 0.5), ("inspo", 2, 1.0)):
         run_dir = tmp_path / f"climbing-1__{algorithm}__{seed}"
