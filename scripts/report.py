@@ -30,6 +30,7 @@ from scripts.reproduce import (
     VARIANTS,
     Cell,
     changed_options,
+    default_options,
     plot_curves,
     rounded,
     script_of,
@@ -260,12 +261,20 @@ def table_of_intervals(cells) -> str:
     return markdown(head, rows)
 
 
+def runs_of_variant(variant: str, task: str, cells) -> list[dict]:
+    """Its runs, or MOMA-PPO's where it has the same options, as k = 50 on the ant."""
+    runs = cells.get((variant, task), [])
+    if not runs and default_options(variant, task) == default_options("moma_ppo", task):
+        return cells.get(("moma_ppo", task), [])
+    return runs
+
+
 def table_of_ablation(name: str, cells) -> str:
     """A row for each variant, the paper's scores in brackets, where it has figures."""
     rows = []
     for variant in ABLATIONS[name]:
         paper = PAPER_SCORES.get(variant, {})
-        found = {task: cells.get((variant, task), []) for task in COMPARED_ON[name]}
+        found = {task: runs_of_variant(variant, task, cells) for task in COMPARED_ON[name]}
         scores = [
             score(runs) + (f" ({paper[task]})" if task in paper else "")
             for task, runs in found.items()

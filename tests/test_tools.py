@@ -474,6 +474,13 @@ def test_moma_ppo_in_logos_model_follows_the_run_that_makes_it(tmp_path):
     assert not reproduce.changed_options("moma_ppo-in-logo", "ant-medium-fo", kept)
 
 
+def test_a_variant_with_the_defaults_of_a_task_takes_its_runs():
+    cells = {("moma_ppo", task): [{"seed": 1}] for task in ("ant-medium-fo", "reacher-leader-only")}
+    assert report.runs_of_variant("moma_ppo-k50", "ant-medium-fo", cells) == [{"seed": 1}]
+    assert report.runs_of_variant("moma_ppo-k50", "reacher-leader-only", cells) == []
+    assert report.runs_of_variant("moma_ppo-k25", "ant-medium-fo", cells) == []
+
+
 def test_every_algorithm_has_a_colour():
     assert all(reproduce.color_of(algorithm) for algorithm in reproduce.ALGORITHMS)
 
