@@ -21,6 +21,7 @@ HalfCheetah, Hopper and Walker2d are split as in Multi-Agent MuJoCo (Peng et al.
 import difflib
 import importlib
 import importlib.util
+import operator
 import os
 import sys
 import traceback
@@ -162,7 +163,7 @@ class Task:
 
     def __post_init__(self):
         for field in ("observed", "driven"):  # ranges and lists will do, too
-            groups = tuple(tuple(map(int, group)) for group in getattr(self, field))
+            groups = tuple(tuple(map(operator.index, group)) for group in getattr(self, field))
             object.__setattr__(self, field, groups)
         check_split(self)
         check_reference(self)
@@ -874,7 +875,7 @@ def make_environment(task: Task, render_mode: str | None = None):
     if task.mujoco:
         options = {"camera_name": task.mujoco.camera} if task.mujoco.camera else {}
         env = build(task.mujoco.gymnasium, render_mode=render_mode, **options)
-        check_widths(task, task.state_dim, env.model.nu)
+        check_widths(task, env.observation_space.shape[0], env.model.nu)
         return env
     name, length = task.environment, task.episode_length
     options = {"max_episode_steps": length, "disable_env_checker": True}

@@ -17,7 +17,6 @@ A run writes `runs/{task}__{script}__{seed}__{time}/`: TensorBoard events, `chec
 
 import ctypes
 import dataclasses
-import errno
 import hashlib
 import importlib
 import itertools
@@ -235,16 +234,13 @@ def save(data, path: Path) -> None:
         if path.suffix == ".json":
             temporary.write_text(json.dumps(data, indent=1, allow_nan=False), encoding="utf-8")
         else:
-            torch.save(data, temporary)
+            with open(temporary, "wb") as file:  # given a path, PyTorch hides why it failed
+                torch.save(data, file)
         temporary.replace(path)
     except ValueError:
         raise InputError(f"cannot write {path}: a figure in it is not finite") from None
-    except (OSError, RuntimeError) as error:
-        full_disk = "inline_container" in str(error)  # PyTorch's RuntimeError for it
-        if isinstance(error, RuntimeError) and not full_disk:
-            raise
-        reason = os.strerror(getattr(error, "errno", None) or errno.ENOSPC)
-        raise InputError(f"cannot write {path} ({reason})") from None
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -492,7 +488,7 @@ class Run:
         try:
             save(data, self.dir / name)
         except InputError as error:
-            raise InputError(f"{error}; put that right and resume the run") from None
+            raise InputError(f"{error}; the run can be resumed") from None
 
     def steps(self, evaluate: Callable, total: int | None = None) -> Iterator[int]:
         """Yields 1, 2, ..., `total`; between updates logs, evaluates, saves, or stops.

@@ -230,7 +230,8 @@ def other_cells(args: Args) -> list[Cell]:
 def job_command(job: Job, options: list[str]) -> list[str]:
     """Starts the run, or resumes it if there is a checkpoint."""
     script, *own_options = ALGORITHMS[job.cell.algorithm]
-    places = {"folder": job.run_dir.parent, "task": job.cell.task, "seed": job.seed}
+    task = find_task(job.cell.task).name
+    places = {"folder": job.run_dir.parent, "task": task, "seed": job.seed}
     own_options = [option.format(**places) for option in own_options]
     command = [sys.executable, os.path.relpath(REPOSITORY / script)]
     if (job.run_dir / "checkpoint.pt").is_file():
@@ -287,7 +288,8 @@ def changed_options(algorithm: str, task: str, options: dict) -> str:
         f"{name} {options.get(name, 'missing')}"
         for name in expected | options
         if name not in FREE and not (name in calibrated and expected.get(name, "missing") is None)
-        if "{folder}" not in str(expected.get(name))  # the model of another run
+        # The model of another run, wherever that is.
+        if not ("{folder}" in str(expected.get(name)) and "__logo__" in str(options.get(name)))
         if str(options.get(name, "missing")) != str(expected.get(name, "missing"))
     )
 
@@ -505,7 +507,7 @@ def print_table(results: dict[Cell, list[dict]], seeds: int) -> None:
 
 
 def color_of(algorithm: str):
-    """MOMA-PPO is black; every other algorithm has a colour of its own, the strong ones first."""
+    """MOMA-PPO is black; the others take turns on twenty colours, the strong ones first."""
     if algorithm == "moma_ppo":
         return "black"
     colors = colormaps["tab20"].colors
@@ -604,7 +606,8 @@ def main(args: Args) -> None:
     unfinished = [job for job in jobs if not (job.run_dir / "result.json").is_file()]
     if args.dry_run:
         prefix = " ".join(f"{name}={value}" for name, value in JOB_ENVIRONMENT.items())
-        for job in unfinished:
+        ready = [job for job in unfinished if not needs_another_run(job)]
+        for job in ready or unfinished:
             print(prefix, shlex.join(job_command(job, options)))
         return
 

@@ -188,6 +188,7 @@ def test_environments_that_do_not_fit_are_one_line():
     assert_refused(lambda: parallel_env(body), "drive 4 actions; HalfCheetah-v4 has 6")
     wide = Task(HalfCheetah, (range(17),) * 2, blocks(3, 3), 5, name="wide", state_dim=20)
     assert_refused(lambda: Simulator(wide, 1), "states of 20; those of HalfCheetah-v4 have 17")
+    assert_refused(lambda: parallel_env(wide), "states of 20; those of HalfCheetah-v4 have 17")
 
 
 # Simulators.

@@ -474,6 +474,19 @@ def test_moma_ppo_in_logos_model_follows_the_run_that_makes_it(tmp_path):
     assert not reproduce.changed_options("moma_ppo-in-logo", "ant-medium-fo", kept)
 
 
+def test_runs_in_another_runs_model_come_last(tmp_path, monkeypatch):
+    phases = []
+
+    def run_all(jobs, *_):
+        phases.append([job.cell.algorithm for job in jobs])
+
+    monkeypatch.setattr(reproduce, "run_all", run_all)
+    cell = {"tasks": ("reacher-leader-only",), "algorithms": ("moma_ppo-in-logo", "logo")}
+    args = reproduce.Args("local-to-global", 1, **cell, folder=tmp_path)
+    assert_refused(reproduce, args, "2 of 2 runs failed")
+    assert phases == [["logo"], ["moma_ppo-in-logo"]]
+
+
 def test_a_variant_with_the_defaults_of_a_task_takes_its_runs():
     cells = {("moma_ppo", task): [{"seed": 1}] for task in ("ant-medium-fo", "reacher-leader-only")}
     assert report.runs_of_variant("moma_ppo-k50", "ant-medium-fo", cells) == [{"seed": 1}]

@@ -326,7 +326,7 @@ def test_a_full_disk_is_one_line(args, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(InputError, match="cannot write .*No space left.*resume the run"):
+    with pytest.raises(InputError, match="cannot write .*No space left.*can be resumed"):
         ibc.train(args)
 
 
