@@ -295,12 +295,12 @@ def test_a_run_killed_while_it_saves_resumes(args, whole, monkeypatch):
     """A checkpoint is written whole or not at all, and debris of a killed process goes."""
     saves, torch_save = [], torch.save
 
-    def interrupted(data, path):
-        saves.append(path)
+    def interrupted(data, file):
+        saves.append(file)
         if len(saves) == 4:
-            path.write_bytes(b"half of")
+            file.write(b"half of")
             raise MemoryError  # as close to a kill as this process survives
-        torch_save(data, path)
+        torch_save(data, file)
 
     with monkeypatch.context() as patched:
         patched.setattr(torch, "save", interrupted)
@@ -322,7 +322,7 @@ def test_a_run_killed_in_its_first_checkpoint_starts_again(args, whole):
 
 
 def test_a_full_disk_is_one_line(args, monkeypatch):
-    def full(data, path):
+    def full(data, file):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
