@@ -66,7 +66,7 @@ class Args:
     batch_size: int = 256
     """transitions per gradient step"""
     cloning_share: float = 0.25
-    """share of the steps in which the data's policies are cloned and evaluated"""
+    """share of the steps in which the data's policies are cloned and evaluated; at least one step"""
     turn_steps: int = 50
     """gradient steps of a turn; in the first half only the critics learn"""
     pool_size: int = 10_000
@@ -215,8 +215,7 @@ def make_memory(task: Task, memory: str, obs_mean, obs_std):
 
 
 class Team(nn.Module):
-    """Policies and encoders, those of the data, which are frozen, and twin critics of the state and
-    an agent's own action."""
+    """Policies and encoders, the data's frozen ones, and twin critics of state and own action."""
 
     def __init__(self, task: Task, states, args: Args):
         """`states` [N, state]: their mean and standard deviation standardise observations."""

@@ -653,9 +653,8 @@ def macql_losses(team: Team, batch: Batch, args: Args, learn_policy: bool):
         td_targets = batch.rewards + args.gamma * batch.masks * next_q  # [batch]
 
     # Both mixed critics learn y.
-    q = team.q_values(inputs, batch.actions[None])[:, :, 0]
     weights, bias = team.mixing(batch.states)  # [agent, batch], [batch]
-    own = weights * q  # [twin, agent, batch]
+    own = weights * team.q_values(inputs, batch.actions[None])[:, :, 0]  # [twin, agent, batch]
     mixed = own.sum(1, keepdim=True) + bias
     td_loss = (mixed[:, 0] - td_targets).square().mean(1).sum()
 

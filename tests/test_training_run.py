@@ -336,6 +336,12 @@ def test_more_steps_may_be_given_on_resuming(copy_of_whole):
     assert [evaluation["step"] for evaluation in result["evaluations"]] == [0, 10, 20, 30, 40]
 
 
+def test_a_figure_that_is_not_finite_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="x.json: a figure in it is not finite"):
+        training_run.save({"score": float("nan")}, tmp_path / "x.json")
+    assert not list(tmp_path.iterdir())
+
+
 def test_fewer_steps_than_were_taken_are_refused(copy_of_whole):
     with pytest.raises(InputError, match="has taken 40 steps in all, more than 2"):
         resume(copy_of_whole, total_steps=2)
