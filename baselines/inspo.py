@@ -66,7 +66,7 @@ class Args:
     batch_size: int = 256
     """transitions per gradient step"""
     cloning_share: float = 0.25
-    """share of the steps in which the data's policies are cloned and evaluated; at least one step"""
+    """share of the steps in which the data's policies are cloned and evaluated; at least one"""
     turn_steps: int = 50
     """gradient steps of a turn; in the first half only the critics learn"""
     pool_size: int = 10_000
