@@ -141,6 +141,11 @@ def test_bad_games_are_refused(game):
         coordination_task(*game)
 
 
+def test_a_game_too_large_to_print_is_refused():
+    with pytest.raises(InputError, match="at most 1000"):
+        coordination_game.describe(coordination_game.Args(agents=501))
+
+
 def test_a_team_that_agrees_scores_one_and_one_that_does_not_zero():
     task = find_task("coordination-neutral")
 

@@ -13,7 +13,7 @@ from torch.distributions import Normal
 import world_model
 from baselines import logo
 from data.offline_dataset import OfflineDataset
-from mamujoco_envs import find_task
+from mamujoco_envs import InputError, find_task
 from moma_ppo import open_world_model
 from world_model import (
     Args,
@@ -387,6 +387,20 @@ def test_one_row_in_sixteen_is_rare():
     assert (rows == 0).all() and world_model.with_rare(rows, rare_rows[:0]) is rows
     assert set(mixed.unique().tolist()) == {0, 5, 7, 9}
     assert ((mixed > 0).sum(dim=1) == 4).all()
+
+
+def test_an_output_named_as_json_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"name it \*\.pt"):
+        world_model.train(Args(output=tmp_path / "model.json"))
+    assert not (tmp_path / "model.json").exists()
+
+
+def test_states_that_never_change_are_refused(monkeypatch, tmp_path):
+    dataset = dataset_of_episodes([50, 50])
+    dataset.next_states = dataset.states
+    monkeypatch.setattr(world_model, "load_dataset", lambda *_: dataset)
+    with pytest.raises(InputError, match="never change; use --no-normalize"):
+        world_model.train(Args(**SMALL | {"elites": 2, "run_dir": tmp_path / "run"}))
 
 
 @pytest.mark.parametrize("script", [world_model, logo], ids=["world_model", "logo"])
