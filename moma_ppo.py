@@ -75,7 +75,8 @@ class Args:
     dataset: Path | None = None
     """HDF5 file, Minari folder or minari:NAME; by default the task's own"""
     world_model: Path | None = None
-    """written by world_model.py or logo.py; by default the one shipped for the task's dataset"""
+    """written by world_model.py or logo.py; by default the shipped one, or the one beside your
+    dataset, or, in games, one that is trained first"""
     memory: Literal["auto", "attention", "none"] = "auto"
     """history encoder; auto leaves it out where every agent sees the whole state"""
     ground_truth: bool = False
@@ -180,7 +181,7 @@ class HistoryEncoder(nn.Module):
     Pairs are standardised, embedded and given positions; then come self-attention with a skip
     connection and LayerNorm, and soft attention over the ten results. Up to the two softmaxes all
     of this is linear in a token (standardised pair, one-hot position), so `forward` multiplies the
-    weights with each other before they touch the batch: the same function in a third of the time.
+    weights with each other before they touch the batch: the same function with fewer products.
     docs/history_encoder.md derives it, and a test compares it with the plain form.
     """
 
@@ -277,6 +278,7 @@ class Team(nn.Module):
         self.register_buffer("entropy_alpha", torch.zeros(()))
         self.register_buffer("cloned", torch.zeros((), dtype=torch.bool))
 
+        # Deviation 9.
         self.memory = make_memory(task, args.memory, obs_mean, obs_std)
         memory_dim = 128 if self.memory else 0
         in_dims = [memory_dim + width for width in task.obs_dims]
@@ -295,7 +297,8 @@ class Team(nn.Module):
             self.policy[-1].bias.data[..., task.action_dim :] = -1.5
 
     def inputs(self, observations, histories):
-        """h_t^i, what agent i acts on: [memory, observation] [agent, batch, memory + obs]."""
+        """h_t^i, what agent i acts on: memory, then observation [agent, batch, memory + obs]."""
+        # Deviation 2.
         observations = ((observations - self.obs_mean) / self.obs_std).transpose(0, 1)
         if self.memory is None:
             return observations
@@ -355,13 +358,14 @@ class WorldModel:
         m = self.model
         x = torch.cat([states, self.task.join_actions(actions.clamp(-1, 1))], dim=-1)
         x = ((x - m["input_mean"]) / m["input_std"]).expand(self.members, -1, -1)
-        state = self.network("state", x, self.activation).chunk(2, dim=-1)
-        reward = self.network("reward", x, F.relu).chunk(2, dim=-1)
-        mean, log_std = (torch.cat(pair, dim=-1) for pair in zip(state, reward))
+        state, state_log_std = self.network("state", x, self.activation).chunk(2, dim=-1)
+        reward, reward_log_std = self.network("reward", x, F.relu).chunk(2, dim=-1)
+        log_std = torch.cat([state_log_std, reward_log_std], dim=-1).clamp(-10, 2)
         scale = torch.cat([m["target_std"], m["reward_std"]])
         shift = torch.cat([m["target_mean"], m["reward_mean"]])
         start = F.pad(self.delta * states, (0, 1))  # what is predicted may be a change of state
-        return start + mean * scale + shift, log_std.clamp(-10, 2).exp() * scale
+        mean = torch.cat([state, reward], dim=-1)
+        return start + mean * scale + shift, log_std.exp() * scale
 
     def clip(self, values, name):
         """States or rewards, kept in the data's bounding box and a margin (Deviation 14)."""
@@ -371,7 +375,8 @@ class WorldModel:
 
     def masks(self, next_states):
         """A majority vote: 0 where a next state is absorbing [batch]."""
-        mean, std = (self.model[f"input_{x}"][: self.task.state_dim] for x in ("mean", "std"))
+        width = self.task.state_dim  # the inputs' statistics are those of states, then of actions
+        mean, std = self.model["input_mean"][:width], self.model["input_std"][:width]
         x = ((next_states - mean) / std).expand(self.members, -1, -1)
         logits = self.network("mask", x, F.relu)[..., 0]
         return ((logits > 0).float().mean(0) > 0.5).float()
@@ -398,16 +403,21 @@ class WorldModel:
 
         # A random member gives each next state, all members the reward (Deviations 11 and 12).
         member = torch.randint(self.members, (count,), device=device, generator=generator)
-        chosen = member, torch.arange(count, device=device)
-        next_states, rewards = means[chosen][:, :-1], means[..., -1]
+        row = torch.arange(count, device=device)
+        next_states, rewards = means[member, row, :-1], means[..., -1]
         if self.next_states == "sample":
             noise = torch.randn(states.shape, device=device, generator=generator)
-            next_states = next_states + stds[chosen][:, :-1] * noise
+            next_states = next_states + stds[member, row, :-1] * noise
 
-        # The masks judge it before the box could hide that it is absorbing (Deviation 13).
-        masks, next_states = self.masks(next_states), self.clip(next_states, "state")
-        mean_rewards = self.clip(rewards.mean(0), "reward")
-        return Step(next_states, mean_rewards, masks, rewards.var(0), epsilon_g, epsilon_a)
+        # The mask is that of the unclipped state: the box could hide a fall (Deviation 13).
+        return Step(
+            next_states=self.clip(next_states, "state"),
+            rewards=self.clip(rewards.mean(0), "reward"),
+            masks=self.masks(next_states),
+            epsilon_r=rewards.var(0),
+            epsilon_g=epsilon_g,
+            epsilon_a=epsilon_a,
+        )
 
 
 class LocalToGlobalModel(WorldModel):
@@ -480,7 +490,7 @@ class GroundTruth:
 
 
 class Rollouts(NamedTuple):
-    """The buffer R [time, rollout, ...]. A rollout that ends is followed by a new one."""
+    """The buffer R: [time, column, ...]. A column holds one rollout after another."""
 
     states: torch.Tensor
     observations: torch.Tensor
@@ -507,7 +517,7 @@ def new_rollouts(team, dataset, args, count):
 
 def rollout_step(team, model, dataset, args, states, histories, age):
     """The inner loop of Algorithm 1, for all rollouts at once."""
-    # Sample a_j^i ~ pi_i(a^i | h_j^i). (torch.compile cannot trace Normal.sample of these strides.)
+    # Sample a_j^i ~ pi_i(a^i | h_j^i), by rsample, as torch.compile cannot trace Normal.sample.
     observations = dataset.task.observe(states)
     inputs = team.inputs(observations, histories)
     distribution = team.distribution(inputs)
@@ -516,7 +526,7 @@ def rollout_step(team, model, dataset, args, states, histories, age):
     # Sample s_{j+1}, r_j, f_j, eps_r, eps_g ~ M(. | s_j, a_j).
     step = model.step(states, actions)
 
-    # r~_j = r_j - lambda_r eps_r - lambda_g eps_g, both at most l_eps (Section 3.1).
+    # r~_j = r_j - lambda_r eps_r - lambda_g eps_g (Section 3.2); eps_r and eps_g count up to l_eps.
     penalty = torch.zeros_like(step.rewards)
     if args.penalty == "epistemic":
         penalty = args.lambda_r * step.epsilon_r.clamp(max=args.max_uncertainty)
@@ -531,14 +541,25 @@ def rollout_step(team, model, dataset, args, states, histories, age):
 
     # Add (h_j, a_j, r~_j, f_j, zeta_j, s_{j+1}) to the buffer.
     transition = Rollouts(
-        states, observations, histories, actions, distribution.log_prob(actions),
-        team.team_value(inputs, states), step.next_states, step.rewards - penalty, step.masks,
-        1 - time_out.float(),
-    )  # fmt: skip
-    report = {"reward": step.rewards.mean(), "penalty": penalty.mean()}
-    report |= {"epsilon_g": step.epsilon_g.mean(), "uncertain": uncertain.float().mean()}
+        states=states,
+        observations=observations,
+        histories=histories,
+        actions=actions,
+        log_probs=distribution.log_prob(actions),
+        values=team.team_value(inputs, states),
+        next_states=step.next_states,
+        rewards=step.rewards - penalty,
+        masks=step.masks,
+        time_out_masks=1 - time_out.float(),
+    )
+    report = {
+        "reward": step.rewards.mean(),
+        "penalty": penalty.mean(),
+        "epsilon_g": step.epsilon_g.mean(),
+        "uncertain": uncertain.float().mean(),
+    }
 
-    # A rollout that ended is replaced by a new one, so that shapes never change.
+    # A rollout that ended is replaced by a new one, so that shapes never change (Deviation 3).
     ended = time_out | (step.masks == 0)
     new_states, new_histories = new_rollouts(team, dataset, args, len(states))
     next_states = torch.where(ended[:, None], new_states, step.next_states)
@@ -549,13 +570,15 @@ def rollout_step(team, model, dataset, args, states, histories, age):
 
 
 @torch.no_grad()
-def generate_rollouts(step, team, model, dataset, args):
+def generate_rollouts(step_function, team, model, dataset, args):
     """Algorithm 1, "generate synthetic data": parallel rollouts, --transitions steps in all."""
     count = args.transitions // args.rollout_length
-    carry = (*new_rollouts(team, dataset, args, count), torch.zeros(count, device=dataset.device))
+    states, histories = new_rollouts(team, dataset, args, count)
+    age = torch.zeros(count, device=dataset.device)  # steps since a rollout began
     transitions, reports = [], []
     for _ in range(args.rollout_length):
-        transition, report, carry = step(team, model, dataset, args, *carry)
+        stepped = step_function(team, model, dataset, args, states, histories, age)
+        transition, report, (states, histories, age) = stepped
         transitions.append(transition)
         reports.append(report)
     rollouts = Rollouts(*[None if x[0] is None else torch.stack(x) for x in zip(*transitions)])
@@ -564,7 +587,7 @@ def generate_rollouts(step, team, model, dataset, args):
 
 
 def generalized_advantages(rewards, values, next_values, masks, time_out_masks, gamma, gae_lambda):
-    """Returns and advantages [time, rollout] (Appendix A).
+    """Returns and advantages [time, column] (Appendix A.1).
 
     A terminal (mask 0) stops the bootstrap, a time-out does not.
     """
@@ -582,18 +605,19 @@ def generalized_advantages(rewards, values, next_values, masks, time_out_masks, 
 
 @torch.no_grad()
 def make_batch(team, rollouts, args, reward_scale):
-    """All transitions of a learning step [time * rollout, ...], with returns and advantages."""
+    """The transitions that train the team, and those held out (Deviation 16).
+
+    Both are [time * column, ...], with returns and advantages.
+    """
     # V(s_{j+1}) is the next step's value. Where a rollout is cut it is computed here; after an
     # absorbing state it is another rollout's, and the mask removes it.
     next_values = rollouts.values.roll(-1, dims=0)
     cut = rollouts.time_out_masks == 0
-    histories = None
+    last, histories = rollouts.rows(cut), None
     if team.memory:
-        pairs = rollouts.observations[cut], rollouts.actions[cut]
-        histories = append_to_histories(rollouts.histories[cut], *pairs)
-    cut_states = rollouts.next_states[cut]
-    cut_inputs = team.inputs(team.task.observe(cut_states), histories)
-    next_values[cut] = team.team_value(cut_inputs, cut_states)
+        histories = append_to_histories(last.histories, last.observations, last.actions)
+    inputs = team.inputs(team.task.observe(last.next_states), histories)
+    next_values[cut] = team.team_value(inputs, last.next_states)
 
     returns, advantages = generalized_advantages(
         reward_scale * rollouts.rewards, rollouts.values, next_values, rollouts.masks,
@@ -601,15 +625,13 @@ def make_batch(team, rollouts, args, reward_scale):
     )  # fmt: skip
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-3)
     rollouts = rollouts._replace(returns=returns, advantages=advantages)
-    return Rollouts(*[None if x is None else x.flatten(0, 1) for x in rollouts])
 
+    def flat(columns):
+        return Rollouts(*[None if x is None else x[:, columns].flatten(0, 1) for x in rollouts])
 
-def split_rollouts(rollouts):
-    """Rows of the nine rollouts in ten that train, and of those held out (Deviation 16)."""
-    steps, count = rollouts.rewards.shape
-    rows = torch.arange(steps * count, device=rollouts.rewards.device).view(steps, count)
+    count = rollouts.rewards.shape[1]
     kept = count - count // 10
-    return rows[:, :kept].flatten(), rows[:, kept:].flatten()
+    return flat(slice(kept)), flat(slice(kept, None))
 
 
 def ppo_loss(team, batch, args):
@@ -633,7 +655,7 @@ def ppo_loss(team, batch, args):
         gap = team.task.entropy_target - entropy
         team.entropy_alpha.add_(args.entropy_coefficient * gap).clamp_(min=0)
 
-    # As for the critic, the larger of two means; of the entropy it was the smaller (Deviation 18).
+    # On the policies' means (Deviation 18). As for the critic, the larger of two means.
     excess = (distribution.mode.abs() - 1).clamp(min=0).square().sum((1, 2))
     action_penalty = torch.max((ratio * excess).mean(), (clipped_ratio * excess).mean())
 
@@ -698,10 +720,11 @@ def make_model(dataset, args, run):
         message = f"--ground-truth needs a simulator of {task.name} that starts anywhere"
         require(task.continues_from_states, message)
         return GroundTruth(task, args.transitions // args.rollout_length)
-    path = args.world_model or task.world_model_path
-    if task.columns and not args.world_model:  # a game whose data are generated
+    if task.columns and not args.world_model:  # a game's world model is trained first
         folder = run.dir / "world_model"
         path = coordination_game.train_world_model(task, args.seed, run.device.type, folder)
+    else:
+        path = args.world_model or task.world_model_path
     model = open_world_model(task, path, run.device, args.next_states)
     if args.dataset and model.description["dataset"]["sha256"] != dataset.description["sha256"]:
         say(f"note: {path} was not trained on {args.dataset}; --world-model names another")
@@ -732,11 +755,13 @@ def train(args: Args) -> dict:
         task, device = run.task, run.device
         dataset = load_dataset(task, args.dataset, device)
         model = make_model(dataset, args, run)
-        calibrated = {"lambda_g": model.lambda_g, "max_uncertainty": model.max_uncertainty}
-        missing = {name: x for name, x in calibrated.items() if getattr(args, name) is None}
-        args = run.args = replace(args, **missing)
+        if args.lambda_g is None:  # Deviation 8. Both are calibrated with the world model.
+            args = replace(args, lambda_g=model.lambda_g)
+        if args.max_uncertainty is None:
+            args = replace(args, max_uncertainty=model.max_uncertainty)
+        run.args = args
         if args.ground_truth:
-            run.algorithm = "moma_ppo-ground-truth"  # as the paper's scores are called
+            run.algorithm = "moma_ppo-ground-truth"  # its name in PAPER_SCORES
         torch.manual_seed(args.seed)
         # Initialize the MAPPO policies and the value function.
         team = Team(task, dataset.states, args).to(device)
@@ -745,7 +770,7 @@ def train(args: Args) -> dict:
         inputs = {"dataset": dataset.description, "world_model": model.description}
         run.restore(inputs, team=team, optimizer=optimizer, schedule=schedule)
 
-        # Deviation 7. Scales values to about 1, as clipping lets them move by only 0.2 a step.
+        # Deviation 7. Values are about 1, as clipping lets them move by only 0.2 a learning step.
         reward_scale = (1 - args.gamma) / max(float(dataset.rewards.abs().mean()), 1e-3)
         if args.cloning_steps and not team.cloned:
             clone(team, dataset, args, reward_scale)
@@ -753,9 +778,10 @@ def train(args: Args) -> dict:
         loss_function = compiled(ppo_loss, args, device)
 
         def evaluate_team(episodes):
-            act = team.act_greedily
-            evaluation = evaluate(task, act, episodes, device=device)
-            return evaluation if args.ground_truth else with_model_errors(evaluation, model, act)
+            evaluation = evaluate(task, team.act_greedily, episodes, device=device)
+            if args.ground_truth:
+                return evaluation
+            return with_model_errors(evaluation, model, team.act_greedily)
 
         for _ in run.steps(evaluate_team):
             # Generate synthetic data.
@@ -763,11 +789,11 @@ def train(args: Args) -> dict:
             run.log({f"world_model/{name}": value for name, value in report.items()})
 
             # Train agents.
-            batch = make_batch(team, rollouts, args, reward_scale)
-            training_rows, held_out_rows = split_rollouts(rollouts)
+            batch, held_out = make_batch(team, rollouts, args, reward_scale)
+            size = len(batch.rewards)
             for _ in range(args.epochs):
-                order = training_rows[torch.randperm(len(training_rows), device=device)]
-                for rows in order.split(args.minibatch_size)[: len(order) // args.minibatch_size]:
+                order = torch.randperm(size, device=device)
+                for rows in order.split(args.minibatch_size)[: size // args.minibatch_size]:
                     loss, metrics = loss_function(team, batch.rows(rows), args)
                     optimizer.zero_grad()
                     loss.backward()
@@ -775,9 +801,9 @@ def train(args: Args) -> dict:
                     optimizer.step()
                     run.log({f"losses/{name}": value for name, value in metrics.items()})
             schedule.step()
-            if len(held_out_rows):
-                seen = surrogate_gain(team, batch.rows(order[: len(held_out_rows)]))
-                unseen = surrogate_gain(team, batch.rows(held_out_rows))
+            if len(held_out.rewards):
+                seen = surrogate_gain(team, batch.rows(order[: len(held_out.rewards)]))
+                unseen = surrogate_gain(team, held_out)
                 run.log({"losses/gain": seen, "losses/held_out_gain": unseen})
 
         return run.finish(evaluate_team(FINAL_EPISODES))

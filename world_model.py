@@ -59,7 +59,7 @@ class Args:
     output: Path | None = None
     """file to export the world model to; by default world_model.pt in the run folder"""
     paper: bool = False
-    """the paper's networks, losses and budget; overrides the options that PAPER lists"""
+    """the paper's networks, losses and budget instead of other options; see docs/world_model.md"""
     members: int = 7
     """trained networks"""
     elites: int = 5
@@ -103,8 +103,8 @@ DEFAULTS = {
         total_steps=500, eval_every=250, hidden=(64, 64), mask_hidden=(64,), learning_rate=3e-3,
         reward_weight_decay=0.0,
     ),
-    # A reward of numbers is a curved surface instead of a table, and has peaks that the data seldom
-    # show, which without a weight are given up as noise.
+    # In games of numbers the reward is a curved surface, not a table. Its peaks are rare in the
+    # data, and an unweighted likelihood gives them up as noise.
     "continuous": Args(
         total_steps=3000, eval_every=1000, hidden=(64, 64), mask_hidden=(64,), learning_rate=3e-3,
         reward_beta=0.5, reward_weight_decay=0.0,
@@ -200,6 +200,7 @@ class Ensemble(nn.Module):
         x = (x - self.input_mean) / self.input_std
         mean, log_std = self.state(x).chunk(2, dim=-1)
         reward, reward_log_std = self.reward(x).chunk(2, dim=-1)
+        # Deviation 9.
         return mean, log_std.clamp(-10, 2), reward, reward_log_std.clamp(-10, 2)
 
     def mask_logits(self, next_states):
@@ -211,8 +212,9 @@ class Ensemble(nn.Module):
     def predict(self, states, joint_actions):
         """[batch, state], [batch, joint]: each member's mean next state [member, batch, state] and
         mean reward [member, batch], in the units of the data."""
-        inputs = (x.expand(self.members, -1, -1) for x in (states, joint_actions))
-        mean, _, reward, _ = self(*inputs)
+        all_states = states.expand(self.members, -1, -1)
+        all_actions = joint_actions.expand(self.members, -1, -1)
+        mean, _, reward, _ = self(all_states, all_actions)
         next_states = self.delta * states + mean * self.target_std + self.target_mean
         rewards = (reward * self.reward_std + self.reward_mean)[..., 0]
         return next_states, rewards
@@ -232,10 +234,11 @@ class Ensemble(nn.Module):
 def gaussian_nll(target, mean, log_std, beta=0.0):
     """Negative log-likelihood without its constant, weighted by variance ** beta.
 
-    Without that weight (beta-NLL, Seitzer et al., ICLR 2022), what is hard to predict is given up
-    as noise.
+    The weight is that of beta-NLL (Seitzer et al., ICLR 2022). Without it the network gives up what
+    is hard to predict as noise.
     """
     likelihood = log_std + 0.5 * ((target - mean) * (-log_std).exp()).square()
+    # Deviation 3.
     return (2 * beta * log_std).exp().detach() * likelihood
 
 
@@ -247,6 +250,7 @@ def member_losses(ensemble, batch, mask_batch, changes, beta, reward_beta):
     """
     states, joint_actions, next_states, rewards = batch
     mean, log_std, reward, reward_log_std = ensemble(states, joint_actions)
+    # Deviation 1.
     target = next_states - ensemble.delta * states - ensemble.target_mean
     target = target[..., changes] / ensemble.target_std[changes]
     state_loss = gaussian_nll(target, mean[..., changes], log_std[..., changes], beta)
@@ -284,10 +288,11 @@ def clip_each_agent(parameters, agents, max_norm):
 def held_out_errors(ensemble, dataset: OfflineDataset, rows, scale) -> dict:
     """Errors of each member's mean predictions [member].
 
-    State (L2) and reward (absolute) in their own units and in standard deviations of the data, and
-    the share of wrong masks, given the true next state.
+    State (L2) and reward (absolute) in their own units, then in standard deviations of the data
+    (the state's as a root mean square over dimensions), and the share of wrong masks, given the
+    true next state.
     """
-    sums = 0
+    totals = 0
     for part in rows.split(4096):
         joint_actions = dataset.task.join_actions(dataset.actions[part])
         next_states, rewards = ensemble.predict(dataset.states[part], joint_actions)
@@ -295,16 +300,15 @@ def held_out_errors(ensemble, dataset: OfflineDataset, rows, scale) -> dict:
         mask_logits = ensemble.mask_logits(true_next_states.expand(ensemble.members, -1, -1))
         state_error = next_states - true_next_states
         reward_error = (rewards - dataset.rewards[part]).abs()
-        errors = [
-            state_error.norm(dim=-1),
-            reward_error,
-            (state_error / scale[:-1]).norm(dim=-1) / len(scale[:-1]) ** 0.5,
-            reward_error / scale[-1],
-            ((mask_logits > 0) != (dataset.masks[part] > 0)).float(),
-        ]
-        sums = sums + torch.stack(errors).sum(-1)
-    names = ("state_error", "reward_error", "scaled_state_error", "scaled_reward_error")
-    return dict(zip((*names, "mask_error"), sums / len(rows)))
+        errors = {
+            "state_error": state_error.norm(dim=-1),
+            "reward_error": reward_error,
+            "scaled_state_error": (state_error / scale[:-1]).square().mean(-1).sqrt(),
+            "scaled_reward_error": reward_error / scale[-1],
+            "mask_error": ((mask_logits > 0) != (dataset.masks[part] > 0)).float(),
+        }
+        totals = totals + torch.stack(list(errors.values())).sum(-1)
+    return dict(zip(errors, totals / len(rows)))
 
 
 def disturb(task: Task, actions, behavior, generator):
@@ -324,7 +328,7 @@ def disturb(task: Task, actions, behavior, generator):
 
 
 def shuffled(rows):
-    """`rows` in random order, which is always the same."""
+    """`rows` in one fixed random order."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     return rows[order.to(rows.device)]
 
@@ -341,7 +345,7 @@ def open_loop_starts(dataset: OfflineDataset, rows, start_states="any"):
 
 
 class Logged:
-    """The episodes of the data themselves, where no simulator starts from their states."""
+    """Replays the data's own episodes, where no simulator can start from their states."""
 
     def __init__(self, dataset: OfflineDataset, rows):
         self.dataset, self.rows = dataset, rows
@@ -424,7 +428,8 @@ def evaluate_ensemble(ensemble, args: Args, dataset: OfflineDataset, rows, scale
     best = ensemble.select(elites)
     record = {name: error[elites].mean().item() for name, error in errors.items()}
     starts = open_loop_starts(dataset, rows, args.start_states)[:OPEN_LOOPS]
-    for behavior in BEHAVIORS if dataset.task.continues_from_states else ("on_data",):
+    behaviors = BEHAVIORS if dataset.task.continues_from_states else ("on_data",)
+    for behavior in behaviors:
         measured = open_loop(best, dataset, starts, scale, behavior)
         record |= {f"{behavior}/{name}": value for name, value in measured.items()}
     if dataset.task.model_errors:
@@ -448,16 +453,28 @@ def calibrate(record: dict, scale) -> dict:
 
 def export(ensemble, args: Args, dataset: OfflineDataset, record: dict, scale, seconds) -> dict:
     """What inference needs: the elites' layers, normaliser, bounding box and calibration."""
-    best, exported = ensemble.select(record["elites"]), dict(ensemble.named_buffers())
+    best, networks = ensemble.select(record["elites"]), {}
     for name in ("state", "reward", "mask"):
         layers = [layer for layer in getattr(best, name) if isinstance(layer, BatchedLinear)]
-        exported[name] = [(layer.weight.data, layer.bias.data) for layer in layers]
-    exported |= dataset.bounding_box() | {"scale": scale} | calibrate(record, scale)
-    exported["first_states"] = dataset.states[dataset.first_rows[:FIRST_STATES]]
-    settings = {"target": args.target, "activation": args.activation, "seed": args.seed}
-    description = settings | {"total_steps": args.total_steps, "seconds": seconds}
-    errors = {name: value for name, value in record.items() if isinstance(value, float)}
-    return exported | {"dataset": dataset.description, "description": description, "errors": errors}
+        networks[name] = [(layer.weight.data, layer.bias.data) for layer in layers]
+    description = {
+        "target": args.target,
+        "activation": args.activation,
+        "seed": args.seed,
+        "total_steps": args.total_steps,
+        "seconds": seconds,
+    }
+    return {
+        **networks,
+        **dict(ensemble.named_buffers()),  # the normaliser
+        **dataset.bounding_box(),
+        **calibrate(record, scale),
+        "scale": scale,
+        "first_states": dataset.states[dataset.first_rows[:FIRST_STATES]],
+        "dataset": dataset.description,
+        "description": description,
+        "errors": {name: value for name, value in record.items() if isinstance(value, float)},
+    }
 
 
 def check(args: Args) -> None:
@@ -471,12 +488,6 @@ def check(args: Args) -> None:
     message = "--hidden, --reward-hidden and --mask-hidden need one or more widths above 0"
     for widths in (args.hidden, args.reward_hidden, args.mask_hidden):
         require(widths and min(widths) > 0, message)
-
-
-def train(args: Args) -> dict:
-    if args.paper and not args.resume:
-        args = replace(args, **PAPER)
-    check(args)
     if args.output and not args.resume:
         require(args.output.suffix != ".json", "--output is a PyTorch file; name it *.pt")
         message = f"{args.output} exists; give another --output, or move it away"
@@ -484,11 +495,17 @@ def train(args: Args) -> dict:
         folder = args.output.absolute().parent
         require(folder.is_dir(), f"no folder {folder} to write {args.output.name} to")
         require(os.access(folder, os.W_OK), f"{folder} is not writable; give another --output")
+
+
+def train(args: Args) -> dict:
+    if args.paper and not args.resume:
+        args = replace(args, **PAPER)
+    check(args)
     with Run(args, "world_model") as run:
         task, device = run.task, run.device
         dataset = load_dataset(task, args.dataset, device)
         torch.manual_seed(args.seed)
-        training_rows, held_out_rows = dataset.split()
+        training_rows, held_out_rows = dataset.split()  # Deviation 6
         long_enough = len(open_loop_starts(dataset, held_out_rows, args.start_states)) > 0
         message = f"no held-out episode has {OPEN_LOOP_STEPS} steps; use more or longer episodes"
         require(long_enough, message)
@@ -509,8 +526,12 @@ def train(args: Args) -> dict:
         groups = [{"params": network.parameters()} for network in networks]
         groups[1]["weight_decay"] = args.reward_weight_decay
         optimizer = torch.optim.AdamW(groups, args.learning_rate, weight_decay=0.0, fused=True)
-        cosine = 0.5 * math.pi if args.decay == "cosine" else 0.0
-        schedule = LambdaLR(optimizer, lambda step: math.cos(cosine * step / args.total_steps) ** 2)
+
+        def rate(step):
+            angle = math.pi * step / args.total_steps if args.decay == "cosine" else 0.0
+            return 0.5 * (1 + math.cos(angle))
+
+        schedule = LambdaLR(optimizer, rate)
         inputs = {"dataset": dataset.description}
         run.restore(inputs, ensemble=ensemble, optimizer=optimizer, schedule=schedule)
         loss_function = compiled(member_losses, args, device)

@@ -132,7 +132,7 @@ class HistoryEncoder(nn.Module):
     Pairs are standardised, embedded and given positions; then come self-attention with a skip
     connection and LayerNorm, and soft attention over the ten results. Up to the two softmaxes all
     of this is linear in a token (standardised pair, one-hot position), so `forward` multiplies the
-    weights with each other before they touch the batch: the same function in a third of the time.
+    weights with each other before they touch the batch: the same function with fewer products.
     docs/history_encoder.md derives it, and a test compares it with the plain form.
     """
 
@@ -254,7 +254,7 @@ class Team(nn.Module):
         self.target_critics = copy.deepcopy(self.critics)
 
     def inputs(self, observations, histories, target=False):
-        """h_t^i, what agent i acts on: [memory, observation] [agent, batch, memory + obs]."""
+        """h_t^i, what agent i acts on: memory, then observation [agent, batch, memory + obs]."""
         observations = ((observations - self.obs_mean) / self.obs_std).transpose(0, 1)
         if self.memory is None:
             return observations

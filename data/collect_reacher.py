@@ -146,7 +146,7 @@ class Team(nn.Module):
 
 
 def generalized_advantages(rewards, values, next_values, masks, time_out_masks, gamma, gae_lambda):
-    """Returns and advantages [time, rollout] (Appendix A).
+    """Returns and advantages [time, column] (Appendix A.1).
 
     A terminal (mask 0) stops the bootstrap, a time-out does not.
     """

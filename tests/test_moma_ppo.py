@@ -39,7 +39,6 @@ from moma_ppo import (
     open_world_model,
     ppo_loss,
     rollout_step,
-    split_rollouts,
     surrogate_gain,
 )
 
@@ -616,34 +615,29 @@ def test_the_batch_bootstraps_from_each_transitions_own_next_state(task, reward_
     values = literal_team(team, *[field.flatten(0, 1) for field in fields])[2].detach()
     rollouts = rollouts._replace(values=values.view(10, 40))
     rewards = rollouts.rewards.clone()
-    batch = make_batch(team, rollouts, args, reward_scale)
+    batches = make_batch(team, rollouts, args, reward_scale)
     assert torch.equal(rollouts.rewards, rewards)  # what is logged
+    columns = slice(36), slice(36, 40)  # four of the forty are held out
     for name in ("states", "observations", "histories", "actions", "log_probs", "values"):
-        assert torch.equal(getattr(batch, name), getattr(rollouts, name).flatten(0, 1))
+        for batch, part in zip(batches, columns):
+            expected = getattr(rollouts, name)[:, part].flatten(0, 1)
+            assert torch.equal(getattr(batch, name), expected)
     limited = rollouts.actions.clamp(-ACTION_LIMIT, ACTION_LIMIT)
     pairs = torch.cat([limited, rollouts.observations], dim=-1)[:, :, :, None]
     histories = torch.cat([rollouts.histories[:, :, :, 1:], pairs], dim=3).flatten(0, 1)
     next_states = rollouts.next_states.flatten(0, 1)
     next_values = literal_team(team, next_states, task.observe(next_states), histories)[2]
-    columns = (reward_scale * rewards, rollouts.values, next_values.view(10, 40))
-    columns = (*columns, rollouts.masks, rollouts.time_out_masks)
+    terms = (reward_scale * rewards, rollouts.values, next_values.view(10, 40))
+    terms = (*terms, rollouts.masks, rollouts.time_out_masks)
     returns, advantages = torch.zeros(2, 10, 40)
     for i in range(40):
-        one = appendix_a(*[column[:, i].tolist() for column in columns], 0.9, 0.8)
+        one = appendix_a(*[term[:, i].tolist() for term in terms], 0.9, 0.8)
         returns[:, i], advantages[:, i] = torch.tensor(one[0]), torch.tensor(one[1])
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-3)
-    torch.testing.assert_close(batch.returns, returns.flatten(), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(batch.advantages, advantages.flatten(), rtol=1e-3, atol=1e-3)
-
-
-def test_whole_rollouts_are_held_out():
-    args = make_args(transitions=2000, rollout_length=50)
-    _, _, rollouts, _ = made_up_rollouts(args, MadeUpModel())
-    training_rows, held_out_rows = split_rollouts(rollouts)
-    assert len(held_out_rows) == 200 and len(training_rows) == 1800
-    rows = torch.arange(2000).view(50, 40)  # as make_batch flattens them
-    assert torch.equal(held_out_rows.sort().values, rows[:, 36:].flatten().sort().values)
-    assert not set(training_rows.tolist()) & set(held_out_rows.tolist())
+    for batch, part in zip(batches, columns):
+        expected = returns[:, part].flatten(), advantages[:, part].flatten()
+        torch.testing.assert_close(batch.returns, expected[0], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(batch.advantages, expected[1], rtol=1e-3, atol=1e-3)
 
 
 def test_gain_of_an_update_is_the_importance_weighted_advantage():
