@@ -426,15 +426,16 @@ class LocalToGlobalModel(WorldModel):
     def both_ways(self, states, actions):
         """(Next state, reward) as deduced from the agents' predictions and as predicted directly
         [2, batch, state + 1], from [batch, state] and [batch, agent, action]."""
-        m, actions = self.model, actions.clamp(-1, 1)
-        x = ((states - m["state_mean"]) / m["state_std"])[None]
-        context = self.network("context", x, F.silu)
-        pairs = torch.cat([actions, self.task.observe(x[0])], dim=-1).transpose(0, 1)
+        m = self.model
+        x = (states - m["state_mean"]) / m["state_std"]
+        actions = (actions.clamp(-1, 1) - m["action_mean"]) / m["action_std"]
+        context = self.network("context", x[None], F.silu)
+        pairs = torch.cat([actions, self.task.observe(x)], dim=-1).transpose(0, 1)
         inputs = torch.cat([context.expand(len(pairs), -1, -1), pairs], dim=-1)
         local = self.network("local_decoder", self.network("local_encoder", inputs, F.silu), F.silu)
         changes = local[..., : max(self.task.obs_dims)].transpose(0, 1).flatten(1)[None]
         seen = torch.cat([changes, context], dim=-1)
-        joint = torch.cat([x, actions.flatten(1)[None]], dim=-1)
+        joint = torch.cat([x, actions.flatten(1)], dim=-1)[None]
         deduced = self.network("deductive_encoder", seen, F.silu)
         direct = self.network("auxiliary_encoder", joint, F.silu)
         both = torch.cat([deduced, direct], dim=1)

@@ -10,7 +10,7 @@ uncertain they are.
     python baselines/logo.py --task reacher-leader-only --synthetic-share 0     # data alone: MACQL
     python baselines/logo.py --resume runs/RUN
 
-What is ours where the sources are silent, and why: docs/logo.md.
+What is ours where the sources are silent, and why: docs/logo.md. Comments name its items.
 """
 
 import copy
@@ -87,7 +87,7 @@ class Args:
     generations: int = 10
     """generations that are kept; a new one replaces the oldest"""
     exploration: float = 0.1
-    """standard deviation of the noise on a rollout's actions, or share of its random options"""
+    """standard deviation of noise on a rollout's actions, or chance that an option is redrawn"""
     uncertainty: Literal["weighting", "penalty", "none"] = "weighting"
     """whether uncertain transitions are drawn less often, earn less, or count like all others"""
     confidence: float = 1.0
@@ -266,61 +266,56 @@ class ModelStep(NamedTuple):
 class LocalToGlobal(nn.Module):
     """The world model: from local predictions to the global state.
 
-    Networks work on standardised states and changes of state; an agent's get the dimensions that it
-    observes.
+    Networks work on standardised states, actions, rewards and changes of state; an agent's get the
+    dimensions that it observes.
     """
 
-    def __init__(self, task: Task, args: Args):
+    def __init__(self, task: Task, dataset: OfflineDataset, rows, args: Args):
         super().__init__()
         self.task = task
-        one, two = [args.model_width], [args.model_width] * 2  # hidden layers
+        one_layer, two_layers = [args.model_width], [args.model_width] * 2
         embedding = args.embedding
         agents, observed = task.num_agents, max(task.obs_dims)
         local_dims = [embedding + pair for pair in task.pair_dims]
         joint_dim = agents * task.action_dim
         # The predictive model: (o_i, a_i), and an embedding of the state, to o_i'.
-        self.context = MLP([task.state_dim], two, embedding, nn.SiLU)
-        self.local_encoder = MLP(local_dims, one, embedding, nn.SiLU)
+        self.context = MLP([task.state_dim], two_layers, embedding, nn.SiLU)
+        self.local_encoder = MLP(local_dims, one_layer, embedding, nn.SiLU)
         local_outputs = observed + task.action_dim + observed  # o_i', and what was encoded
-        self.local_decoder = MLP([embedding] * agents, one, local_outputs, nn.SiLU)
+        self.local_decoder = MLP([embedding] * agents, one_layer, local_outputs, nn.SiLU)
         # The deductive model: all agents' o_i' to s' and r, and s' to whether it is absorbing.
         deduced = task.state_dim + 1 + agents * observed  # s', r, and what was encoded
-        self.deductive_encoder = MLP([agents * observed + embedding], two, embedding, nn.SiLU)
-        self.deductive_decoder = MLP([embedding], one, deduced, nn.SiLU)
+        deductive_dim = agents * observed + embedding
+        self.deductive_encoder = MLP([deductive_dim], two_layers, embedding, nn.SiLU)
+        self.deductive_decoder = MLP([embedding], one_layer, deduced, nn.SiLU)
         self.mask_network = MLP([task.state_dim], [128, 128], 1)
         # The auxiliary encoder: (s, a) to the deductive decoder, past the agents.
-        self.auxiliary_encoder = MLP([task.state_dim + joint_dim], two, embedding, nn.SiLU)
-        sizes = {"state": task.state_dim, "change": task.state_dim, "reward": 1}
-        for name, size in sizes.items():
-            self.register_buffer(f"{name}_mean", torch.zeros(size))
-            self.register_buffer(f"{name}_std", torch.ones(size))
-        for name in ("state_min", "state_max"):
-            self.register_buffer(name, torch.zeros(task.state_dim))
-        for name in ("reward_min", "reward_max", "uncertainty_scale"):
-            self.register_buffer(name, torch.ones(()))
-
-    @torch.no_grad()
-    def standardize(self, dataset: OfflineDataset, rows):
-        """Takes statistics from the training rows, and the bounding box from all data.
-
-        The deviation of a change that never happens is 0: such a dimension is copied.
-        """
-        states, rewards = dataset.states[rows], dataset.rewards[rows, None]
-        values = {"state": states, "change": dataset.next_states[rows] - states, "reward": rewards}
+        self.auxiliary_encoder = MLP([task.state_dim + joint_dim], two_layers, embedding, nn.SiLU)
+        # Statistics of the training rows, and the bounding box of all data. A change that never
+        # happens has deviation 0: such a dimension is copied.
+        values = {
+            "state": dataset.states[rows],
+            "action": dataset.actions[rows],
+            "change": dataset.next_states[rows] - dataset.states[rows],
+            "reward": dataset.rewards[rows, None],
+        }
         for name, value in values.items():
             mean, std = value.double().mean(0), value.double().std(0)
-            getattr(self, f"{name}_mean").copy_(mean)
-            unchanging = 0 if name == "change" else 1
-            getattr(self, f"{name}_std").copy_(torch.where(std < 1e-6, unchanging, std))
+            std = torch.where(std < 1e-6, 0 if name == "change" else 1, std)
+            self.register_buffer(f"{name}_mean", mean.float())
+            self.register_buffer(f"{name}_std", std.float())
         for name, bound in dataset.bounding_box().items():
-            getattr(self, name).copy_(bound)
+            self.register_buffer(name, bound)
+        self.register_buffer("uncertainty_scale", torch.ones(()))  # u's 0.99 quantile on data
 
     def network_inputs(self, states, actions):
-        """States [1, batch, state], their embedding [1, batch, embedding], and each agent's action
-        and observation [agent, batch, pair], all standardised."""
-        x = (states - self.state_mean) / self.state_std
-        pairs = torch.cat([actions, self.task.observe(x)], dim=-1).transpose(0, 1)
-        return x[None], self.context(x[None]), pairs
+        """Standardised: states and actions [1, batch, state + joint], the states' embedding
+        [1, batch, embedding], and each agent's action and observation [agent, batch, pair]."""
+        states = (states - self.state_mean) / self.state_std
+        actions = (actions - self.action_mean) / self.action_std
+        pairs = torch.cat([actions, self.task.observe(states)], dim=-1).transpose(0, 1)
+        joint = torch.cat([states, actions.flatten(1)], dim=-1)[None]
+        return joint, self.context(states[None]), pairs
 
     def predict_locally(self, context, pairs):
         """Changes of every agent's observation [agent, batch, obs], and the pairs reconstructed."""
@@ -329,27 +324,27 @@ class LocalToGlobal(nn.Module):
         return outputs.split([outputs.shape[-1] - pairs.shape[-1], pairs.shape[-1]], dim=-1)
 
     def deduce(self, context, changes):
-        """Change of the state and reward [batch, state + 1], and `changes` reconstructed."""
+        """Change of the state and reward [batch, state + 1], and `changes` again (item 3)."""
         joint = changes.transpose(0, 1).flatten(1)[None]
         embedding = self.deductive_encoder(torch.cat([joint, context], dim=-1))
         outputs = self.deductive_decoder(embedding)[0]
         deduced, reconstruction = outputs.split([len(self.state_mean) + 1, joint.shape[-1]], dim=-1)
         return deduced, reconstruction.unflatten(1, (-1, changes.shape[-1])).transpose(0, 1)
 
-    def predict_directly(self, x, actions):
+    def predict_directly(self, joint):
         """Change of the state and reward [batch, state + 1], from the auxiliary encoder, which
         bypasses the agents."""
-        embedding = self.auxiliary_encoder(torch.cat([x, actions.flatten(1)[None]], dim=-1))
-        return self.deductive_decoder(embedding)[0, :, : len(self.state_mean) + 1]
+        outputs = self.deductive_decoder(self.auxiliary_encoder(joint))[0]
+        return outputs[:, : len(self.state_mean) + 1]
 
     def predict(self, states, actions):
         """(Next state, reward) as deduced and as predicted directly, each [batch, state + 1], and
         their distance, the uncertainty u(s, a) [batch] (Eq. 5)."""
-        x, context, pairs = self.network_inputs(states, actions)
+        joint, context, pairs = self.network_inputs(states, actions)
         deduced, _ = self.deduce(context, self.predict_locally(context, pairs)[0])
         mean = torch.cat([states + self.change_mean, self.reward_mean.expand(len(states), 1)], 1)
         std = torch.cat([self.change_std, self.reward_std])
-        deduced, direct = mean + std * deduced, mean + std * self.predict_directly(x, actions)
+        deduced, direct = mean + std * deduced, mean + std * self.predict_directly(joint)
         uncertainty = ((direct - deduced)[:, :-1] / self.state_std).norm(dim=-1)
         return deduced, direct, uncertainty
 
@@ -360,7 +355,7 @@ class LocalToGlobal(nn.Module):
         return values.clamp(low - margin, high + margin)
 
     def mask_logits(self, next_states):
-        """Logits [batch] of next states [batch, state] not being absorbing."""
+        """Logits [batch] of next states [batch, state] not being absorbing (item 7)."""
         return self.mask_network(((next_states - self.state_mean) / self.state_std)[None])[0, :, 0]
 
     @torch.no_grad()
@@ -378,38 +373,44 @@ class LocalToGlobal(nn.Module):
         return ModelStep(next_states, self.clip(deduced[:, -1], "reward"), masks, uncertainty)
 
 
-def model_losses(model: LocalToGlobal, batch, mask_batch, reconstruction_weight):
+def model_losses(model: LocalToGlobal, batch: Batch, mask_batch: Batch, reconstruction_weight):
     """Losses of the predictive model, of the deductive model given true and predicted
-    observations, of the auxiliary encoder, and of the mask.
-
-    `batch` is states, actions, next states and rewards, `mask_batch` next states and masks.
-    """
-    states, actions, next_states, rewards = batch
-    x, context, pairs = model.network_inputs(states, actions)
-    # A dimension that never changes has deviation 0, and its target is 0 as it is.
-    change = next_states - states - model.change_mean
+    observations, of the auxiliary encoder, and of the mask, which learns from `mask_batch`."""
+    task = model.task
+    joint, context, pairs = model.network_inputs(batch.states, batch.actions)
+    # A change that never happens equals its mean, so its target is 0; dividing by 1 keeps it so.
+    change = batch.next_states - batch.states - model.change_mean
     change = change / torch.where(model.change_std > 0, model.change_std, 1)
-    reward = (rewards[:, None] - model.reward_mean) / model.reward_std
+    reward = (batch.rewards[:, None] - model.reward_mean) / model.reward_std
     target = torch.cat([change, reward], dim=-1)
-    local_target = model.task.observe(change).transpose(0, 1)  # [agent, batch, obs]
+    local_target = task.observe(change).transpose(0, 1)  # [agent, batch, obs]
+
+    def local_error(prediction, target, dims):  # mean over true dimensions; padding learns to be 0
+        total = F.l1_loss(prediction, target, reduction="sum")
+        return total / (len(batch.states) * sum(dims))
+
+    def global_error(prediction):  # absolute (item 1); the reward counts as much as the state
+        state_error = F.l1_loss(prediction[:, :-1], target[:, :-1])
+        return state_error + F.l1_loss(prediction[:, -1], target[:, -1])
 
     # Each agent predicts its own next observation.
     local, reconstruction = model.predict_locally(context, pairs)
-    predictive = F.l1_loss(local, local_target)
-    predictive = predictive + reconstruction_weight * F.l1_loss(reconstruction, pairs)
+    predictive = local_error(local, local_target, task.obs_dims)
+    reconstruction_loss = local_error(reconstruction, pairs, task.pair_dims)
+    predictive = predictive + reconstruction_weight * reconstruction_loss
 
     # From true and from predicted observations state and reward are deduced.
     deductive = 0
     for changes in (local_target, local):
         deduced, reconstruction = model.deduce(context, changes)
-        deductive = deductive + F.l1_loss(deduced, target)
-        reconstruction_loss = F.l1_loss(reconstruction, changes.detach())
-        deductive = deductive + reconstruction_weight * reconstruction_loss
+        reconstruction_loss = local_error(reconstruction, changes.detach(), task.obs_dims)
+        deductive = deductive + global_error(deduced) + reconstruction_weight * reconstruction_loss
 
-    # The auxiliary encoder takes another way to the same state.
-    auxiliary = F.l1_loss(model.predict_directly(x, actions), target)
-    next_states, masks = mask_batch
-    mask = F.binary_cross_entropy_with_logits(model.mask_logits(next_states), masks)
+    # The auxiliary encoder must reach the same target without the agents. On the data the two
+    # predictions agree; where they differ, the model is uncertain (Eq. 5).
+    auxiliary = global_error(model.predict_directly(joint))
+    logits = model.mask_logits(mask_batch.next_states)
+    mask = F.binary_cross_entropy_with_logits(logits, mask_batch.masks)
     return predictive, deductive, auxiliary, mask
 
 
@@ -427,7 +428,7 @@ def with_rare(rows, rare_rows):
 def model_errors(model: LocalToGlobal, dataset: OfflineDataset, rows) -> dict:
     """Errors on held-out rows: next state (L2) and reward (absolute), deduced and direct, wrong
     masks, and how u goes with the true error (correlation of logarithms)."""
-    rows = rows[:: math.ceil(len(rows) / 20_000)]
+    rows = rows[:: math.ceil(len(rows) / 20_000)]  # enough, and they fit into memory
     next_states, rewards = dataset.next_states[rows], dataset.rewards[rows]
     deduced, direct, uncertainty = model.predict(dataset.states[rows], dataset.actions[rows])
     errors = ((deduced[:, :-1] - next_states) / model.state_std).norm(dim=-1)
@@ -477,6 +478,7 @@ class Team(nn.Module):
         self.register_buffer("obs_std", obs_std)
         self.register_buffer("state_mean", states.mean(0))
         self.register_buffer("state_std", torch.where(states.std(0) < 1e-6, 1, states.std(0)))
+        # Item 8.
         self.memory = make_memory(task, args.memory, obs_mean, obs_std)
         memory_dim = 128 if self.memory else 0
         in_dims = [memory_dim + width for width in task.obs_dims]
@@ -526,11 +528,6 @@ class Team(nn.Module):
         outputs = mixer(((states - self.state_mean) / self.state_std)[None])[0].T
         return F.softplus(outputs[:-1]), outputs[-1]
 
-    def mix(self, q, states, target=False):
-        """Q_j(s, a) = sum_i w_i(s) Q_ij(h_i, a_i) + b(s): [twin, agent, batch] -> [twin, batch]."""
-        weights, bias = self.mixing(states, target)
-        return (weights * q).sum(1) + bias
-
     def act(self, inputs, target=False):
         """Every agent's greedy action: [batch, agent, action]."""
         if self.task.discrete:
@@ -558,32 +555,32 @@ class Team(nn.Module):
 # Synthetic data.
 
 
-class SyntheticData:
+class SyntheticData(nn.Module):
     """The newest rollouts in the world model, kept as a dataset of their own.
 
     A rollout follows a copy of the ten rows before its first state, for the agents' histories.
     """
 
-    COLUMNS = ("states", "next_states", "actions", "rewards", "masks", "episode_starts")
-
     def __init__(self, dataset: OfflineDataset, args: Args):
-        self.dataset, self.args, self.started = dataset, args, 0
+        super().__init__()
+        self.dataset, self.args = dataset, args
         shape = args.generations, args.rollouts, HISTORY_LENGTH + args.horizon
         self.rows = torch.arange(math.prod(shape), device=dataset.device).view(shape)
-        self.buffer = copy.copy(dataset)  # with columns of its own
-        for name in self.COLUMNS:
+        self.buffer = copy.copy(dataset)  # with columns of its own, which checkpoints keep
+        for name in ("states", "next_states", "actions", "rewards", "masks", "episode_starts"):
             column = getattr(dataset, name)
-            empty = column.new_zeros(self.rows.numel(), *column.shape[1:])
-            setattr(self.buffer, name, empty)
-        self.weights = torch.zeros(self.rows.numel(), device=dataset.device)
+            self.register_buffer(name, column.new_zeros(self.rows.numel(), *column.shape[1:]))
+            setattr(self.buffer, name, getattr(self, name))
+        self.register_buffer("weights", torch.zeros(self.rows.numel(), device=dataset.device))
 
     def batch(self, size: int, with_histories: bool) -> Batch:
-        """Transitions, each as often as it weighs."""
+        """Transitions, drawn with probabilities proportional to their weights."""
         rows = torch.multinomial(self.weights, size, replacement=True)
         return self.buffer.batch(rows, with_histories)
 
     def weigh(self, uncertainty, rewards, reward_std):
-        """Weights and rewards [rollout] of transitions, given their u in units of its quantile."""
+        """Weights and rewards [rollout] of transitions, given their u in units of its quantile
+        (item 4)."""
         if self.args.uncertainty == "weighting":  # exp(C - u), of which at most 1 counts
             return (self.args.confidence - uncertainty).clamp(-10, 0).exp(), rewards
         if self.args.uncertainty == "penalty":  # a standard deviation of the reward at the quantile
@@ -591,11 +588,10 @@ class SyntheticData:
         return torch.ones_like(rewards), rewards
 
     @torch.no_grad()
-    def add_rollouts(self, team: Team, model: LocalToGlobal) -> None:
-        """Rollouts of the team as it is now take the place of the oldest."""
+    def add_rollouts(self, team: Team, model: LocalToGlobal, generation: int) -> None:
+        """Rolls the team out as it is now; these rollouts replace the oldest."""
         data, buffer = self.dataset, self.buffer
-        rows = self.rows[self.started % len(self.rows)]  # [rollout, 10 + step]
-        self.started += 1
+        rows = self.rows[generation % len(self.rows)]  # [rollout, 10 + step]
 
         # Copy the past of the first states. It is shorter where an episode has just begun: then
         # rows of another episode are copied, too, and `episode_starts` hides them.
@@ -620,16 +616,8 @@ class SyntheticData:
             buffer.rewards[now], buffer.masks[now] = rewards, masks
             self.weights[now] = alive * weights
             states, alive = next_states, alive * masks
-
-    def state_dict(self) -> dict:
-        columns = {name: getattr(self.buffer, name) for name in self.COLUMNS}
-        return columns | {"weights": self.weights, "started": self.started}
-
-    def load_state_dict(self, saved: dict) -> None:
-        self.started = saved["started"]
-        self.weights.copy_(saved["weights"])
-        for name in self.COLUMNS:
-            getattr(self.buffer, name).copy_(saved[name])
+        message = "the team is not finite; use a smaller --learning-rate"
+        require(bool(self.weights.isfinite().all()), message)
 
 
 # The learner: conservative Q-learning of mixed critics (MACQL).
@@ -649,7 +637,8 @@ def macql_losses(team: Team, batch: Batch, args: Args, learn_policy: bool):
         next_inputs = team.inputs(batch.next_observations, batch.next_histories, target=True)
         next_actions = team.act(next_inputs, target=True)[None]
         next_q = team.q_values(next_inputs, next_actions, target=True)[:, :, 0]
-        next_q = team.mix(next_q, batch.next_states, target=True).amin(0)
+        weights, bias = team.mixing(batch.next_states, target=True)
+        next_q = ((weights * next_q).sum(1) + bias).amin(0)
         td_targets = batch.rewards + args.gamma * batch.masks * next_q  # [batch]
 
     # Both mixed critics learn y.
@@ -659,7 +648,8 @@ def macql_losses(team: Team, batch: Batch, args: Args, learn_policy: bool):
     td_loss = (mixed[:, 0] - td_targets).square().mean(1).sum()
 
     # The mixture is pushed down on all actions of one agent, while the others act as in the batch
-    # (CFCQL), in data and rollouts alike, and up on the data's actions (COMBO).
+    # (CFCQL), in data and rollouts alike, and up on the data's actions (COMBO, item 9). Of the
+    # mixture only w_i Q_ij depends on a_i, so the rest, `mixed - own`, stands outside the integral.
     stride = args.batch_size // args.cql_batch_size
     rows, data_rows = slice(None, None, stride), slice(None, rows_of_data(args), stride)
     node_q = weights[:, None, rows] * team.q_values(inputs[:, rows], team.nodes)
@@ -667,7 +657,7 @@ def macql_losses(team: Team, batch: Batch, args: Args, learn_policy: bool):
     pushed_down = log_integral + (mixed - own)[..., rows]
     excess = pushed_down.mean(-1) - mixed[..., data_rows].mean(-1)  # [twin, agent]
     conservative_loss = args.cql_alpha * excess.sum()
-    if not learn_policy:
+    if team.policy is None or not learn_policy:
         return td_loss, conservative_loss
 
     # Policies maximise the mixture of the first critics.
@@ -686,8 +676,8 @@ def exported_model(model: LocalToGlobal, args: Args, dataset: OfflineDataset, er
         exported[name.removesuffix("_network")] = [(x.weight.data, x.bias.data) for x in layers]
     exported |= dict(model.named_buffers())
     exported["input_mean"], exported["input_std"] = model.state_mean, model.state_std
-    # The rule of world_model.py: the penalty is a standard deviation of the reward at u's 0.99
-    # quantile, and a rollout is cut at 10 times that quantile.
+    # As in world_model.py, the penalty is a standard deviation of the reward at the 0.99 quantile,
+    # and a rollout is cut at 10 times it; but this is u's quantile after one step, not after ten.
     scale = model.uncertainty_scale.item()
     exported |= {"lambda_g": model.reward_std.item() / scale, "l_epsilon": 10 * scale}
     exported["first_states"] = dataset.states[dataset.first_rows[:1000]]
@@ -734,23 +724,22 @@ def train(args: Args) -> dict:
         dataset = load_dataset(task, args.dataset, device)
         torch.manual_seed(args.seed)
         team = Team(task, dataset.states, args).to(device)
-        networks = [net for net in (team.policy, team.critics, team.mixer) if net is not None]
-        groups = [{"params": net.parameters()} for net in networks]
+        networks = team.policy, team.critics, team.mixer, team.memory
+        groups = [{"params": net.parameters()} for net in networks if net is not None]
         if team.memory:
-            groups.append({"params": team.memory.parameters(), "lr": args.memory_learning_rate})
+            groups[-1]["lr"] = args.memory_learning_rate
         optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True)
         schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)
         targets = {k: v for k, v in team.named_parameters() if k.startswith("target_")}
         online = [team.get_parameter(name.removeprefix("target_")) for name in targets]
-        # Scaled like this, values are about 1 on every task, so that one --cql-alpha serves all.
+        # Item 6: the data's values are about 1 on every task, so that one --cql-alpha serves all.
         reward_scale = (1 - args.gamma) / max(float(dataset.rewards.abs().mean()), 1e-3)
 
         training_rows, held_out_rows = dataset.split()
         absorbing_rows = training_rows[dataset.masks[training_rows] == 0]
         rewards = dataset.rewards[training_rows]
         outlying_rows = training_rows[(rewards - rewards.mean()).abs() > 10 * rewards.std()]
-        model = LocalToGlobal(task, args).to(device)
-        model.standardize(dataset, training_rows)
+        model = LocalToGlobal(task, dataset, training_rows, args).to(device)
         model_optimizer = torch.optim.Adam(model.parameters(), args.model_learning_rate, fused=True)
         quarter = 0.5 * math.pi / args.model_steps
         model_schedule = LambdaLR(model_optimizer, lambda step: math.cos(quarter * step) ** 2)
@@ -761,7 +750,6 @@ def train(args: Args) -> dict:
         tracked = {"team": team, "optimizer": optimizer, "schedule": schedule, "model": model}
         tracked |= {"model_optimizer": model_optimizer, "model_schedule": model_schedule}
         run.restore({"dataset": dataset.description}, **tracked, synthetic=synthetic)
-        columns = dataset.states, dataset.actions, dataset.next_states, dataset.rewards
         model_loss_function = compiled(model_losses, args, device)
         team_loss_function = compiled(macql_losses, args, device)
 
@@ -773,12 +761,10 @@ def train(args: Args) -> dict:
         for step in run.steps(evaluate_run, model_steps + args.total_steps):
             # First the world model learns the data.
             if step <= model_steps:
-                shape = 1, args.batch_size  # of one member, as in world_model.py
+                shape = 1, args.batch_size  # [member, batch], as with_rare expects
                 rows = training_rows[torch.randint(len(training_rows), shape, device=device)]
-                mask_rows = with_rare(rows, absorbing_rows)[0]
-                rows = with_rare(rows, outlying_rows)[0]
-                batch = [column[rows] for column in columns]
-                mask_batch = dataset.next_states[mask_rows], dataset.masks[mask_rows]
+                mask_batch = dataset.batch(with_rare(rows, absorbing_rows)[0], with_histories=False)
+                batch = dataset.batch(with_rare(rows, outlying_rows)[0], with_histories=False)
                 losses = model_loss_function(model, batch, mask_batch, args.reconstruction)
                 descend(losses, model_optimizer, model_schedule, args.max_grad_norm)
                 run.log(dict(zip(MODEL_LOSSES, losses)))
@@ -796,19 +782,16 @@ def train(args: Args) -> dict:
             # Then the team learns from the data and from its rollouts in the model.
             team_step = step - model_steps
             if synthetic_size and (team_step - 1) % args.refresh_every == 0:
-                synthetic.add_rollouts(team, model)
-            rows, with_histories = dataset.sample_rows(rows_of_data(args)), bool(team.memory)
-            batch = dataset.batch(rows, with_histories)
+                synthetic.add_rollouts(team, model, team_step // args.refresh_every)
+            batch = dataset.batch(dataset.sample_rows(rows_of_data(args)), bool(team.memory))
             if synthetic_size:
-                others = synthetic.batch(synthetic_size, with_histories)
-                pairs = zip(batch, others)
+                pairs = zip(batch, synthetic.batch(synthetic_size, bool(team.memory)))
                 batch = Batch(*[x if x is None else torch.cat([x, y]) for x, y in pairs])
             batch = batch._replace(rewards=reward_scale * batch.rewards)
-            time_for_policy = team_step % args.policy_delay == 0
-            learn_policy = time_for_policy and not task.discrete
+            learn_policy = team_step % args.policy_delay == 0
             losses = team_loss_function(team, batch, args, learn_policy)
             descend(losses, optimizer, schedule, args.max_grad_norm)
-            if time_for_policy:
+            if learn_policy:
                 with torch.no_grad():
                     torch._foreach_lerp_(list(targets.values()), online, args.polyak)
             run.log(dict(zip(TEAM_LOSSES, losses)))

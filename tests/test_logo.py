@@ -32,7 +32,9 @@ def each(*tasks):
 
 def made_up_model(task, dtype=torch.float64, **options):
     """Off its start, with statistics that standardisation has to use, and two dead dimensions."""
-    model = scramble(logo.LocalToGlobal(task, logo.Args(model_width=16, embedding=5, **options)))
+    dataset = load_dataset(task) if task is GAME else OfflineDataset(task, recorded_columns(task))
+    args = logo.Args(model_width=16, embedding=5, **options)
+    model = scramble(logo.LocalToGlobal(task, dataset, torch.arange(dataset.size), args))
     for buffer in model.buffers():
         buffer.copy_(torch.rand(buffer.shape) + 0.5)
     model.change_std[:2] = 0
@@ -54,7 +56,8 @@ class Literal:
     """What the model makes of one state [state] and joint action [agent, action]."""
 
     def __init__(self, model, state, action):
-        self.model, self.task, self.action = model, model.task, action
+        self.model, self.task = model, model.task
+        self.action = (action - model.action_mean) / model.action_std
         self.x = (state - model.state_mean) / model.state_std
         self.context = literal_mlp(model.context, 0, self.x)
 
@@ -83,13 +86,17 @@ class Literal:
         return literal_mlp(self.model.deductive_decoder, 0, hidden)[: self.task.state_dim + 1]
 
 
+def global_error(error):
+    """Of state and reward, which count alike."""
+    return error[:-1].abs().mean() + error[-1].abs()
+
+
 @each(REACHER, ANT, GAME)
 @torch.no_grad()
 def test_model_losses_equal_the_equations_transition_by_transition(task, float64):
     model, batch = made_up_model(task), made_up_batch(task)
-    mask_batch = batch.next_states, batch.masks
-    columns = batch.states, batch.actions, batch.next_states, batch.rewards
-    got = logo.model_losses(model, columns, mask_batch, 0.3)
+    mask_batch = batch._replace(next_states=batch.next_states + 0.1)
+    got = logo.model_losses(model, batch, mask_batch, 0.3)
     sums, size = torch.zeros(4), len(batch.rewards)
     for b in range(size):
         literal = Literal(model, batch.states[b], batch.actions[b])
@@ -105,18 +112,16 @@ def test_model_losses_equal_the_equations_transition_by_transition(task, float64
         for i in range(task.num_agents):
             predicted, reconstructed, given = literal.local(i)
             predictions.append(predicted)
-            error = (predicted - truths[i]).abs().mean() + 0.3 * (
-                reconstructed - given
-            ).abs().mean()
-            sums[0] += error / task.num_agents
+            sums[0] += (predicted - truths[i]).abs().sum() / sum(task.obs_dims)
+            sums[0] += 0.3 * (reconstructed - given).abs().sum() / sum(task.pair_dims)
         for changes in (truths, predictions):
             deduced, reconstructed = literal.deduce(changes)
-            sums[1] += (deduced - target).abs().mean()
-            sums[1] += 0.3 * (reconstructed - torch.cat(changes)).abs().mean()
-        sums[2] += (literal.direct() - target).abs().mean()
-        logit = literal_mlp(
-            model.mask_network, 0, (batch.next_states[b] - model.state_mean) / model.state_std
-        )
+            sums[1] += global_error(deduced - target)
+            error = (reconstructed - torch.cat(changes)).abs().sum()
+            sums[1] += 0.3 * error / sum(task.obs_dims)
+        sums[2] += global_error(literal.direct() - target)
+        next_state = (mask_batch.next_states[b] - model.state_mean) / model.state_std
+        logit = literal_mlp(model.mask_network, 0, next_state)
         sums[3] += F.binary_cross_entropy_with_logits(logit[0], batch.masks[b])
     torch.testing.assert_close(torch.stack(got), sums / size, rtol=1e-6, atol=1e-9)
 
@@ -168,10 +173,11 @@ def test_the_model_does_not_see_an_ants_heading(float64):
 def test_statistics_come_from_the_training_rows_and_the_box_from_all():
     task = REACHER
     dataset = OfflineDataset(task, recorded_columns(task))
-    rows, model = torch.arange(100), logo.LocalToGlobal(task, logo.Args())
-    model.standardize(dataset, rows)
+    rows = torch.arange(100)
+    model = logo.LocalToGlobal(task, dataset, rows, logo.Args())
     change = (dataset.next_states - dataset.states)[rows]
     torch.testing.assert_close(model.change_mean, change.mean(0))
+    torch.testing.assert_close(model.action_std, dataset.actions[rows].std(0))
     assert model.change_std[4:6].tolist() == [0, 0]  # targets stay where they are
     assert torch.equal(model.state_max, torch.cat([dataset.states, dataset.next_states]).amax(0))
 
@@ -220,8 +226,8 @@ def synthetic():
     dataset = OfflineDataset(task, recorded_columns(task))
     args = logo.Args(horizon=6, rollouts=8, generations=2, memory="attention")
     team = logo.Team(task, dataset.states, args)
-    model = made_up_model(task, torch.float32)
-    model.standardize(dataset, torch.arange(200))
+    model = logo.LocalToGlobal(task, dataset, torch.arange(200), logo.Args(model_width=16))
+    scramble(model)
     # At every step the rollout whose arm points furthest to the left ends.
     model.mask_logits = lambda next_states: next_states[:, 0] - next_states[:, 0].min()
     return logo.SyntheticData(dataset, args), team, model
@@ -230,7 +236,7 @@ def synthetic():
 def test_synthetic_data_are_rollouts_in_the_model_with_their_histories(synthetic):
     synthetic, team, model = synthetic
     dataset, task = synthetic.buffer, team.task
-    synthetic.add_rollouts(team, model)
+    synthetic.add_rollouts(team, model, 0)
     rows = synthetic.rows[0]
     weights = synthetic.weights.view(2, 8, 16)
     assert (weights[0, :, :10] == 0).all() and (weights[1] == 0).all()
@@ -259,16 +265,16 @@ def test_synthetic_data_are_rollouts_in_the_model_with_their_histories(synthetic
 
 def test_what_has_weight_is_drawn_and_the_oldest_rollouts_go(synthetic):
     synthetic, team, model = synthetic
-    synthetic.add_rollouts(team, model)
+    synthetic.add_rollouts(team, model, 0)
     first = synthetic.buffer.states.clone()
     batch = synthetic.batch(500, with_histories=True)
     drawn = (batch.states[:, None] == first[synthetic.weights > 0]).all(-1)
     assert drawn.any(1).all() and drawn.any(0).sum() > 30  # of at most 48
     assert batch.histories.shape[0] == 500
-    synthetic.add_rollouts(team, model)
+    synthetic.add_rollouts(team, model, 1)
     second = synthetic.buffer.states.clone()
     assert torch.equal(first[:128], second[:128]) and not torch.equal(first[128:], second[128:])
-    synthetic.add_rollouts(team, model)
+    synthetic.add_rollouts(team, model, 2)
     third = synthetic.buffer.states
     assert not torch.equal(second[:128], third[:128]) and torch.equal(second[128:], third[128:])
 

@@ -419,7 +419,12 @@ def test_a_rare_transition_is_shown_as_a_whole(script, monkeypatch, tmp_path):
     options = {"total_steps": 2, "eval_every": 2, "batch_size": 512} | sizes
     options["run_dir"] = tmp_path / "run"
     script.train(script.Args("coordination-unfavorable-8", **options))
-    for _, actions, next_states, rewards in seen[:2]:
-        assert torch.equal(actions.flatten(-2) if script is logo else actions, next_states)
+    for batch in seen[:2]:
+        if script is logo:
+            actions, next_states, rewards = batch.actions, batch.next_states, batch.rewards
+            actions = actions.flatten(-2)
+        else:
+            _, actions, next_states, rewards = batch
+        assert torch.equal(actions, next_states)
         alike = next_states.unflatten(-1, (8, 2)).sum(-2).amax(-1) == 8
         assert torch.equal(rewards == 1, alike) and (rewards == 1).float().mean() > 0.05
