@@ -211,15 +211,16 @@ class Task:
         return self.file or self.name
 
     @property
-    def folder(self) -> Path:
-        """Where the files of a task of your own are."""
-        return Path(self.file).parent
+    def own_dataset(self) -> Path | None:
+        """The dataset beside the file that defines the task, if the task names one."""
+        is_file = self.file and Path(self.dataset).suffix
+        return Path(self.file).parent / self.dataset if is_file else None
 
     @property
     def world_model_path(self) -> Path:
         """The shipped world model, or the file beside an own dataset, with the suffix .pt."""
-        if self.file and Path(self.dataset).suffix:
-            return (self.folder / self.dataset).with_suffix(".pt")
+        if self.own_dataset:
+            return self.own_dataset.with_suffix(".pt")
         return Path(__file__).resolve().parent / "data" / "weights" / f"{self.dataset}.pt"
 
     @property
@@ -302,9 +303,8 @@ def check_split(task: Task) -> None:
 def check_reference(task: Task) -> None:
     """Raises `InputError` unless returns can be scored between those of scores 0 and 1."""
     difference = task.expert_return - task.random_return
-    message = (
-        f"'random_return' and 'expert_return' of {task.name or 'the task'} must be two numbers"
-    )
+    name = task.name or "the task"
+    message = f"'random_return' and 'expert_return' of {name} must be two numbers"
     require(np.isfinite(difference) and difference, message)
 
 
@@ -476,8 +476,9 @@ def find_task(name: str) -> Task:
     if ".py:" in name:
         return own_task(*name.rsplit(":", 1))
     tasks = all_tasks()
-    near = difflib.get_close_matches(name, tasks, n=3, cutoff=0.3) or list(tasks)[:3]
-    require(name in tasks, f"unknown task '{name}'; did you mean {', '.join(near)}?")
+    if name not in tasks:
+        near = difflib.get_close_matches(name, tasks, n=3, cutoff=0.3) or list(tasks)[:3]
+        raise InputError(f"unknown task '{name}'; did you mean {', '.join(near)}?")
     return tasks[name]
 
 
@@ -516,12 +517,12 @@ def own_task(file: str, name: str) -> Task:
 
 
 class Moment(NamedTuple):
-    """Where B copies of an environment are. A world model knows the states alone."""
+    """Where B copies of an environment are."""
 
     states: np.ndarray  # [B, state]
-    qpos: np.ndarray | None  # [B, nq]
-    qvel: np.ndarray | None  # [B, nv]
-    xpos: np.ndarray | None  # [B, body, 3], positions of all bodies
+    qpos: np.ndarray  # [B, nq]
+    qvel: np.ndarray  # [B, nv]
+    xpos: np.ndarray  # [B, body, 3], positions of all bodies
 
 
 class MujocoEnvironment:
@@ -545,6 +546,9 @@ class MujocoEnvironment:
         env = build(self.gymnasium)
         self.model, self.init_qpos, self.init_qvel = env.model, env.init_qpos, env.init_qvel
         self.frame_skip, self.dt = env.frame_skip, env.dt
+        unit = (self.model.actuator_ctrlrange == (-1, 1)).all()
+        advice = "name its gymnasium id instead, with its actions in RescaleAction"
+        require(unit, f"actuators of {type(self).__name__} must take [-1, 1]; {advice}")
 
     def reset(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """qpos [nq] and qvel [nv] of a new episode, drawn as gymnasium draws them."""
@@ -556,11 +560,8 @@ class MujocoEnvironment:
 
     @staticmethod
     def terminal(after: Moment):
-        """[B] bool, of arrays or tensors: never, unless a subclass says otherwise.
-
-        A world model's rollouts can end by this rule if it needs nothing but `after.states`.
-        """
-        return abs(after.states[:, 0]) > np.inf
+        """[B] bool: never, unless a subclass says otherwise."""
+        return after.states[:, 0] > np.inf
 
     def state(self, qpos: np.ndarray, qvel: np.ndarray, xpos: np.ndarray) -> np.ndarray:
         """Global states [B, state] of qpos [B, nq], qvel [B, nv], body positions [B, body, 3]."""
@@ -750,11 +751,12 @@ class Simulator:
         """Continues from global states [B, state], in the copies `where` [B] is true."""
         index = np.arange(len(self.data)) if where is None else np.flatnonzero(where)
         self._place(index, *self.environment.restore(np.asarray(states, dtype=np.float64)[index]))
-        kept = self.states
+        now = self.states.copy()
+        now[index] = states[index]
         self._read()
-        self.states = kept.copy()
-        self.states[index] = states[index]
-        return self.states
+        # Not as they read back: Reacher's fingertip and clipped velocities would differ.
+        self.states, self.moment = now, self.moment._replace(states=now)
+        return now
 
     def step(self, actions: np.ndarray, where: np.ndarray | None = None):
         """One step of all copies, or of those `where` [B] is true.
@@ -768,7 +770,7 @@ class Simulator:
         active = range(len(self.data)) if where is None else np.flatnonzero(where)
         chunks = [active[first :: self.threads] for first in range(self.threads)]
         list(self.pool.map(lambda chunk: self._step_chunk(chunk, joint), chunks))
-        before = self.moment._replace(states=self.states)
+        before = self.moment
         self._read()
         rewards = self.environment.reward(before, joint, self.moment)
         return self.states, rewards, self.environment.terminal(self.moment)
@@ -820,6 +822,7 @@ class GymnasiumSimulator:
 
     def reset(self, generators: list) -> np.ndarray:
         """States [B, state] of the episodes that the generators' seeds start in gymnasium."""
+        # The seed that `np.random.default_rng` was given.
         seeds = [int(rng.bit_generator.seed_seq.entropy) for rng in generators]
         states, _ = self.copies.reset(seed=seeds)
         return states.astype(np.float64)
@@ -828,12 +831,12 @@ class GymnasiumSimulator:
         """One step of all copies, whatever `where` says: those whose episode has ended begin anew.
 
         Takes joint actions [B, agent, action], clipped to [-1, 1]; returns states [B, state],
-        rewards [B] and terminals [B] (bool).
+        rewards [B] and ends [B] (bool), by a terminal or by a time-out of the environment's own.
         """
         joint = np.empty(self.copies.action_space.shape, self.copies.action_space.dtype)
         joint[:, np.concatenate(self.task.driven)] = np.clip(actions, -1, 1).reshape(len(joint), -1)
-        states, rewards, terminals, *_ = self.copies.step(joint)
-        return states.astype(np.float64), rewards, terminals
+        states, rewards, terminals, truncations, _ = self.copies.step(joint)
+        return states.astype(np.float64), rewards, terminals | truncations
 
 
 def build(environment: type, **options):
@@ -867,6 +870,15 @@ class GameEnvironment(gymnasium.Env):
         return states[0], rewards[0], terminals[0], False, {}
 
 
+def make_by_id(name: str, **options):
+    """gymnasium's environment of that id; raises `InputError` if it cannot be made."""
+    try:
+        return gymnasium.make(name, **options)
+    except Exception as error:  # each environment fails in its own way
+        reason = " ".join(str(error).split())
+        raise InputError(f"gymnasium cannot make '{name}' ({reason})") from None
+
+
 def make_environment(task: Task, render_mode: str | None = None):
     """gymnasium's environment of a task; raises `InputError` if it does not fit the task."""
     if task.columns:
@@ -878,12 +890,8 @@ def make_environment(task: Task, render_mode: str | None = None):
         check_widths(task, env.observation_space.shape[0], env.model.nu)
         return env
     name, length = task.environment, task.episode_length
-    options = {"max_episode_steps": length, "disable_env_checker": True}
-    try:
-        env = gymnasium.make(name, render_mode=render_mode, **options)
-    except Exception as error:  # each environment fails in its own way
-        reason = " ".join(str(error).split())
-        raise InputError(f"{task.name}: gymnasium cannot make '{name}' ({reason})") from None
+    pictures = {"render_mode": render_mode} if render_mode else {}
+    env = make_by_id(name, max_episode_steps=length, disable_env_checker=True, **pictures)
     states, actions = env.observation_space, env.action_space
     actuators = task.num_agents * task.action_dim
     for space, width, kind in ((states, task.state_dim, "states"), (actions, actuators, "actions")):
@@ -906,7 +914,7 @@ class WorldModelSimulator:
         command = f"python world_model.py --task {task.option} --output {path}"
         message = f"{task.name} has no environment, and no world model to evaluate in at {path}"
         require(path.is_file(), f"{message}; make it with: {command}")
-        # Imported here and by name, because helpers depend on no script.
+        # Imported here, because moma_ppo.py imports this module.
         self.model = importlib.import_module("moma_ppo").open_world_model(task, path, "cpu")
         message = f"{path} was exported without first states; make it again with: {command}"
         require("first_states" in self.model.model, message)
@@ -947,11 +955,7 @@ def state_width(environment: "str | type[MujocoEnvironment]") -> int:
         env = known()
         places = env.init_qpos[None], env.init_qvel[None], np.zeros((1, env.model.nbody, 3))
         return env.state(*places).shape[1]
-    try:
-        env = gymnasium.make(environment)
-    except Exception as error:  # each environment fails in its own way
-        reason = " ".join(str(error).split())
-        raise InputError(f"gymnasium cannot make '{environment}' ({reason})") from None
+    env = make_by_id(environment)
     space = env.observation_space
     env.close()
     flat = isinstance(space, Box) and len(space.shape) == 1
@@ -976,7 +980,8 @@ def largest_difference(task: Task, steps: int = 1000) -> dict[str, float]:
             seed += 1
         actions = rng.uniform(-1, 1, (1, task.num_agents, task.action_dim))
         joint = task.join_actions(torch.as_tensor(actions))[0].numpy()
-        state, reward, ended, *_ = env.step(joint)
+        state, reward, terminated, truncated, _ = env.step(joint)
+        ended = terminated or truncated
         states, rewards, terminals = simulator.step(actions)
         found = abs(states[0] - state).max(), abs(rewards[0] - reward), terminals[0] != ended
         for name, difference in zip(differences, found):
@@ -1053,8 +1058,9 @@ def evaluate(task: Task, act: Callable, episodes: int, seed=EVALUATION_SEED, dev
             break
     names = ("states", "actions", "rewards", "next_states", "terminals")
     columns = dict(zip(names, map(np.concatenate, zip(*transitions))))
-    stands_in = getattr(simulator, "evaluated_in", "")
-    return Evaluation(task, returns, lengths, first_states, last_states, columns, {}, stands_in)
+    where = getattr(simulator, "evaluated_in", "")
+    states = first_states, last_states
+    return Evaluation(task, returns, lengths, *states, columns, evaluated_in=where)
 
 
 # How accurate a world model (a `WorldModel` of moma_ppo.py) is where a team goes.
@@ -1083,13 +1089,14 @@ def errors_on(model, transitions):
     how many of them lie outside the data's bounding box."""
     rows = np.linspace(0, len(transitions["rewards"]) - 1, 10_000).astype(int)
     low, high = model.model["state_min"], model.model["state_max"]
-    states, actions, rewards, next_states, _ = (
-        torch.as_tensor(column[rows], device=low.device) for column in transitions.values()
+    names = ("states", "actions", "rewards", "next_states")
+    states, actions, rewards, next_states = (
+        torch.as_tensor(transitions[name][rows], device=low.device) for name in names
     )
-    if model.task.symmetry:  # the model is asked at heading 0
-        transition, symmetry = (states, next_states, rewards), model.task.symmetry
-        transition = symmetry.turn_transition(-symmetry.heading(states), *transition)
-        states, next_states, rewards = transition
+    symmetry = model.task.symmetry
+    if symmetry:  # the model is asked at heading 0
+        transition = -symmetry.heading(states), states, next_states, rewards
+        states, next_states, rewards = symmetry.turn_transition(*transition)
     means, _ = model.predict(states, actions)
     outside = ((next_states < low) | (next_states > high)).any(dim=-1)
     return {
@@ -1252,9 +1259,9 @@ class ParallelEnv:
             if self.task.discrete and np.ndim(action) == 0:
                 action = np.eye(self.task.action_dim)[action]
             joint[list(driven)] = np.clip(action, -1, 1)
-        self.current_state, reward, terminated, _, _ = self.environment.step(joint)
+        self.current_state, reward, terminated, cut, _ = self.environment.step(joint)
         self.steps += 1
-        truncated = self.steps >= self.task.episode_length
+        truncated = bool(cut) or self.steps >= self.task.episode_length
         agents, observations = self.agents, self.observations()
         if terminated or truncated:
             self.agents = []

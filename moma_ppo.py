@@ -727,8 +727,9 @@ def make_model(dataset, args, run):
     else:
         path = args.world_model or task.world_model_path
     model = open_world_model(task, path, run.device, args.next_states)
-    if args.dataset and model.description["dataset"]["sha256"] != dataset.description["sha256"]:
-        say(f"note: {path} was not trained on {args.dataset}; --world-model names another")
+    same = model.description["dataset"]["sha256"] == dataset.description["sha256"]
+    if not same and (args.dataset or task.own_dataset):
+        say(f"note: {path} was not trained on these data; --world-model names another")
     return model
 
 

@@ -464,13 +464,14 @@ def export(ensemble, args: Args, dataset: OfflineDataset, record: dict, scale, s
         "total_steps": args.total_steps,
         "seconds": seconds,
     }
+    stride = math.ceil(len(dataset.first_rows) / FIRST_STATES)
     return {
         **networks,
         **dict(ensemble.named_buffers()),  # the normaliser
         **dataset.bounding_box(),
         **calibrate(record, scale),
         "scale": scale,
-        "first_states": dataset.states[dataset.first_rows[:FIRST_STATES]],
+        "first_states": dataset.states[dataset.first_rows[::stride]],
         "dataset": dataset.description,
         "description": description,
         "errors": {name: value for name, value in record.items() if isinstance(value, float)},

@@ -680,7 +680,8 @@ def exported_model(model: LocalToGlobal, args: Args, dataset: OfflineDataset, er
     # and a rollout is cut at 10 times it; but this is u's quantile after one step, not after ten.
     scale = model.uncertainty_scale.item()
     exported |= {"lambda_g": model.reward_std.item() / scale, "l_epsilon": 10 * scale}
-    exported["first_states"] = dataset.states[dataset.first_rows[:1000]]
+    stride = math.ceil(len(dataset.first_rows) / 1000)
+    exported["first_states"] = dataset.states[dataset.first_rows[::stride]]
     description = {"target": "delta", "activation": "silu"}
     description |= {"seed": args.seed, "total_steps": args.model_steps}
     exported |= {"dataset": dataset.description, "description": description}

@@ -66,7 +66,7 @@ def stand_in(path: Path, shapes: dict[str, tuple]) -> Task:
     two_axes = len(shapes["observations"]) == len(shapes["actions"]) == 2
     require(two_axes, f"'observations' and 'actions' in {path} must be [rows, width]; {advice}")
     width, actions = shapes["observations"][1], shapes["actions"][1]
-    never = shapes["observations"][0]
+    never = max(shapes["observations"][0], 1)
     return Task("", blocks(width), blocks(actions), never, name=path.stem, state_dim=width)
 
 
@@ -109,6 +109,9 @@ def find_faults(dataset: OfflineDataset) -> list[str]:
     rewards = dataset.rewards.numpy()
     if rewards.std() < 1e-6:
         faults.append("rewards never change")
+    absorbing = (dataset.masks[dataset.last_rows] == 0).numpy()
+    if absorbing.sum() > 1 and (lengths[absorbing] == lengths.max()).all():
+        faults.append("all terminals come at the longest episodes' ends: are they time-outs?")
     if lengths.max() < 10:
         faults.append("no episode has the ten steps that world_model.py judges a model by")
     if len(lengths) == 1:

@@ -1,7 +1,7 @@
 """Offline datasets in D4RL's HDF5 layout, checked on load, kept on the device and sampled there.
 
     dataset = load_dataset(task, device="cuda")
-    batch = dataset.batch(dataset.sample_rows(256))
+    batch = dataset.batch(dataset.sample_rows(256), with_histories=True)
 
 The layout (D4RL, Fu et al. 2020) has one row per transition, episode after episode: `observations`,
 `actions`, `rewards`, `next_observations`, `terminals` and `timeouts`. Here `observations` are the
@@ -208,9 +208,7 @@ def fingerprint(columns: dict[str, np.ndarray]) -> str:
 
 def dataset_path(task: Task) -> Path:
     """The task's own file: in this folder, or beside the file that defines the task."""
-    if task.file and Path(task.dataset).suffix:
-        return task.folder / task.dataset
-    return FOLDER / f"{task.dataset}.hdf5"
+    return task.own_dataset or FOLDER / f"{task.dataset}.hdf5"
 
 
 def record_once(task: Task, path: Path) -> None:
@@ -418,6 +416,11 @@ def check_columns(task: Task, path: Path, columns: dict[str, np.ndarray]) -> Non
     require(size > 1, f"{path} has {size} transitions; record or download more")
     fault = "is outside [-1, 1]; rescale the actions"
     check_rows(actions, np.abs(actions) <= 1.001, "actions", path, fault)
+    if task.discrete:
+        options = task.split_actions(torch.as_tensor(actions)).numpy()
+        one_hot = (options.max(-1) == 1) & (np.abs(options).sum(-1) == 1)
+        fault = "has an agent whose action is not one-hot"
+        check_rows(actions, one_hot.all(-1), "actions", path, fault)
     last = np.flatnonzero(episode_ends(columns))
     lengths = np.diff(np.concatenate([[-1], last]))
     if lengths.max() > task.episode_length:

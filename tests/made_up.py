@@ -35,10 +35,10 @@ def recorded_columns(task, episodes=4, length=50, scale=0.3):
     """Columns of a dataset: episodes of random actions, cut after `length` steps."""
     rng, simulator, steps = np.random.default_rng(0), task.simulator(task, episodes), []
     states = simulator.reset([np.random.default_rng(seed) for seed in range(episodes)])
-    for _ in range(length):
+    for step in range(length):
         actions = rng.uniform(-scale, scale, (episodes, task.num_agents, task.action_dim))
         next_states, rewards, terminals = simulator.step(actions)
-        assert not terminals.any()
+        assert not terminals.any() or step == task.episode_length - 1  # the end of the time
         joint_actions = task.join_actions(torch.as_tensor(actions)).numpy()
         steps.append((states, joint_actions, rewards, next_states))
         states = next_states

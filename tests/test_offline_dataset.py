@@ -280,6 +280,21 @@ def test_an_episode_that_is_too_long_is_named(tmp_path, columns):
     assert_refused(REACHER, path, f"row {ROWS - 1}", f"{ROWS} steps", "at most 50", "'timeouts'")
 
 
+def test_an_option_that_is_not_one_hot_is_named(tmp_path):
+    task, rows = find_task("coordination-unfavorable"), 100
+    columns = {
+        "observations": np.eye(4)[np.zeros(rows, int)],
+        "actions": np.tile([1.0, 0, 0, 1], (rows, 1)),
+        "next_observations": np.eye(4)[np.zeros(rows, int)],
+        "rewards": np.zeros(rows),
+        "terminals": np.zeros(rows, bool),
+        "timeouts": np.arange(rows) % 10 == 9,
+    }
+    load_dataset(task, write_dataset(tmp_path / "good.hdf5", columns))
+    columns["actions"][7] = 0.5, 0.5, 1, 0
+    assert_refused(task, write_dataset(tmp_path / "bad.hdf5", columns), "row 7", "not one-hot")
+
+
 def test_a_dataset_of_another_task_is_refused(path):
     assert_refused(find_task("ant-medium-fo"), path, "'observations'", "(66, 11)", "(66, 27)")
 

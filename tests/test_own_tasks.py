@@ -12,6 +12,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.mujoco.inverted_pendulum_v5 import InvertedPendulumEnv
+from gymnasium.spaces import Box
 from made_up import documented_blocks, recorded_columns, write_dataset
 
 import data.inspect
@@ -22,6 +24,7 @@ from mamujoco_envs import (
     GymnasiumSimulator,
     HalfCheetah,
     InputError,
+    MujocoEnvironment,
     Simulator,
     Task,
     blocks,
@@ -192,6 +195,41 @@ def test_environments_that_do_not_fit_are_one_line():
 
 
 # Simulators.
+
+
+class Short(gymnasium.Env):
+    """Ends by a time-out of its own after five steps, and has no `render_mode`."""
+
+    observation_space = Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = Box(-1.0, 1.0, (2,), np.float64)
+
+    def reset(self, seed=None, options=None):
+        self.steps = 0
+        return np.zeros(2), {}
+
+    def step(self, action):
+        self.steps += 1
+        return np.zeros(2), 1.0, False, self.steps == 5, {}
+
+
+def test_a_time_out_of_the_environments_own_ends_an_episode():
+    gymnasium.register("Short-v0", Short)
+    task = Task("Short-v0", ((0, 1), (0, 1)), blocks(1, 1), 20, name="short")
+    evaluation = evaluate(task, lambda observations, _: torch.zeros(len(observations), 2, 1), 3)
+    assert evaluation.returns.tolist() == evaluation.lengths.tolist() == [5] * 3
+    env = parallel_env(task)
+    env.reset(seed=0)
+    for _ in range(5):
+        assert env.agents
+        *_, truncations, _ = env.step({agent: np.zeros(1) for agent in env.agents})
+    assert not env.agents and all(truncations.values())
+
+
+def test_actuators_of_a_class_take_what_agents_give():
+    class Pendulum(MujocoEnvironment):
+        gymnasium = InvertedPendulumEnv  # its force is within [-3, 3]
+
+    assert_refused(lambda: Pendulum(), "actuators of Pendulum must take [-1, 1]", "gymnasium id")
 
 
 @pytest.mark.parametrize(
