@@ -100,12 +100,11 @@ def main(train: Callable, defaults: dict) -> None:
 
 def too_large(args, usual) -> str:
     """What to do when memory runs out: names the options that are larger than usual."""
-    names = [
-        f"--{name.replace('_', '-')}"
-        for name, value in vars(args).items()
-        if type(value) in (int, tuple) and value > getattr(usual, name)
-        if name not in ("seed", "total_steps", "eval_every")
-    ]
+    names = []
+    for name, value in vars(args).items():
+        is_size = type(value) in (int, tuple) and name not in ("seed", "total_steps", "eval_every")
+        if is_size and value > getattr(usual, name):
+            names.append(f"--{name.replace('_', '-')}")
     usual_size = "--minibatch-size" if hasattr(args, "minibatch_size") else "--batch-size"
     advice = ", ".join(names) or f"{usual_size}, or a larger machine"
     return f"out of memory; use a smaller {advice}"
@@ -281,7 +280,8 @@ def load_checkpoint(run_dir: Path) -> dict:
     require(path.is_file(), f"no checkpoint at {path}; give the folder of a run")
     try:
         checkpoint = load(path)
-        for name in ("script", "args", "step", "seconds", "evaluations", "random_states", "state"):
+        names = ("script", "args", "step", "seconds", "evaluations", "inputs", "random_states")
+        for name in (*names, "state"):
             checkpoint[name]
     except Exception as error:
         raise InputError(
@@ -377,8 +377,7 @@ class Run:
                     half_written.unlink()
             # What a game has trained of its world model is used, or resumed.
             new = {path.name for path in run_dir.iterdir()} <= {".lock", "world_model"}
-            taken = not args.resume and not new
-            if not taken:
+            if args.resume or new:
                 return run_dir, lock
             lock.release()
             advice = f"continue that run with --resume {run_dir}, or give another --run-dir"
@@ -434,13 +433,15 @@ class Run:
             try:
                 for name, module in tracked.items():
                     module.load_state_dict(self.checkpoint["state"][name])
-            except (LookupError, RuntimeError):
+            except InputError:
+                raise
+            except (LookupError, RuntimeError, ValueError):
                 message = f"{self.dir} was started by another version of {self.script}.py"
                 raise InputError(f"{message}; start the run again") from None
             for schedule in tracked.values():
                 if isinstance(schedule, LambdaLR):  # --total-steps may have changed
-                    scales = zip(schedule.base_lrs, schedule.lr_lambdas)
-                    for group, (rate, decay) in zip(schedule.optimizer.param_groups, scales):
+                    groups = schedule.optimizer.param_groups
+                    for group, rate, decay in zip(groups, schedule.base_lrs, schedule.lr_lambdas):
                         group["lr"] = rate * decay(schedule.last_epoch)
             self.step, self.seconds = self.checkpoint["step"], self.checkpoint["seconds"]
             self.evaluations = self.checkpoint["evaluations"]
@@ -488,7 +489,8 @@ class Run:
         try:
             save(data, self.dir / name)
         except InputError as error:
-            raise InputError(f"{error}; the run can be resumed") from None
+            kept = (self.dir / "checkpoint.pt").is_file()
+            raise InputError(f"{error}{'; the run can be resumed' if kept else ''}") from None
 
     def steps(self, evaluate: Callable, total: int | None = None) -> Iterator[int]:
         """Yields 1, 2, ..., `total`; between updates logs, evaluates, saves, or stops.
@@ -575,7 +577,7 @@ class Run:
     def log_evaluation(self, record: dict) -> None:
         for name, value in record.items():
             if isinstance(value, (int, float)):
-                tag = {"score": "normalized_score"}.get(name, name)
+                tag = "normalized_score" if name == "score" else name
                 self.writer.add_scalar(f"eval/{tag}", value, self.step)
 
     def finish(self, evaluation: Evaluation) -> dict:
@@ -584,10 +586,7 @@ class Run:
         advice = "start again with a smaller learning rate"
         require(math.isfinite(final["score"]), f"the final score is not finite; {advice}")
         self.log_evaluation(final)
-        # Not those of a world model that is trained first.
-        scores = [old["score"] for old in self.evaluations if "score" in old]
         result = final | {
-            "best_score": max([final["score"], *scores]),
             "paper_score": self.task.paper_score(self.algorithm),
             "steps": self.step,
             "evaluations": self.evaluations,

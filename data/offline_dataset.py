@@ -219,7 +219,7 @@ def record_once(task: Task, path: Path) -> None:
             lock.acquire()
         except filelock.Timeout:
             print(f"waiting for {path}, which another run records", flush=True)
-        except (OSError, NotImplementedError) as error:
+        except OSError as error:
             raise InputError(f"cannot write to {path.parent} ({error}); change its mode") from None
     try:
         if not path.is_file():
@@ -273,7 +273,8 @@ def read_column(task: Task, path: Path, file: h5py.File, name: str) -> np.ndarra
     joint_dim = task.num_agents * task.action_dim
     widths = {"observations": (task.state_dim,), "actions": (joint_dim,)}
     widths["next_observations"] = widths["observations"]
-    size = (find_parts(task, path, file, "observations")[0].shape or (0,))[0]
+    first_shape = find_parts(task, path, file, "observations")[0].shape
+    size = first_shape[0] if first_shape else 0  # a single number has no rows
     shape = (size, *widths.get(name, ()))
     if name == "timeouts" and task.layout and name not in (*file, *task.layout):
         return np.zeros(size, dtype=bool)  # discontinuities end episodes, too

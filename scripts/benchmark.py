@@ -61,7 +61,7 @@ class Args:
     rounds: int = 5
     """rounds, over which the median is taken"""
     updates: int = 6
-    """updates in a row in each round; even, because TD3 updates its policies every second time"""
+    """updates in a row in each round: a multiple of 6, whole turns of InSPO and LOGO"""
     baseline: Path | None = None
     """an earlier --output to compare with"""
     output: Path | None = None
@@ -244,6 +244,7 @@ def print_times(times: dict[str, dict], before: dict[str, dict]) -> None:
 
 def main(args: Args) -> None:
     check_positive(args, "rounds", "updates")
+    require(args.updates % 6 == 0, f"--updates must be a multiple of 6; it is {args.updates}")
     for names, known in ((args.scripts, SCRIPTS), (args.modes, MODES)):
         unknown = ", ".join(name for name in names if name not in known)
         require(not unknown, f"cannot time {unknown}; take one of {', '.join(known)}")
@@ -263,8 +264,8 @@ def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for cells in choose_cells(args).values():
             times |= time_task(cells, args, Path(folder))
-    if args.output:
-        save({"machine": machine, "times": times}, args.output)
+            if args.output:  # a later task may be stopped
+                save({"machine": machine, "times": times}, args.output)
     print_times(times, before["times"])
     print("\nCPU milliseconds an update; the spread is (slowest - fastest round) / median")
     print(f"now: {machine_line(machine)}")

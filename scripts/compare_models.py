@@ -50,7 +50,7 @@ def errors(model, dataset, rows, behavior: str) -> dict[str, float]:
     std = dataset.states.std(0)
     std = torch.where(std < 1e-6, 1, std)
     alive = torch.ones(len(rows), dtype=torch.bool)
-    foreseen, found, state_errors, reward_errors = [], [], [], []
+    state_errors, reward_errors = [], []
     for t in range(world_model.OPEN_LOOP_STEPS):
         actions = world_model.disturb(task, dataset.actions[rows + t], behavior, generator)
         step = model.step(states, actions, own_generator)

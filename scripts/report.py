@@ -1,5 +1,5 @@
 """Keeps the results of finished runs in docs/results/, writes the tables of README and docs, and
-draws the learning curves.
+draws their figures.
 
     python scripts/report.py --runs runs/*__*  # adds these runs, then writes the tables
     python scripts/report.py                   # writes the tables again
@@ -21,6 +21,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 from scipy.stats import bootstrap, trim_mean
 
 from mamujoco_envs import BODIES, PAPER_SCORES, InputError, all_tasks, require
@@ -30,6 +31,7 @@ from scripts.reproduce import (
     VARIANTS,
     Cell,
     changed_options,
+    color_of,
     default_options,
     plot_curves,
     rounded,
@@ -65,7 +67,7 @@ VARIANT_NAMES = NAMES | {
     "logo-data-alone": "MACQL on the data alone",
     "logo-penalty": "LOGO-style, a penalty instead of weights",
 }
-TABLES = {"coordination": "table-3", "reacher": "table-4a", "ant": "table-4b"}
+FILES = {"coordination": "table-3", "reacher": "table-4a", "ant": "table-4b"}
 # Tables of docs/agreement.md: how the names of their tasks start, and who is compared, if not all.
 AGREEMENT = {
     "scaling": "coordination-unfavorable",
@@ -78,7 +80,7 @@ COMPARED = {
     "scaling": ("inspo", "logo", "moma_ppo"),
     "dynamics": ("maiql", "matd3_bc", "ibc", "inspo", "moma_ppo"),
 }
-TABLES |= dict.fromkeys(BODIES, "table-other")
+FILES |= dict.fromkeys(BODIES, "table-other")
 README_TASKS = (
     *("reacher-all-observant", "reacher-independent", "reacher-leader-only"),
     *("coordination-favorable", "coordination-neutral", "coordination-unfavorable"),
@@ -115,7 +117,7 @@ def add_run(run_dir: Path, folder: Path = RESULTS) -> None:
     # All greedy episodes of a game are alike, so those beyond the paper keep their mean return.
     is_game = all_tasks()[task].columns and task not in PAPER_SCORES["moma_ppo"]
     columns = KEPT_OF_GAMES if is_game else KEPT
-    name = "table-games" if is_game else TABLES[task.split("-")[0]]
+    name = "table-games" if is_game else FILES[task.split("-")[0]]
     table = folder / f"{'table-ablations' if algorithm in VARIANTS else name}.json"
     runs = json.loads(table.read_text(encoding="utf-8")) if table.is_file() else {}
     result = json.loads(path.read_text(encoding="utf-8"))
@@ -179,11 +181,12 @@ def table_of_paper(prefix: str, cells) -> str:
         finished = {task: cells[algorithm, task] for task in columns if (algorithm, task) in cells}
         if not finished and not any(task in paper for task in columns):
             continue
-        own = {task: score(finished.get(task, [])) for task in columns}
-        row = [
-            f"{own[task]} ({paper[task]})" if task in paper else own[task].replace("not run", "-")
-            for task in columns
-        ]
+        row = []
+        for task in columns:
+            if task in paper:
+                row.append(f"{score(finished.get(task, []))} ({paper[task]})")
+            else:
+                row.append(score(finished[task]) if task in finished else "-")
         runs = [run for task in finished for run in finished[task]]
         steps = span([run["steps"] for run in runs]) if runs else "-"
         seeds = span([len(finished[task]) for task in finished]) if runs else "-"
@@ -229,8 +232,8 @@ def interval(statistic, *samples: list[float]) -> str:
     # "percentile", because BCa is not defined where all seeds score alike.
     options = {"method": "percentile", "n_resamples": 9999, "rng": 0}
     found = bootstrap(samples, statistic, vectorized=True, **options).confidence_interval
-    values = statistic(*samples, axis=-1), found.low, found.high
-    return "{:.2f} [{:.2f}, {:.2f}]".format(*(round(x, 2) + 0.0 for x in values))  # never -0.00
+    middle = statistic(*samples, axis=-1)
+    return f"{middle:z.2f} [{found.low:z.2f}, {found.high:z.2f}]"  # z: never -0.00
 
 
 def interquartile_mean(scores, axis=-1):
@@ -257,7 +260,13 @@ def table_of_intervals(cells) -> str:
                 above = interval(difference, ours, scores)
             middle = interval(interquartile_mean, scores)
             rows.append([f"`{task}`", name, str(len(scores)), middle, above])
-    head = ["task", "algorithm", "seeds", "interquartile mean [95 %]", "MOMA-PPO minus it [95 %]"]
+    head = [
+        "task",
+        "algorithm",
+        "seeds",
+        "interquartile mean [95 %]",
+        "MOMA-PPO's mean minus its mean [95 %]",
+    ]
     return markdown(head, rows)
 
 
@@ -317,7 +326,7 @@ def make_table(name: str, cells) -> str:
         return table_of_intervals(cells)
     if name in ABLATIONS:
         return table_of_ablation(name, cells)
-    require(name in TABLES, f"no table is called '{name}'")
+    require(name in FILES, f"no table is called '{name}'")
     return table_of_paper(name, cells)
 
 
@@ -341,6 +350,57 @@ def draw_curves(cells, folder: Path) -> None:
         plot_curves(shown, folder / f"curves-{table}.png", "seconds of training")
 
 
+def compared_cells(table: str, cells: dict) -> dict:
+    """The runs of the algorithms and tasks that a table compares."""
+    compared = COMPARED.get(table, NAMES)
+    return {
+        (algorithm, task): runs
+        for (algorithm, task), runs in cells.items()
+        if algorithm in compared and task.startswith(AGREEMENT[table])
+    }
+
+
+def draw_bars(cells: dict, path: Path) -> None:
+    """One table of docs/agreement.md: a group of bars for each task, a bar for each algorithm.
+
+    Every dot is the score of one seed, every bar the mean of an algorithm on a task.
+    """
+    algorithms = [name for name in NAMES if any(name == algorithm for algorithm, _ in cells)]
+    tasks = [name for name in all_tasks() if any(name == task for _, task in cells)]
+    width = 0.8 / len(algorithms)
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for i, algorithm in enumerate(algorithms):
+        color = color_of(algorithm)
+        label = NAMES[algorithm]
+        for place, task in enumerate(tasks):
+            scores = np.array([run["score"] for run in cells.get((algorithm, task), [])])
+            if len(scores):
+                x = place - 0.4 + (i + 0.5) * width
+                axes.bar(x, scores.mean(), 0.9 * width, color=color, alpha=0.5, label=label)
+                # Seeds often end at the same score, so dots are spread over the bar.
+                places = (np.arange(len(scores)) + 0.5) / len(scores) - 0.5
+                spread = x + 0.8 * width * places
+                axes.plot(spread, scores, ".", color=color, markersize=4)
+                label = None
+    axes.axhline(1, color="grey", linewidth=0.8, linestyle=":")
+    axes.axhline(0, color="grey", linewidth=0.8)
+    labels = [task.replace("-", "-\n", 1) for task in tasks]
+    axes.set_xticks(range(len(tasks)), labels, fontsize=8)
+    axes.set_ylabel("normalised score")
+    figure.legend(loc="outside lower center", ncols=5)
+    figure.savefig(path, dpi=90)
+
+
+def draw_figures(cells: dict, folder: Path) -> None:
+    """The learning curves, and the bars of docs/agreement.md."""
+    draw_curves(cells, folder)
+    for table in AGREEMENT:
+        compared = compared_cells(table, cells)
+        if compared:
+            draw_bars(compared, folder / f"agreement-{table}.png")
+
+
 def main(args: Args) -> None:
     left_out = 0
     for run_dir in args.runs:
@@ -350,7 +410,7 @@ def main(args: Args) -> None:
             say(f"left out: {error}")
             left_out += 1
     cells = read_runs()
-    draw_curves(cells, REPOSITORY / "docs" / "figures")
+    draw_figures(cells, REPOSITORY / "docs" / "figures")
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         write(page, with_tables(text, cells))
@@ -365,3 +425,5 @@ if __name__ == "__main__":
         main(tyro.cli(Args))
     except InputError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

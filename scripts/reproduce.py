@@ -45,7 +45,6 @@ from typing import Literal, NamedTuple
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-import filelock
 import torch
 import tyro
 from matplotlib import colormaps
@@ -204,7 +203,8 @@ def table_cells(args: Args) -> list[Cell]:
         for name in names
         if table.algorithms or (name in in_paper[algorithm] and algorithm not in VARIANTS)
     ]
-    algorithms, tasks = (list(dict.fromkeys(names)) for names in zip(*cells))
+    algorithms = list(dict.fromkeys(cell.algorithm for cell in cells))
+    tasks = list(dict.fromkeys(cell.task for cell in cells))
     for asked_for, known in ((args.algorithms, algorithms), (args.tasks, tasks)):
         unknown = ", ".join(name for name in asked_for if name not in known)
         require(not unknown, f"table {args.table} has no {unknown}; it has {', '.join(known)}")
@@ -240,9 +240,18 @@ def job_command(job: Job, options: list[str]) -> list[str]:
     return [*command, *own_options, *options]
 
 
-def needs_another_run(job: Job) -> bool:
-    """Whether the run rolls out in a world model that another run of the table makes."""
-    return any("{folder}" in option for option in ALGORITHMS[job.cell.algorithm])
+def needs_another_run(algorithm: str) -> bool:
+    """Whether its runs roll out in a world model that another run of the table makes."""
+    return any("{folder}" in option for option in ALGORITHMS[algorithm])
+
+
+def missing_model(job: Job) -> str:
+    """What is wrong if the run needs the world model of another run that has not made it."""
+    if not needs_another_run(job.cell.algorithm):
+        return ""
+    task = find_task(job.cell.task).name
+    path = job.run_dir.parent / f"{task}__logo__{job.seed}" / "world_model.pt"
+    return "" if path.is_file() else f"there is no {path}; run logo first"
 
 
 def compile_options() -> list[str]:
@@ -282,16 +291,18 @@ def default_options(algorithm: str, task: str) -> dict:
 
 def changed_options(algorithm: str, task: str, options: dict) -> str:
     """Options of a run that are not what its algorithm has today, such as "total_steps 400"."""
-    expected = default_options(algorithm, task)
-    calibrated = ("lambda_g", "max_uncertainty")  # found out from the world model
-    return ", ".join(
-        f"{name} {options.get(name, 'missing')}"
-        for name in expected | options
-        if name not in FREE and not (name in calibrated and expected.get(name, "missing") is None)
-        # The model of another run, wherever that is.
-        if not ("{folder}" in str(expected.get(name)) and "__logo__" in str(options.get(name)))
-        if str(options.get(name, "missing")) != str(expected.get(name, "missing"))
-    )
+    expected, changed = default_options(algorithm, task), []
+    for name in expected | options:
+        wanted, found = (str(x.get(name, "missing")) for x in (expected, options))
+        if name in ("lambda_g", "max_uncertainty") and wanted == "None":
+            continue  # found out from the world model
+        if needs_another_run(algorithm) and name == "world_model":
+            # The model of that run for this task and seed, in whatever folder.
+            own = wanted.format(folder="", task=find_task(task).name, seed=options.get("seed"))
+            wanted = found if found.endswith(own) else own
+        if name not in FREE and found != wanted:
+            changed.append(f"{name} {found}")
+    return ", ".join(changed)
 
 
 def check_folder(job: Job) -> None:
@@ -314,30 +325,6 @@ def check_folder(job: Job) -> None:
 # Running it.
 
 
-def remove_debris(run_dir: Path) -> None:
-    """Empties the folder of a run that died before its first checkpoint.
-
-    A living run, or a world model that it trains in a folder below, holds its lock. Then nothing is
-    removed, and the new run will say that the folder is in use.
-    """
-    if not run_dir.is_dir() or (run_dir / "checkpoint.pt").is_file():
-        return
-    locks = [filelock.FileLock(path, blocking=False) for path in run_dir.rglob(".lock")]
-    try:
-        for lock in locks:
-            lock.acquire()
-        for path in run_dir.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != ".lock":
-                path.unlink()
-    except filelock.Timeout:
-        pass
-    finally:
-        for lock in locks:
-            lock.release()
-
-
 class SlurmJob:
     """One run, as submitit calls it: begun, or resumed from its checkpoint."""
 
@@ -346,31 +333,32 @@ class SlurmJob:
 
     def __call__(self) -> None:
         os.chdir(self.folder)
-        remove_debris(self.job.run_dir)
         command = job_command(self.job, self.options)
-        finished = subprocess.run(command, env=os.environ | JOB_ENVIRONMENT)
-        if finished.returncode == 128 + signal.SIGTERM:
+        self.process = subprocess.Popen(command, env=os.environ | JOB_ENVIRONMENT)
+        status = self.process.wait()
+        if status == 128 + signal.SIGTERM:
             # Slurm has told the run to stop, and it has saved. Now Slurm ends this process, too; if
             # it ended by itself, it would count as failed and not as requeued.
             time.sleep(3600)
-        finished.check_returncode()
+        if status:
+            raise subprocess.CalledProcessError(status, command)
 
-    def __submitit_checkpoint__(self):
-        """What to submit again when the job is preempted or out of time: the same."""
-        return import_submitit().helpers.DelayedSubmission(self)
+    def checkpoint(self):
+        """Lets the run save, and says what to submit again, when the job is preempted or its time
+        is up: the same."""
+        from submitit.helpers import DelayedSubmission
 
-
-def import_submitit():
-    try:
-        import submitit
-    except ImportError:
-        raise InputError("--cluster slurm needs submitit: pip install submitit") from None
-    return submitit
+        self.process.terminate()
+        os.waitpid(self.process.pid, 0)  # not wait(), whose lock __call__ holds meanwhile
+        return DelayedSubmission(SlurmJob(self.job, self.options))  # a process cannot be pickled
 
 
 def run_on_slurm(jobs: list[Job], args: Args, options: list[str]) -> None:
     """Submits an array of jobs and waits for all; says how each ended."""
-    submitit = import_submitit()
+    try:
+        import submitit
+    except ImportError:
+        raise InputError("--cluster slurm needs submitit: pip install submitit") from None
     advice = "run this on a machine of the cluster, or use --dry-run"
     require(shutil.which("sbatch"), f"--cluster slurm finds no sbatch; {advice}")
     check_positive(args, "hours")
@@ -399,8 +387,9 @@ def run_on_slurm(jobs: list[Job], args: Args, options: list[str]) -> None:
                 report(job, StringIO(output), status, f"{len(waiting)} to go")
             time.sleep(1)
     except KeyboardInterrupt:
-        say("the jobs go on without this script, which prints the table when run again; stop them")
-        say(f"with scancel {submitted[0][0].job_id.partition('_')[0]}")
+        array = submitted[0][0].job_id.partition("_")[0]
+        say(f"the jobs go on without this script; scancel {array} stops them. Run the same command")
+        say("again when they have ended: earlier it would submit them a second time")
         sys.exit(128 + signal.SIGINT)
 
 
@@ -438,7 +427,6 @@ def run_all(jobs: list[Job], workers: int, options: list[str], environment: dict
                 job, slot = waiting.pop(0), free_slots.pop(0)
                 if gpus:
                     environment = environment | {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]}
-                remove_debris(job.run_dir)
                 log = tempfile.TemporaryFile("w+", errors="replace")
                 command = job_command(job, options)
                 redirection = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
@@ -590,7 +578,8 @@ def main(args: Args) -> None:
     table = TABLES[args.table]
     seeds = table.seeds if args.seeds is None else args.seeds
     require(seeds > 0, f"--seeds must be above 0; it is {seeds}")
-    args.tasks, args.algorithms = map(tuple, map(dict.fromkeys, (args.tasks, args.algorithms)))
+    args.tasks = tuple(dict.fromkeys(args.tasks))  # each once
+    args.algorithms = tuple(dict.fromkeys(args.algorithms))
     cells, started = table_cells(args), time.perf_counter()
     jobs = [
         Job(cell, seed, args.folder / f"{find_task(cell.task).name}__{cell.algorithm}__{seed}")
@@ -606,14 +595,17 @@ def main(args: Args) -> None:
     unfinished = [job for job in jobs if not (job.run_dir / "result.json").is_file()]
     if args.dry_run:
         prefix = " ".join(f"{name}={value}" for name, value in JOB_ENVIRONMENT.items())
-        ready = [job for job in unfinished if not needs_another_run(job)]
+        ready = [job for job in unfinished if not needs_another_run(job.cell.algorithm)]
         for job in ready or unfinished:
             print(prefix, shlex.join(job_command(job, options)))
         return
 
     args.folder.mkdir(parents=True, exist_ok=True)
     for later in (False, True):
-        now = [job for job in unfinished if needs_another_run(job) == later]
+        now = [job for job in unfinished if needs_another_run(job.cell.algorithm) == later]
+        for job in [job for job in now if missing_model(job)]:
+            say(f"left out: {job.run_dir.name}, for which {missing_model(job)}")
+            now.remove(job)
         if args.cluster == "slurm":
             run_on_slurm(now, args, options)
             continue
@@ -645,5 +637,7 @@ if __name__ == "__main__":
         sys.stdout.flush()
     except InputError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:  # whoever reads what --dry-run prints has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -22,7 +22,8 @@ from data.offline_dataset import load_dataset
 from mamujoco_envs import InputError, evaluate, find_task
 from training_run import save
 
-CHECKPOINT = ("script", "args", "step", "seconds", "evaluations", "random_states", "state")
+CHECKPOINT = ("script", "args", "step", "seconds", "evaluations", "inputs")
+CHECKPOINT += ("random_states", "state")
 
 
 def one_hot(choices, actions=2):

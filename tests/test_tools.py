@@ -8,10 +8,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from unittest import mock
 
-import filelock
 import imageio.v3 as imageio
 import numpy as np
 import pytest
@@ -23,9 +24,9 @@ from mamujoco_envs import InputError, find_task
 from training_run import load_checkpoint, save
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
-agreement, benchmark, evaluate, render, report, reproduce = map(
+benchmark, evaluate, render, report, reproduce = map(
     importlib.import_module,
-    ("agreement", "benchmark", "evaluate", "render", "report", "reproduce"),
+    ("benchmark", "evaluate", "render", "report", "reproduce"),
 )
 
 
@@ -54,7 +55,8 @@ def make_run(tmp_path):
         args = module.Args(task=task_name)
         team = module.Team(task, torch.randn(20, task.state_dim), args)
         checkpoint = {"script": script, "args": vars(args), "step": 7, "seconds": 1.0}
-        checkpoint |= {"evaluations": [], "random_states": {}, "state": {"team": team.state_dict()}}
+        checkpoint |= {"evaluations": [], "inputs": {}, "random_states": {}}
+        checkpoint["state"] = {"team": team.state_dict()}
         save(checkpoint, tmp_path / "checkpoint.pt")
         return team
 
@@ -184,13 +186,13 @@ def stub(monkeypatch, tmp_path):
 
 
 def test_a_table_is_run_printed_and_drawn(stub, tmp_path, capsys):
-    """A finished run is read, one with a checkpoint is resumed, debris is started again."""
+    """A finished run is read, one with a checkpoint is resumed, and the third is started."""
     result = json.dumps(made_up_result(0.5))
     commands = stub(
         "import pathlib, sys\nfolder = pathlib.Path(sys.argv[1])\n"
         f"folder.mkdir(exist_ok=True)\n(folder / 'result.json').write_text({result!r})\n"
     )
-    folder, files = tmp_path / "runs", {1: "result.json", 2: "checkpoint.pt", 3: "events"}
+    folder, files = tmp_path / "runs", {1: "result.json", 2: "checkpoint.pt"}
     for seed, name in files.items():
         run_dir = folder / f"ant-medium-fo__ibc__{seed}"
         made_up_run(run_dir, 1.0)
@@ -199,7 +201,6 @@ def test_a_table_is_run_printed_and_drawn(stub, tmp_path, capsys):
     reproduce.main(reproduce.Args("4b", 3, **cell, workers=1, folder=folder))
     assert [command[1] for command in commands] == ["--resume", "--task"]
     assert "ant-medium-fo__ibc__2" in commands[0][2] and "--seed" in commands[1]
-    assert not (folder / "ant-medium-fo__ibc__3" / "events").exists()
     output = capsys.readouterr().out
     assert "0.667 ± 0.167" in output and "3 runs" in output and "0.84 ± 0.01" in output
     for name in ("table_4b_ant-medium-fo_ibc.png", "table_4b_ant-medium-fo_ibc_steps.png"):
@@ -242,15 +243,6 @@ def test_a_run_that_fails_in_a_table_is_named(stub, tmp_path, capsys):
     args = reproduce.Args("3", 1, **cell, workers=1, folder=tmp_path / "runs")
     assert_refused(reproduce, args, "1 of 1 runs failed")
     assert "error: no luck" in capsys.readouterr().out
-
-
-def test_a_folder_in_use_is_left_alone(tmp_path):
-    (tmp_path / "events").write_text("keep")
-    with filelock.FileLock(tmp_path / ".lock"):
-        reproduce.remove_debris(tmp_path)
-        assert (tmp_path / "events").exists()
-    reproduce.remove_debris(tmp_path)
-    assert not (tmp_path / "events").exists()
 
 
 def test_why_a_run_failed():
@@ -369,6 +361,42 @@ def test_a_slurm_job_that_is_told_to_stop_waits_for_its_end(stub, tmp_path, monk
     assert waits == [3600]
 
 
+def test_a_slurm_job_whose_time_is_up_saves_and_is_submitted_again(stub, tmp_path, monkeypatch):
+    """As submitit does it: its handler calls `checkpoint` while the job waits for its run."""
+    stub(
+        "import pathlib, signal, sys, time\nfolder = pathlib.Path(sys.argv[1])\n"
+        "def save(*_):\n    (folder / 'saved').write_text('')\n    sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, save)\n(folder / 'ready').write_text('')\n"
+        "time.sleep(60)\n"
+    )
+    helpers = mock.Mock(DelayedSubmission=lambda job: job)
+    monkeypatch.setitem(sys.modules, "submitit", mock.Mock(helpers=helpers))
+    monkeypatch.setitem(sys.modules, "submitit.helpers", helpers)
+    slurm_job = reproduce.SlurmJob(reproduce.Job(reproduce.Cell("ibc", "x"), 1, tmp_path), ["-x"])
+    monkeypatch.setattr(reproduce, "find_task", lambda name: mock.Mock())
+    again = []
+
+    def time_is_up(*_):
+        again.append(slurm_job.checkpoint())
+        raise TimeoutError
+
+    handler = signal.signal(signal.SIGALRM, time_is_up)
+    threading.Thread(target=alarm_when, args=(tmp_path / "ready",)).start()
+    try:
+        with pytest.raises(TimeoutError):
+            slurm_job()
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+    assert (tmp_path / "saved").exists()
+    assert again[0].job is slurm_job.job and again[0].options == ["-x"]
+
+
+def alarm_when(path):
+    while not path.exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGALRM)
+
+
 def test_runs_take_turns_on_gpus(stub, tmp_path, monkeypatch):
     stub(
         "import os, pathlib, sys\nfolder = pathlib.Path(sys.argv[1])\nfolder.mkdir(parents=True)\n"
@@ -463,28 +491,34 @@ def test_moma_ppo_in_logos_model_follows_the_run_that_makes_it(tmp_path):
     command = reproduce.job_command(job, [])
     model = str(tmp_path / "ant-medium-fo__logo__2" / "world_model.pt")
     assert command[command.index("--world-model") + 1] == model
-    assert reproduce.needs_another_run(job)
+    assert "run logo first" in reproduce.missing_model(job)
     others = (
         job._replace(cell=cell._replace(algorithm="logo")),
         job._replace(cell=cell._replace(algorithm="moma_ppo-k5")),
     )
-    assert not any(map(reproduce.needs_another_run, others))
+    assert not any(map(reproduce.missing_model, others))
     options = reproduce.default_options("moma_ppo-in-logo", "ant-medium-fo")
     kept = options | {"world_model": model}
-    assert not reproduce.changed_options("moma_ppo-in-logo", "ant-medium-fo", kept)
+    assert not reproduce.changed_options("moma_ppo-in-logo", "ant-medium-fo", kept | {"seed": 2})
+    assert reproduce.changed_options("moma_ppo-in-logo", "ant-medium-fo", kept | {"seed": 3})
 
 
-def test_runs_in_another_runs_model_come_last(tmp_path, monkeypatch):
+@pytest.mark.parametrize("makes_a_model", [True, False])
+def test_runs_in_another_runs_model_come_last(makes_a_model, tmp_path, monkeypatch, capsys):
     phases = []
 
     def run_all(jobs, *_):
         phases.append([job.cell.algorithm for job in jobs])
+        for job in jobs if makes_a_model else ():
+            job.run_dir.mkdir()
+            (job.run_dir / "world_model.pt").touch()
 
     monkeypatch.setattr(reproduce, "run_all", run_all)
     cell = {"tasks": ("reacher-leader-only",), "algorithms": ("moma_ppo-in-logo", "logo")}
     args = reproduce.Args("local-to-global", 1, **cell, folder=tmp_path)
     assert_refused(reproduce, args, "2 of 2 runs failed")
-    assert phases == [["logo"], ["moma_ppo-in-logo"]]
+    assert phases == ([["logo"], ["moma_ppo-in-logo"]] if makes_a_model else [["logo"], []])
+    assert ("run logo first" in capsys.readouterr().out) != makes_a_model
 
 
 def test_a_variant_with_the_defaults_of_a_task_takes_its_runs():
@@ -509,9 +543,8 @@ def test_runs_of_games_beyond_the_paper_are_kept_short_and_drawn(tmp_path):
     assert not any("returns" in run for runs in cells.values() for run in runs)
     table = report.make_table("climbing", cells)
     assert "| InSPO | 2 | not run | not run | 0.75 ± 0.25 | not run | 2 |" in table
-    agreement.main(agreement.Args(tmp_path, tmp_path))
+    report.draw_figures(cells, tmp_path)
     assert (tmp_path / "agreement-climbing.png").read_bytes().startswith(b"\x89PNG")
-    assert_refused(agreement, agreement.Args(tmp_path / "runs"), "no runs")
 
 
 def test_bad_input_of_adding_runs(tmp_path):

@@ -128,8 +128,7 @@ def test_result(whole, reacher_file):
     assert result["score_stderr"] == pytest.approx(scores.std(ddof=1) / 10**0.5)
     assert [evaluation["step"] for evaluation in result["evaluations"]] == [0, 10, 20, 30]
     assert all(len(evaluation["returns"]) == 5 for evaluation in result["evaluations"])
-    best = max([result["score"], *(evaluation["score"] for evaluation in result["evaluations"])])
-    assert result["best_score"] == best and result["paper_score"] == "0.84 ± 0.02"
+    assert result["paper_score"] == "0.84 ± 0.02"
     assert result["args"]["dataset"] == str(reacher_file) and result["args"]["batch_size"] == 16
     assert result["args"]["run_dir"] == "RUN/."
     assert result["versions"]["torch"] == torch.__version__
@@ -321,12 +320,17 @@ def test_a_run_killed_in_its_first_checkpoint_starts_again(args, whole):
     assert_same_run(args.run_dir, whole)
 
 
-def test_a_full_disk_is_one_line(args, monkeypatch):
+@pytest.mark.parametrize("saved, hint", [(0, ""), (1, "; the run can be resumed")])
+def test_a_full_disk_is_one_line(saved, hint, args, monkeypatch):
+    saves, save = itertools.count(), torch.save
+
     def full(data, file):
-        raise OSError(28, "No space left on device")
+        if next(saves) == saved:
+            raise OSError(28, "No space left on device")
+        save(data, file)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(InputError, match="cannot write .*No space left.*can be resumed"):
+    with pytest.raises(InputError, match=rf"cannot write .*\(No space left on device\){hint}$"):
         ibc.train(args)
 
 
