@@ -689,6 +689,17 @@ def exported_model(model: LocalToGlobal, args: Args, dataset: OfflineDataset, er
     return exported | {"errors": errors}
 
 
+def finish_model(model: LocalToGlobal, args: Args, dataset: OfflineDataset, rows, run: Run) -> None:
+    """Measures the trained model on held-out rows, which gives u its unit, and exports it."""
+    errors = model_errors(model, dataset, rows)
+    run.log({f"eval/{name}": value for name, value in errors.items()})
+    quantile = errors["uncertainty_0.99"]
+    message = "the world model is not finite; use a smaller --model-learning-rate"
+    require(math.isfinite(quantile), message)
+    model.uncertainty_scale.fill_(max(quantile, 1e-6))
+    save(exported_model(model, args, dataset, errors), run.dir / "world_model.pt")
+
+
 def check(args: Args) -> None:
     """Ends with one clear line if an argument makes no sense."""
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size", "model_steps")
@@ -770,14 +781,7 @@ def train(args: Args) -> dict:
                 descend(losses, model_optimizer, model_schedule, args.max_grad_norm)
                 run.log(dict(zip(MODEL_LOSSES, losses)))
                 if step == model_steps:
-                    errors = model_errors(model, dataset, held_out_rows)
-                    run.log({f"eval/{name}": value for name, value in errors.items()})
-                    quantile = errors["uncertainty_0.99"]
-                    message = "the world model is not finite; use a smaller --model-learning-rate"
-                    require(math.isfinite(quantile), message)
-                    model.uncertainty_scale.fill_(max(quantile, 1e-6))
-                    exported = exported_model(model, args, dataset, errors)
-                    save(exported, run.dir / "world_model.pt")
+                    finish_model(model, args, dataset, held_out_rows, run)
                 continue
 
             # Then the team learns from the data and from its rollouts in the model.
