@@ -1056,7 +1056,7 @@ def evaluate(task: Task, act: Callable, episodes: int, seed=EVALUATION_SEED, dev
         alive &= ~terminals
         if not alive.any():
             break
-    names = ("states", "actions", "rewards", "next_states", "terminals")
+    names = ("states", "actions", "rewards", "next_states", "ends")
     columns = dict(zip(names, map(np.concatenate, zip(*transitions))))
     where = getattr(simulator, "evaluated_in", "")
     states = first_states, last_states

@@ -122,6 +122,8 @@ def add_run(run_dir: Path, folder: Path = RESULTS) -> None:
     runs = json.loads(table.read_text(encoding="utf-8")) if table.is_file() else {}
     result = json.loads(path.read_text(encoding="utf-8"))
     result["args"].pop("run_dir", None)  # a place on somebody's machine
+    if result["args"].get("world_model"):  # of another run: without the place where it is
+        result["args"]["world_model"] = "/".join(Path(result["args"]["world_model"]).parts[-2:])
     run = {"task": task, "algorithm": algorithm, "seed": int(seed)}
     run |= {name: rounded(result[name]) for name in columns if name in result}
     found = result["script"], result["args"]["task"], result["args"]["seed"]

@@ -36,6 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -299,6 +300,7 @@ def changed_options(algorithm: str, task: str, options: dict) -> str:
         if needs_another_run(algorithm) and name == "world_model":
             # The model of that run for this task and seed, in whatever folder.
             own = wanted.format(folder="", task=find_task(task).name, seed=options.get("seed"))
+            own = own.lstrip("/")
             wanted = found if found.endswith(own) else own
         if name not in FREE and found != wanted:
             changed.append(f"{name} {found}")
@@ -325,6 +327,10 @@ def check_folder(job: Job) -> None:
 # Running it.
 
 
+def ignore_usr2() -> None:
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
 class SlurmJob:
     """One run, as submitit calls it: begun, or resumed from its checkpoint."""
 
@@ -334,7 +340,10 @@ class SlurmJob:
     def __call__(self) -> None:
         os.chdir(self.folder)
         command = job_command(self.job, self.options)
-        self.process = subprocess.Popen(command, env=os.environ | JOB_ENVIRONMENT)
+        # USR2 tells submitit that the time is up; some clusters send it to the run, too.
+        self.process = subprocess.Popen(
+            command, env=os.environ | JOB_ENVIRONMENT, preexec_fn=ignore_usr2
+        )
         status = self.process.wait()
         if status == 128 + signal.SIGTERM:
             # Slurm has told the run to stop, and it has saved. Now Slurm ends this process, too; if
@@ -349,7 +358,8 @@ class SlurmJob:
         from submitit.helpers import DelayedSubmission
 
         self.process.terminate()
-        os.waitpid(self.process.pid, 0)  # not wait(), whose lock __call__ holds meanwhile
+        with suppress(ChildProcessError):  # it has ended already
+            os.waitpid(self.process.pid, 0)  # not wait(), whose lock __call__ holds meanwhile
         return DelayedSubmission(SlurmJob(self.job, self.options))  # a process cannot be pickled
 
 

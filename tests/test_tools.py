@@ -366,7 +366,9 @@ def test_a_slurm_job_whose_time_is_up_saves_and_is_submitted_again(stub, tmp_pat
     stub(
         "import pathlib, signal, sys, time\nfolder = pathlib.Path(sys.argv[1])\n"
         "def save(*_):\n    (folder / 'saved').write_text('')\n    sys.exit(143)\n"
-        "signal.signal(signal.SIGTERM, save)\n(folder / 'ready').write_text('')\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "assert signal.getsignal(signal.SIGUSR2) is signal.SIG_IGN\n"
+        "(folder / 'ready').write_text('')\n"
         "time.sleep(60)\n"
     )
     helpers = mock.Mock(DelayedSubmission=lambda job: job)
@@ -381,7 +383,7 @@ def test_a_slurm_job_whose_time_is_up_saves_and_is_submitted_again(stub, tmp_pat
         raise TimeoutError
 
     handler = signal.signal(signal.SIGALRM, time_is_up)
-    threading.Thread(target=alarm_when, args=(tmp_path / "ready",)).start()
+    threading.Thread(target=alarm_when, args=(tmp_path / "ready",), daemon=True).start()
     try:
         with pytest.raises(TimeoutError):
             slurm_job()
