@@ -602,7 +602,7 @@ class SyntheticData(nn.Module):
         ages = (starts - data.episode_starts[starts]).clamp(max=HISTORY_LENGTH)
         buffer.episode_starts[rows] = rows[:, HISTORY_LENGTH, None] - ages[:, None]
 
-        # 1 until a rollout has reached an absorbing state.
+        # `alive` is 1 until a rollout has reached an absorbing state.
         states, alive = data.states[starts], torch.ones_like(data.rewards[starts])
         for now in rows[:, HISTORY_LENGTH:].T:  # [rollout]
             buffer.states[now] = states

@@ -228,17 +228,22 @@ def other_cells(args: Args) -> list[Cell]:
     return [Cell(algorithm, task) for algorithm in algorithms for task in tasks]
 
 
-def job_command(job: Job, options: list[str]) -> list[str]:
-    """Starts the run, or resumes it if there is a checkpoint."""
-    script, *own_options = ALGORITHMS[job.cell.algorithm]
+def own_options(job: Job) -> list[str]:
+    """What makes the run one of its variant."""
+    _, *options = ALGORITHMS[job.cell.algorithm]
     task = find_task(job.cell.task).name
     places = {"folder": job.run_dir.parent, "task": task, "seed": job.seed}
-    own_options = [option.format(**places) for option in own_options]
+    return [option.format(**places) for option in options]
+
+
+def job_command(job: Job, options: list[str]) -> list[str]:
+    """Starts the run, or resumes it if there is a checkpoint."""
+    script = ALGORITHMS[job.cell.algorithm][0]
     command = [sys.executable, os.path.relpath(REPOSITORY / script)]
     if (job.run_dir / "checkpoint.pt").is_file():
         return [*command, "--resume", str(job.run_dir)]
     command += ["--task", job.cell.task, "--seed", str(job.seed), "--run-dir", str(job.run_dir)]
-    return [*command, *own_options, *options]
+    return [*command, *own_options(job), *options]
 
 
 def needs_another_run(algorithm: str) -> bool:
@@ -250,9 +255,8 @@ def missing_model(job: Job) -> str:
     """What is wrong if the run needs the world model of another run that has not made it."""
     if not needs_another_run(job.cell.algorithm):
         return ""
-    task = find_task(job.cell.task).name
-    path = job.run_dir.parent / f"{task}__logo__{job.seed}" / "world_model.pt"
-    return "" if path.is_file() else f"there is no {path}; run logo first"
+    path = own_options(job)[-1]
+    return "" if Path(path).is_file() else f"there is no {path}; run logo first"
 
 
 def compile_options() -> list[str]:
@@ -299,8 +303,8 @@ def changed_options(algorithm: str, task: str, options: dict) -> str:
             continue  # found out from the world model
         if needs_another_run(algorithm) and name == "world_model":
             # The model of that run for this task and seed, in whatever folder.
-            own = wanted.format(folder="", task=find_task(task).name, seed=options.get("seed"))
-            own = own.lstrip("/")
+            places = {"task": find_task(task).name, "seed": options.get("seed")}
+            own = wanted.removeprefix("{folder}/").format(**places)
             wanted = found if found.endswith(own) else own
         if name not in FREE and found != wanted:
             changed.append(f"{name} {found}")
@@ -314,10 +318,8 @@ def check_folder(job: Job) -> None:
     except InputError:
         return  # there is no run yet, or none that can be read
     saved, script = run["args"], script_of(job.cell.algorithm)
-    file, _, name = str(restored(saved["task"], job.run_dir)).rpartition(":")
-    own_file, _, own_name = job.cell.task.rpartition(":")
-    same_file = Path(file).resolve() == Path(own_file).resolve()
-    same = same_file and name == own_name and (saved["seed"], run["script"]) == (job.seed, script)
+    found = restored(saved["task"], job.run_dir), saved["seed"], run["script"]
+    same = found == (job.cell.task, job.seed, script)
     other = "" if same else f"of {run['script']}.py on {saved['task']}, seed {saved['seed']}"
     changed = other or changed_options(job.cell.algorithm, job.cell.task, rounded(saved))
     message = f"{job.run_dir} holds a run {other or f'with {changed}'}"
