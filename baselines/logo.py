@@ -98,6 +98,8 @@ class Args:
     """Adam, history encoders; decays alike"""
     gamma: float = 0.99
     """discount factor"""
+    cloning_steps: int = 1000
+    """gradient steps of the team in which policies imitate the data, before they climb critics"""
     polyak: float = 0.05
     """how far targets move at a policy step"""
     policy_delay: int = 2
@@ -117,6 +119,7 @@ DEFAULTS = {
     "Ant-v4": Args(model_steps=20_000, eval_episodes=10, cql_points=6),
     "coordination": Args(
         total_steps=500, eval_every=250, model_steps=500, gamma=0.5, rollouts=200, refresh_every=20,
+        cloning_steps=0,
     ),
 }  # fmt: skip
 
@@ -491,6 +494,8 @@ class Team(nn.Module):
             network = getattr(self, name)
             target = network and copy.deepcopy(network).requires_grad_(False)
             setattr(self, f"target_{name}", target)
+        # Item 11: the lowest and the highest value that there can be.
+        self.register_buffer("value_range", torch.tensor([-math.inf, math.inf]))
         # All options, or points of an integral over all actions.
         nodes, log_weights = torch.eye(task.action_dim), torch.zeros(task.action_dim)
         if not task.discrete:
@@ -628,8 +633,11 @@ def rows_of_data(args: Args) -> int:
     return args.batch_size - round(args.synthetic_share * args.batch_size)
 
 
-def macql_losses(team: Team, batch: Batch, args: Args, learn_policy: bool):
-    """TD loss and conservative loss of the critics and, with `learn_policy`, the policies' loss."""
+def macql_losses(team: Team, batch: Batch, args: Args, learn_policy: bool, clone: bool = False):
+    """TD loss and conservative loss of the critics and, with `learn_policy`, the policies' loss.
+
+    With `clone` policies imitate the data instead of climbing the critics (item 12).
+    """
     inputs = team.inputs(batch.observations, batch.histories)
 
     # y = r + gamma f min_j Q'_j(s', a'), where a' is greedy and f the mask.
@@ -640,6 +648,7 @@ def macql_losses(team: Team, batch: Batch, args: Args, learn_policy: bool):
         weights, bias = team.mixing(batch.next_states, target=True)
         next_q = ((weights * next_q).sum(1) + bias).amin(0)
         td_targets = batch.rewards + args.gamma * batch.masks * next_q  # [batch]
+        td_targets = td_targets.clamp(*team.value_range)
 
     # Both mixed critics learn y.
     weights, bias = team.mixing(batch.states)  # [agent, batch], [batch]
@@ -660,8 +669,13 @@ def macql_losses(team: Team, batch: Batch, args: Args, learn_policy: bool):
     if team.policy is None or not learn_policy:
         return td_loss, conservative_loss
 
+    actions = team.act(inputs)
+    if clone:
+        errors = (actions - batch.actions)[: rows_of_data(args)].square()
+        return td_loss, conservative_loss, errors.sum((1, 2)).mean()
+
     # Policies maximise the mixture of the first critics.
-    own_q = team.first_q_values(inputs.detach(), team.act(inputs)[None])[:, 0]  # [agent, batch]
+    own_q = team.first_q_values(inputs.detach(), actions[None])[:, 0]  # [agent, batch]
     return td_loss, conservative_loss, -(weights.detach() * own_q).sum(0).mean()
 
 
@@ -709,7 +723,7 @@ def check(args: Args) -> None:
     check_range(args, 1, 1000, "cql_points")
     check_range(args, 0, 0.999999, "gamma")
     check_range(args, 0, 1, "polyak", "synthetic_share", "exploration")
-    check_range(args, 0, 1e9, "reconstruction", "confidence", "cql_alpha")
+    check_range(args, 0, 1e9, "reconstruction", "confidence", "cql_alpha", "cloning_steps")
     fits = args.batch_size % args.cql_batch_size == 0
     require(fits, "--batch-size must be a multiple of --cql-batch-size")
     message = "no transition of a batch is the data's; use a smaller --synthetic-share"
@@ -746,6 +760,10 @@ def train(args: Args) -> dict:
         online = [team.get_parameter(name.removeprefix("target_")) for name in targets]
         # Item 6: the data's values are about 1 on every task, so that one --cql-alpha serves all.
         reward_scale = (1 - args.gamma) / max(float(dataset.rewards.abs().mean()), 1e-3)
+        # Item 11: no return is lower or higher than that of such rewards for ever.
+        lowest, highest = dataset.rewards.aminmax()
+        value_range = torch.stack([lowest.clamp(max=0), highest.clamp(min=0)])
+        team.value_range.copy_(value_range * reward_scale / (1 - args.gamma))
 
         training_rows, held_out_rows = dataset.split()
         absorbing_rows = training_rows[dataset.masks[training_rows] == 0]
@@ -794,7 +812,12 @@ def train(args: Args) -> dict:
                 batch = Batch(*[x if x is None else torch.cat([x, y]) for x, y in pairs])
             batch = batch._replace(rewards=reward_scale * batch.rewards)
             learn_policy = team_step % args.policy_delay == 0
-            losses = team_loss_function(team, batch, args, learn_policy)
+            clone = team_step <= args.cloning_steps
+            if team.policy is not None and team_step == args.cloning_steps + 1:
+                # Adam's scale is that of cloning's gradients, which are much smaller than the next.
+                for parameter in team.policy.parameters():
+                    optimizer.state.pop(parameter, None)
+            losses = team_loss_function(team, batch, args, learn_policy, clone)
             descend(losses, optimizer, schedule, args.max_grad_norm)
             if learn_policy:
                 with torch.no_grad():

@@ -321,12 +321,14 @@ def literal_action(team, agent, x, target=False):
 @torch.no_grad()
 def test_macql_losses_equal_the_equations_transition_by_transition(task, float64):
     team, batch = made_up_team(task), made_up_batch(task)
+    team.value_range.copy_(torch.tensor([-0.4, 0.4]))
     # As if these seven were of fourteen, five of them data; the last two are of rollouts.
     options = {"batch_size": 14, "synthetic_share": 9 / 14, "cql_batch_size": 7}
     args = logo.Args(gamma=0.9, cql_alpha=0.5, **options)
     inputs = all_literal_inputs(team, batch.observations, batch.histories)
     next_inputs = all_literal_inputs(team, batch.next_observations, batch.next_histories, True)
-    agents, td_loss, conservative, policy = range(task.num_agents), 0, 0, 0
+    agents, td_loss, conservative, policy, cloning = range(task.num_agents), 0, 0, 0, 0
+    clipped = 0
     for b in range(7):
         x, next_x = [x[b] for x in inputs], [x[b] for x in next_inputs]
         next_actions = [literal_action(team, i, next_x[i], target=True) for i in agents]
@@ -334,6 +336,8 @@ def test_macql_losses_equal_the_equations_transition_by_transition(task, float64
             literal_mixed(team, j, batch.next_states[b], next_actions, next_x, True) for j in (0, 1)
         )
         td_target = batch.rewards[b] + 0.9 * batch.masks[b] * next_q
+        clipped += abs(td_target) > 0.4
+        td_target = min(max(td_target, -0.4), 0.4)
         data = list(batch.actions[b])
         standardized = (batch.states[b] - team.state_mean) / team.state_std
         outputs = literal_mlp(team.mixer, 0, standardized)
@@ -349,9 +353,17 @@ def test_macql_losses_equal_the_equations_transition_by_transition(task, float64
         for i in agents if not task.discrete else ():
             q = literal_q(team, 0, i, literal_action(team, i, x[i]), x[i])
             policy -= weights[i] * q / 7
+            if b < 5:
+                error = literal_action(team, i, x[i]) - data[i]
+                cloning += (error**2).sum() / 5
+    assert 0 < clipped < 7
     got = logo.macql_losses(team, batch, args, learn_policy=not task.discrete)
     expected = [td_loss, conservative] + ([] if task.discrete else [policy])
     torch.testing.assert_close(torch.stack(got), torch.stack(expected), rtol=1e-6, atol=1e-9)
+    if not task.discrete:
+        got = logo.macql_losses(team, batch, args, learn_policy=True, clone=True)
+        expected = [td_loss, conservative, cloning]
+        torch.testing.assert_close(torch.stack(got), torch.stack(expected), rtol=1e-6, atol=1e-9)
 
 
 def test_each_loss_of_the_learner_trains_its_own_networks_only(float64):
