@@ -45,7 +45,7 @@ OBSERVANT = {"reacher-leader-only": "reacher-all-observant", "ant-medium-po": "a
 OVERRIDES = {
     "moma_ppo": {"cloning_steps": 0},
     "inspo": {"cloning_share": 0.0, "turn_steps": 6, "pool_size": 1200},
-    "logo": {"model_steps": 1, "refresh_every": 6, "rollouts": 24},
+    "logo": {"model_steps": 1, "cloning_steps": 0, "refresh_every": 6, "rollouts": 24},
 }
 WARM_UP = 6  # updates, in which torch.compile compiles
 

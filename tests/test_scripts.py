@@ -29,6 +29,7 @@ TINY["world_model"] = ["--hidden", 16, 16, "--reward-hidden", 16, "--mask-hidden
 TINY["world_model"] += ["--total-steps", 40, "--eval-every", 20]
 TINY["inspo"] += ["--turn-steps", 2, "--pool-size", 64]
 TINY["logo"] += ["--model-steps", 4, "--rollouts", 4, "--refresh-every", 2, "--generations", 2]
+TINY["logo"] += ["--cloning-steps", 2]
 for conservative in ("icql", "iomar", "logo"):
     TINY[conservative] += ["--cql-batch-size", 8]
 # Runs that go through other code than the script's default.
@@ -429,6 +430,7 @@ NONSENSE = [
     *[("logo", name, 0) for name in ("model_steps", "horizon", "rollouts", "generations")],
     *[("logo", name, 0) for name in ("refresh_every", "embedding", "model_width")],
     *[("logo", "synthetic_share", value) for value in (-0.1, 1)],  # none of the data
+    ("logo", "cloning_steps", -1),
     *[("logo", "cql_batch_size", value) for value in (3, 257)],  # does not divide 256
     *[("moma_ppo", "transitions", value) for value in (-400, 0, 200)],
     *[("moma_ppo", "rollout_length", value) for value in (-1, 0, 501)],
