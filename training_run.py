@@ -111,7 +111,10 @@ def too_large(args, usual) -> str:
 
 
 def resumed_args(args_type: type, run_dir: Path, words: list[str]):
-    """The arguments of the run in `run_dir`; `words` may change its device and its total steps."""
+    """The arguments of the run in `run_dir`; `words` may change its device and its total steps.
+
+    From Python: `train(resumed_args(Args, RUN, ["--resume", str(RUN)]))`.
+    """
     flags = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
     others = flags - {"--resume", "--device", "--total-steps"}
     others = ", ".join(sorted(others))
@@ -349,8 +352,14 @@ class Run:
         self.tracked, self.inputs, self.sums, self.counts = {}, {}, {}, {}
         self.updating, self.started, self.signal, self.writer = False, False, None, None
         if self.checkpoint:
-            started_by = self.checkpoint["script"]
+            started_by, saved = self.checkpoint["script"], self.checkpoint["args"]
             require(started_by == script, f"{args.resume} is a run of {started_by}.py")
+            free = "device", "total_steps", "run_dir", "resume"
+            given = [(name, value) for name, value in vars(args).items() if name not in free]
+            given = {name: portable(value, Path(args.resume)) for name, value in given}
+            changed = ", ".join(name for name in given if given[name] != saved.get(name))
+            advice = "take those of training_run.resumed_args"
+            require(not changed, f"{args.resume} was started with another {changed}; {advice}")
         self.dir, self.lock = self._open_folder()
 
     def _open_folder(self) -> tuple[Path, filelock.FileLock]:

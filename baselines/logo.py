@@ -636,7 +636,7 @@ def rows_of_data(args: Args) -> int:
 def macql_losses(team: Team, batch: Batch, args: Args, learn_policy: bool, clone: bool = False):
     """TD loss and conservative loss of the critics and, with `learn_policy`, the policies' loss.
 
-    With `clone` policies imitate the data instead of climbing the critics (item 12).
+    With `clone` policies imitate the data instead of climbing the critics (item 10).
     """
     inputs = team.inputs(batch.observations, batch.histories)
 

@@ -190,6 +190,11 @@ def test_a_run_in_use_is_not_resumed_a_second_time(copy_of_whole, args):
     resume(copy_of_whole)  # it is free again
 
 
+def test_a_run_is_not_resumed_with_other_options(copy_of_whole, args):
+    with pytest.raises(InputError, match="started with another learning_rate; take those"):
+        Run(replace(args, run_dir=None, resume=copy_of_whole, learning_rate=1e-5), "ibc")
+
+
 def test_a_folder_with_files_is_left_alone(args, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("keep")
