@@ -76,8 +76,8 @@ class Args:
     """largest size of that noise"""
     cql_alpha: float = 1.0
     """weight of the conservative loss"""
-    cql_points: int = 24
-    """points per action dimension of the quadrature in the conservative loss"""
+    cql_points: int | None = None
+    """points per action dimension of the quadrature; by default 24, or 6 if there are several"""
     cql_batch_size: int = 32
     """transitions per gradient step that the conservative loss uses"""
     max_grad_norm: float = 1.0
@@ -86,11 +86,11 @@ class Args:
 
 DEFAULTS = {
     None: Args(),
-    "Ant-v4": Args(eval_episodes=10, cql_points=6),
+    "Ant-v4": Args(eval_episodes=10),
     "coordination": Args(
         total_steps=400, eval_every=100, learning_rate=1e-3, gamma=0.5, cql_alpha=0.1
     ),
-    "ant-expert": Args(eval_episodes=10, cql_points=6, cql_alpha=5.0),
+    "ant-expert": Args(eval_episodes=10, cql_alpha=5.0),
 }
 
 
@@ -232,6 +232,7 @@ def quadrature(points, dims):
     An integral is the sum over nodes of the function times the weight; it is exact for polynomials
     of degree 2 * points - 1 in each dimension.
     """
+    points = points or (24 if dims == 1 else 6)
     message = f"--cql-points to the power of an agent's {dims} actions is {points**dims}"
     require(points**dims <= 5000, f"{message}; use fewer points, so that it is at most 5000")
     nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(points))

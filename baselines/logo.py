@@ -106,8 +106,8 @@ class Args:
     """gradient steps of the critics per step of policies and targets"""
     cql_alpha: float = 1.0
     """weight of the conservative loss"""
-    cql_points: int = 24
-    """points per action dimension of the quadrature in the conservative loss"""
+    cql_points: int | None = None
+    """points per action dimension of the quadrature; by default 24, or 6 if there are several"""
     cql_batch_size: int = 32
     """evenly spaced transitions of a batch that the conservative loss uses"""
     max_grad_norm: float = 1.0
@@ -116,7 +116,7 @@ class Args:
 
 DEFAULTS = {
     None: Args(),
-    "Ant-v4": Args(model_steps=20_000, eval_episodes=10, cql_points=6),
+    "Ant-v4": Args(model_steps=20_000, eval_episodes=10),
     "coordination": Args(
         total_steps=500, eval_every=250, model_steps=500, gamma=0.5, rollouts=200, refresh_every=20,
         cloning_steps=0,
@@ -458,6 +458,7 @@ def quadrature(points, dims):
     An integral is the sum over nodes of the function times the weight; it is exact for polynomials
     of degree 2 * points - 1 in each dimension.
     """
+    points = points or (24 if dims == 1 else 6)
     message = f"--cql-points to the power of an agent's {dims} actions is {points**dims}"
     require(points**dims <= 5000, f"{message}; use fewer points, so that it is at most 5000")
     nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(points))
