@@ -119,7 +119,7 @@ DEFAULTS = {
     "Ant-v4": Args(model_steps=20_000, eval_episodes=10),
     "coordination": Args(
         total_steps=500, eval_every=250, model_steps=500, gamma=0.5, rollouts=200, refresh_every=20,
-        cloning_steps=0,
+        cloning_steps=0, cql_alpha=0.1,
     ),
 }  # fmt: skip
 
