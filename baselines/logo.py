@@ -99,7 +99,7 @@ class Args:
     gamma: float = 0.99
     """discount factor"""
     cloning_steps: int = 1000
-    """gradient steps of the team in which policies imitate the data, before they climb critics"""
+    """gradient steps of the team in which policies imitate the data; then they climb critics"""
     polyak: float = 0.05
     """how far targets move at a policy step"""
     policy_delay: int = 2
@@ -495,7 +495,7 @@ class Team(nn.Module):
             network = getattr(self, name)
             target = network and copy.deepcopy(network).requires_grad_(False)
             setattr(self, f"target_{name}", target)
-        # Item 11: the lowest and the highest value that there can be.
+        # Item 11: the lowest and the highest TD target; `train` narrows it.
         self.register_buffer("value_range", torch.tensor([-math.inf, math.inf]))
         # All options, or points of an integral over all actions.
         nodes, log_weights = torch.eye(task.action_dim), torch.zeros(task.action_dim)
@@ -761,8 +761,10 @@ def train(args: Args) -> dict:
         online = [team.get_parameter(name.removeprefix("target_")) for name in targets]
         # Item 6: the data's values are about 1 on every task, so that one --cql-alpha serves all.
         reward_scale = (1 - args.gamma) / max(float(dataset.rewards.abs().mean()), 1e-3)
-        # Item 11: no return is lower or higher than that of such rewards for ever.
+        # Item 11: targets stay within what such rewards, paid forever, would be worth.
         lowest, highest = dataset.rewards.aminmax()
+        if args.uncertainty == "penalty":  # which takes at most ten deviations off a reward
+            lowest = lowest - 10 * dataset.rewards.std()
         value_range = torch.stack([lowest.clamp(max=0), highest.clamp(min=0)])
         team.value_range.copy_(value_range * reward_scale / (1 - args.gamma))
 
@@ -815,7 +817,8 @@ def train(args: Args) -> dict:
             learn_policy = team_step % args.policy_delay == 0
             clone = team_step <= args.cloning_steps
             if team.policy is not None and team_step == args.cloning_steps + 1:
-                # Adam's scale is that of cloning's gradients, which are much smaller than the next.
+                # Adam's moments come from cloning, whose gradients are far smaller than those
+                # through the critics (item 10).
                 for parameter in team.policy.parameters():
                     optimizer.state.pop(parameter, None)
             losses = team_loss_function(team, batch, args, learn_policy, clone)
