@@ -40,7 +40,7 @@ MODES = ("eager", "compiled")
 # Scripts with one learner that sees the whole state are timed on the fully observable task.
 CENTRALIZED = ("world_model", "iql")
 OBSERVANT = {"reacher-leader-only": "reacher-all-observant", "ant-medium-po": "ant-medium-fo"}
-# MOMA-PPO's update is a learning step; the cloning before it, and InSPO's, is not timed. Six
+# MOMA-PPO's update is a learning step; the cloning before it, InSPO's and LOGO's, is not timed. Six
 # updates hold one turn of InSPO, and one generation of LOGO's rollouts, sized in proportion.
 OVERRIDES = {
     "moma_ppo": {"cloning_steps": 0},
