@@ -463,6 +463,10 @@ def test_matd3_bc_losses_equal_the_equations_with_mixed_values(task, float64):
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
 
 
+def test_quadrature_has_fewer_points_where_there_are_several_actions():
+    assert [len(icql.quadrature(None, dims)[0]) for dims in (1, 2)] == [24, 36]
+
+
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_quadrature_integrates_polynomials_and_exponentials(dims):
     nodes, log_weights = icql.quadrature(8, dims)

@@ -18,6 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import mamujoco_envs
 import training_run
+from data.offline_dataset import load_dataset
+from mamujoco_envs import find_task
 from training_run import load_checkpoint, load_team
 
 ROOT = Path(__file__).parents[1]
@@ -212,9 +214,10 @@ def test_compile_computes_what_eager_mode_computes(script, run_tiny, monkeypatch
     """Traced as --compile does it, random numbers included, but run without generated code."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.setenv("CXX", sys.executable)  # no compiler is needed here
-    status, output, eager = run_tiny(script, "--total-steps", 2)
+    steps = 4 if script == "logo" else 2  # past its cloning
+    status, output, eager = run_tiny(script, "--total-steps", steps)
     assert status == 0, output
-    status, output, traced = run_tiny(script, "--total-steps", 2, "--compile", name="traced")
+    status, output, traced = run_tiny(script, "--total-steps", steps, "--compile", name="traced")
     assert status == 0, output
     one, other = states_of(eager), states_of(traced)
     for name in one:
@@ -609,6 +612,55 @@ def test_logo_learns_in_a_model_of_its_own(run_script, tmp_path):
     status, output = run_script(path_of("logo"), *options, "--run-dir", tmp_path / "run")
     assert status == 0, output
     assert result_of(tmp_path / "run")["score"] == 1
+
+
+@pytest.mark.parametrize("killed_at", [6, 10])
+def test_logo_resumes_among_its_rollouts(killed_at, run_tiny, run_script, monkeypatch):
+    """Killed when cloning has ended, or in the middle of a generation of rollouts."""
+    options = ["--total-steps", 8, "--refresh-every", 4]  # after four steps of the model
+    status, output, whole = run_tiny("logo", *options)
+    assert status == 0, output
+    save = training_run.save
+
+    def save_and_die(data, path):
+        save(data, path)
+        if path.name == "checkpoint.pt" and data["step"] == killed_at:
+            sys.exit("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training_run, "save", save_and_die)
+        status, output, killed = run_tiny("logo", *options, name="killed")
+    assert status == "killed"
+    status, output = run_script(path_of("logo"), "--resume", killed)
+    assert status == 0, output
+    one, other = (load_checkpoint(run_dir)["state"] for run_dir in (whole, killed))
+    for part in ("team", "synthetic"):
+        for name, value in one[part].items():
+            assert torch.equal(value, other[part][name]), name
+    for name, moments in one["optimizer"]["state"].items():
+        for key, value in moments.items():
+            assert torch.equal(value, other["optimizer"]["state"][name][key]), (name, key)
+
+
+@pytest.mark.parametrize("cloning_steps, policy_steps", [(0, 2), (2, 1), (99, 2)])
+def test_logos_policies_forget_the_moments_of_cloning(cloning_steps, policy_steps, run_tiny):
+    """Of four steps every second one is of the policies."""
+    status, output, run_dir = run_tiny("logo", "--cloning-steps", cloning_steps)
+    assert status == 0, output
+    state = load_checkpoint(run_dir)["state"]["optimizer"]
+    policies, critics, *_ = state["param_groups"]
+    steps = [state["state"][group["params"][0]]["step"].item() for group in (policies, critics)]
+    assert steps == [policy_steps, 4]
+
+
+@pytest.mark.parametrize("uncertainty", ["weighting", "penalty"])
+def test_the_range_of_logos_targets(uncertainty, run_tiny, reacher_file):
+    status, output, run_dir = run_tiny("logo", "--uncertainty", uncertainty)
+    assert status == 0, output
+    rewards = load_dataset(find_task("reacher-leader-only"), reacher_file, "cpu").rewards
+    lowest = rewards.min() - (10 * rewards.std() if uncertainty == "penalty" else 0)
+    got = states_of(run_dir)["value_range"]
+    torch.testing.assert_close(got, torch.stack([lowest, torch.zeros(())]) / rewards.abs().mean())
 
 
 def test_moma_ppo_agrees_where_the_data_leads_apart(run_script, tmp_path):

@@ -237,6 +237,13 @@ def test_the_run_of_another_script_is_not_taken_for_this_one(tmp_path):
     assert "lambda_g" in reproduce.changed_options("ibc", "ant-medium-fo", {"lambda_g": 1.0})
 
 
+def test_how_many_points_older_runs_had_is_the_default():
+    options = reproduce.default_options("icql", "ant-medium-fo")
+    assert not reproduce.changed_options("icql", "ant-medium-fo", options | {"cql_points": 6})
+    changed = reproduce.changed_options("icql", "ant-medium-fo", options | {"cql_points": 3})
+    assert changed == "cql_points 3"
+
+
 def test_a_run_that_fails_in_a_table_is_named(stub, tmp_path, capsys):
     stub("import sys\nprint('first line')\nsys.exit('error: no luck')\n")
     cell = {"tasks": ("coordination-neutral",), "algorithms": ("ibc",)}
