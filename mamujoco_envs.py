@@ -190,7 +190,7 @@ class Task:
         return known if isinstance(known, str) else ids.get(known, known.__name__)
 
     @property
-    def mujoco(self) -> "type[MujocoEnvironment] | None":
+    def environment_class(self) -> "type[MujocoEnvironment] | None":
         """The environment as functions of arrays, where there is a class of it."""
         known = self.environment
         return ENVIRONMENTS.get(known) if isinstance(known, str) else known
@@ -725,7 +725,7 @@ class Simulator:
     """
 
     def __init__(self, task: Task, num_envs: int):
-        self.task, self.environment = task, task.mujoco()
+        self.task, self.environment = task, task.environment_class()
         self.data = [mujoco.MjData(self.environment.model) for _ in range(num_envs)]
         self.qpos, self.qvel = [data.qpos for data in self.data], [data.qvel for data in self.data]
         self.xpos, self.ctrl = [data.xpos for data in self.data], [data.ctrl for data in self.data]
@@ -884,9 +884,10 @@ def make_environment(task: Task, render_mode: str | None = None):
     if task.columns:
         require(not render_mode, f"{task.name} has no pictures; leave out render_mode")
         return GameEnvironment(task)
-    if task.mujoco:
-        options = {"camera_name": task.mujoco.camera} if task.mujoco.camera else {}
-        env = build(task.mujoco.gymnasium, render_mode=render_mode, **options)
+    if task.environment_class:
+        camera = task.environment_class.camera
+        options = {"camera_name": camera} if camera else {}
+        env = build(task.environment_class.gymnasium, render_mode=render_mode, **options)
         check_widths(task, env.observation_space.shape[0], env.model.nu)
         return env
     name, length = task.environment, task.episode_length
