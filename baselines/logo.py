@@ -759,7 +759,7 @@ def train(args: Args) -> dict:
         schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)
         targets = {k: v for k, v in team.named_parameters() if k.startswith("target_")}
         online = [team.get_parameter(name.removeprefix("target_")) for name in targets]
-        # Item 6: the data's values are about 1 on every task, so that one --cql-alpha serves all.
+        # Item 6: the data's values are about 1, so that --cql-alpha means the same on every task.
         reward_scale = (1 - args.gamma) / max(float(dataset.rewards.abs().mean()), 1e-3)
         # Item 11: targets stay within what such rewards, paid forever, would be worth.
         lowest, highest = dataset.rewards.aminmax()
