@@ -496,11 +496,17 @@ class Run:
         self._write(checkpoint, "checkpoint.pt")
 
     def _write(self, data: dict, name: str) -> None:
+        # A stop waits until the file is whole: PyTorch would turn it into an error of its own.
+        updating, self.updating = self.updating, True
         try:
             save(data, self.dir / name)
         except InputError as error:
             kept = (self.dir / "checkpoint.pt").is_file()
             raise InputError(f"{error}{'; the run can be resumed' if kept else ''}") from None
+        finally:
+            self.updating = updating
+        if self.signal and not updating:
+            raise KeyboardInterrupt(self.signal)
 
     def steps(self, evaluate: Callable, total: int | None = None) -> Iterator[int]:
         """Yields 1, 2, ..., `total`; between updates logs, evaluates, saves, or stops.

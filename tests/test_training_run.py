@@ -295,6 +295,22 @@ def test_a_killed_run_resumes(args, whole, tmp_path, environment):
     assert_same_run(args.run_dir, whole)
 
 
+def test_a_stop_waits_for_a_checkpoint_that_is_being_written(args, whole, monkeypatch):
+    torch_save = torch.save
+
+    def stopped_while_writing(data, file):
+        os.kill(os.getpid(), signal.SIGTERM)
+        torch_save(data, file)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", stopped_while_writing)
+        with pytest.raises(KeyboardInterrupt):
+            ibc.train(args)
+    assert load_checkpoint(args.run_dir)["step"] == 0
+    resume(args.run_dir)
+    assert_same_run(args.run_dir, whole)
+
+
 def test_a_run_killed_while_it_saves_resumes(args, whole, monkeypatch):
     """A checkpoint is written whole or not at all, and debris of a killed process goes."""
     saves, torch_save = [], torch.save
