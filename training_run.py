@@ -102,8 +102,8 @@ def too_large(args, usual) -> str:
     """What to do when memory runs out: names the options that are larger than usual."""
     names = []
     for name, value in vars(args).items():
-        needs_none = name in ("seed", "eval_every") or name.endswith("_steps")
-        is_size = type(value) in (int, tuple) and not needs_none
+        takes_no_memory = name in ("seed", "eval_every") or name.endswith("_steps")
+        is_size = type(value) in (int, tuple) and not takes_no_memory
         if is_size and value > (getattr(usual, name) or 0):
             names.append(f"--{name.replace('_', '-')}")
     usual_size = "--minibatch-size" if hasattr(args, "minibatch_size") else "--batch-size"

@@ -641,7 +641,8 @@ def macql_losses(team: Team, batch: Batch, args: Args, learn_policy: bool, clone
     """
     inputs = team.inputs(batch.observations, batch.histories)
 
-    # y = r + gamma f min_j Q'_j(s', a'), where a' is greedy and f the mask.
+    # y = r + gamma f min_j Q'_j(s', a'), where a' is greedy and f the mask, within the range that
+    # returns can have (item 11).
     with torch.no_grad():
         next_inputs = team.inputs(batch.next_observations, batch.next_histories, target=True)
         next_actions = team.act(next_inputs, target=True)[None]
@@ -670,12 +671,13 @@ def macql_losses(team: Team, batch: Batch, args: Args, learn_policy: bool, clone
     if team.policy is None or not learn_policy:
         return td_loss, conservative_loss
 
+    # At first policies imitate the data's actions.
     actions = team.act(inputs)
     if clone:
         errors = (actions - batch.actions)[: rows_of_data(args)].square()
         return td_loss, conservative_loss, errors.sum((1, 2)).mean()
 
-    # Policies maximise the mixture of the first critics.
+    # Then they maximise the mixture of the first critics.
     own_q = team.first_q_values(inputs.detach(), actions[None])[:, 0]  # [agent, batch]
     return td_loss, conservative_loss, -(weights.detach() * own_q).sum(0).mean()
 
