@@ -64,9 +64,9 @@ def run_tiny(run_script, reacher_file, ant_file, world_models, tmp_path, monkeyp
     """A few updates of a script; its exit status, output and run folder."""
     find_task = mamujoco_envs.find_task
 
-    # Evaluations take as long as episodes do.
+    # Evaluations take as long as episodes do, and a figure takes longer than some of these runs.
     def find_short_task(name):
-        task = find_task(name)
+        task = dataclasses.replace(find_task(name), plot=None)
         return dataclasses.replace(task, episode_length=20) if name.startswith("ant") else task
 
     for module in (mamujoco_envs, training_run):
@@ -255,7 +255,6 @@ def test_what_moma_ppo_leaves_behind(run_tiny, world_models):
     tags = [f"world_model/{name}" for name in ("reward", "penalty", "epsilon_g", "uncertain")]
     tags += [f"losses/{name}" for name in ("actor", "critic", "entropy", "action_penalty")]
     assert {"eval/return", "eval/normalized_score", *tags} <= set(shown)
-    assert (run_dir / "strategy.png").read_bytes().startswith(b"\x89PNG")
     assert result["paper_score"] == "1.00 ± 0.01"
     assert result["world_model"]["dataset"]["name"] == "reacher-expert-mix"
     assert len(result["world_model"]["sha256"]) == 64
@@ -301,7 +300,7 @@ def test_seeds_differ_and_repeat(run_tiny):
 
 def test_a_cloned_team_is_not_cloned_again(run_tiny, run_script, monkeypatch):
     """Killed as soon as the checkpoint after the cloning is whole."""
-    status, output, whole = run_tiny("moma_ppo", task="ant-medium-po")
+    status, output, whole = run_tiny("moma_ppo", "--cloning-steps", 3)
     assert status == 0, output
     save = training_run.save
 
@@ -312,13 +311,14 @@ def test_a_cloned_team_is_not_cloned_again(run_tiny, run_script, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(training_run, "save", save_and_die)
-        assert run_tiny("moma_ppo", name="killed", task="ant-medium-po")[0] == "killed"
+        assert run_tiny("moma_ppo", "--cloning-steps", 3, name="killed")[0] == "killed"
     killed = whole.with_name("killed")
     assert load_checkpoint(killed)["step"] == 0
     status, output = run_script("moma_ppo.py", "--resume", killed)
     assert status == 0, output
+    resumed = states_of(killed)
     for name, weight in states_of(whole).items():
-        assert torch.equal(weight, states_of(killed)[name]), name
+        assert torch.equal(weight, resumed[name]), name
 
 
 def test_an_extended_run_learns_from_its_first_step(run_tiny, run_script):
@@ -348,8 +348,9 @@ def test_an_extended_run_of_inspo_does_not_clone_again(run_tiny, run_script):
     status, output = run_script(path_of("inspo"), "--resume", run_dir, "--total-steps", 40)
     assert status == 0, output
     assert cloned and load_checkpoint(run_dir)["step"] == 40
+    extended = states_of(run_dir)
     for name, weight in cloned.items():
-        assert torch.equal(weight, states_of(run_dir)[name]), name
+        assert torch.equal(weight, extended[name]), name
 
 
 def test_a_world_model_that_has_changed_is_noticed(run_tiny, run_script, world_models, tmp_path):
@@ -607,8 +608,8 @@ def test_who_agrees_in_the_coordination_game(name, behavior, score, run_script, 
 
 
 def test_logo_learns_in_a_model_of_its_own(run_script, tmp_path):
-    options = ["--task", "coordination-favorable", "--model-steps", 150, "--total-steps", 150]
-    options += ["--eval-every", 150, "--batch-size", 64]
+    options = ["--task", "coordination-favorable", "--model-steps", 100, "--total-steps", 100]
+    options += ["--eval-every", 100, "--batch-size", 64]
     status, output = run_script(path_of("logo"), *options, "--run-dir", tmp_path / "run")
     assert status == 0, output
     assert result_of(tmp_path / "run")["score"] == 1
@@ -664,7 +665,7 @@ def test_the_range_of_logos_targets(uncertainty, run_tiny, reacher_file):
 
 def test_moma_ppo_agrees_where_the_data_leads_apart(run_script, tmp_path):
     """On the unfavorable dataset most joint actions of the data fail."""
-    options = ["--task", "coordination-unfavorable", "--total-steps", 10]
+    options = ["--task", "coordination-unfavorable", "--total-steps", 5]
     status, output = run_script("moma_ppo.py", *options, "--run-dir", tmp_path / "run")
     assert status == 0, output
     result = result_of(tmp_path / "run")
@@ -674,7 +675,7 @@ def test_moma_ppo_agrees_where_the_data_leads_apart(run_script, tmp_path):
 @pytest.mark.parametrize("name", TD3_FAMILY)
 def test_learners_of_torques_improve_on_the_continuous_game(name, run_script, tmp_path):
     """Agents of the data earn 0.06; who climbs a critic goes to the end of the interval."""
-    options = ["--task", "continuous-favorable", "--total-steps", 200, "--eval-every", 200]
+    options = ["--task", "continuous-favorable", "--total-steps", 120, "--eval-every", 120]
     options += ["--batch-size", 64]
     status, output = run_script(path_of(name), *options, "--run-dir", tmp_path / "run")
     assert status == 0, output
