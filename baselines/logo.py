@@ -99,13 +99,17 @@ class Args:
     gamma: float = 0.99
     """discount factor"""
     cloning_steps: int = 1000
-    """gradient steps of the team in which policies imitate the data; then they climb critics"""
+    """gradient steps of the team in which policies imitate the data only; then they climb, too"""
+    alpha: float = 2.5
+    """weight of the value against imitation"""
     polyak: float = 0.05
     """how far targets move at a policy step"""
     policy_delay: int = 2
     """gradient steps of the critics per step of policies and targets"""
-    cql_alpha: float = 1.0
-    """weight of the conservative loss"""
+    cql_alpha: float = 0.01
+    """weight of the conservative loss, where rewards have a standard deviation of 1 - gamma"""
+    cql_temperature: float = 0.01
+    """its temperature, in the same units: it ignores differences of value that are far smaller"""
     cql_points: int | None = None
     """points per action dimension of the quadrature; by default 24, or 6 if there are several"""
     cql_batch_size: int = 32
@@ -119,7 +123,7 @@ DEFAULTS = {
     "Ant-v4": Args(model_steps=20_000, eval_episodes=10),
     "coordination": Args(
         total_steps=500, eval_every=250, model_steps=500, gamma=0.5, rollouts=200, refresh_every=20,
-        cloning_steps=0, cql_alpha=0.1,
+        cloning_steps=0, cql_alpha=0.1, cql_temperature=0.1,
     ),
 }  # fmt: skip
 
@@ -376,6 +380,12 @@ class LocalToGlobal(nn.Module):
         return ModelStep(next_states, self.clip(deduced[:, -1], "reward"), masks, uncertainty)
 
 
+def penalized(errors):
+    """Absolute errors, so that small ones count, plus half the squares, so that rare large changes
+    count, too (item 1)."""
+    return errors.abs() + 0.5 * errors.square()
+
+
 def model_losses(model: LocalToGlobal, batch: Batch, mask_batch: Batch, reconstruction_weight):
     """Losses of the predictive model, of the deductive model given true and predicted
     observations, of the auxiliary encoder, and of the mask, which learns from `mask_batch`."""
@@ -389,12 +399,11 @@ def model_losses(model: LocalToGlobal, batch: Batch, mask_batch: Batch, reconstr
     local_target = task.observe(change).transpose(0, 1)  # [agent, batch, obs]
 
     def local_error(prediction, target, dims):  # mean over true dimensions; padding learns to be 0
-        total = F.l1_loss(prediction, target, reduction="sum")
-        return total / (len(batch.states) * sum(dims))
+        return penalized(prediction - target).sum() / (len(batch.states) * sum(dims))
 
-    def global_error(prediction):  # absolute (item 1); the reward counts as much as the state
-        state_error = F.l1_loss(prediction[:, :-1], target[:, :-1])
-        return state_error + F.l1_loss(prediction[:, -1], target[:, -1])
+    def global_error(prediction):  # the reward counts as much as the state
+        losses = penalized(prediction - target)
+        return losses[:, :-1].mean() + losses[:, -1].mean()
 
     # Each agent predicts its own next observation.
     local, reconstruction = model.predict_locally(context, pairs)
@@ -664,22 +673,27 @@ def macql_losses(team: Team, batch: Batch, args: Args, learn_policy: bool, clone
     stride = args.batch_size // args.cql_batch_size
     rows, data_rows = slice(None, None, stride), slice(None, rows_of_data(args), stride)
     node_q = weights[:, None, rows] * team.q_values(inputs[:, rows], team.nodes)
-    log_integral = (node_q + team.log_weights[:, None]).logsumexp(2)  # [twin, agent, row]
-    pushed_down = log_integral + (mixed - own)[..., rows]
+    logits = node_q / args.cql_temperature + team.log_weights[:, None]
+    soft_maximum = args.cql_temperature * logits.logsumexp(2)  # [twin, agent, row]
+    pushed_down = soft_maximum + (mixed - own)[..., rows]
     excess = pushed_down.mean(-1) - mixed[..., data_rows].mean(-1)  # [twin, agent]
     conservative_loss = args.cql_alpha * excess.sum()
     if team.policy is None or not learn_policy:
         return td_loss, conservative_loss
 
-    # At first policies imitate the data's actions.
+    # Policies imitate the data's actions.
     actions = team.act(inputs)
+    errors = (actions - batch.actions)[: rows_of_data(args)].square()
+    imitation_loss = errors.sum((1, 2)).mean()
     if clone:
-        errors = (actions - batch.actions)[: rows_of_data(args)].square()
-        return td_loss, conservative_loss, errors.sum((1, 2)).mean()
+        return td_loss, conservative_loss, imitation_loss
 
-    # Then they maximise the mixture of the first critics.
+    # Then they maximise the mixture of the first critics, too. Its weight is TD3+BC's, alpha over
+    # the mean value (item 12).
     own_q = team.first_q_values(inputs.detach(), actions[None])[:, 0]  # [agent, batch]
-    return td_loss, conservative_loss, -(weights.detach() * own_q).sum(0).mean()
+    value = (weights.detach() * own_q).sum(0).mean()
+    scale = args.alpha / mixed[0].abs().mean().detach()
+    return td_loss, conservative_loss, imitation_loss - scale * value
 
 
 # Running it.
@@ -693,10 +707,12 @@ def exported_model(model: LocalToGlobal, args: Args, dataset: OfflineDataset, er
         exported[name.removesuffix("_network")] = [(x.weight.data, x.bias.data) for x in layers]
     exported |= dict(model.named_buffers())
     exported["input_mean"], exported["input_std"] = model.state_mean, model.state_std
-    # As in world_model.py, the penalty is a standard deviation of the reward at the 0.99 quantile,
-    # and a rollout is cut at 10 times it; but this is u's quantile after one step, not after ten.
+    # As in world_model.py, the penalty is a standard deviation of the reward at the 0.99 quantile.
+    # There a rollout is cut at ten times that quantile. Its epsilon is quadratic in how far
+    # predictions differ, and u is linear, so here it is cut at sqrt(10) times the quantile.
     scale = model.uncertainty_scale.item()
-    exported |= {"lambda_g": model.reward_std.item() / scale, "l_epsilon": 10 * scale}
+    cut = math.sqrt(10) * scale
+    exported |= {"lambda_g": model.reward_std.item() / scale, "l_epsilon": cut}
     stride = math.ceil(len(dataset.first_rows) / 1000)
     exported["first_states"] = dataset.states[dataset.first_rows[::stride]]
     description = {"target": "delta", "activation": "silu"}
@@ -722,11 +738,12 @@ def check(args: Args) -> None:
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size", "model_steps")
     check_positive(args, "model_learning_rate", "model_width", "embedding", "horizon", "rollouts")
     check_positive(args, "refresh_every", "generations", "learning_rate", "memory_learning_rate")
-    check_positive(args, "policy_delay", "cql_batch_size", "max_grad_norm")
+    check_positive(args, "policy_delay", "cql_batch_size", "cql_temperature", "max_grad_norm")
     check_range(args, 1, 1000, "cql_points")
     check_range(args, 0, 0.999999, "gamma")
     check_range(args, 0, 1, "polyak", "synthetic_share", "exploration")
-    check_range(args, 0, 1e9, "reconstruction", "confidence", "cql_alpha", "cloning_steps")
+    check_range(args, 0, 1e9, "reconstruction", "confidence", "cql_alpha", "alpha")
+    check_range(args, 0, 1e9, "cloning_steps")
     fits = args.batch_size % args.cql_batch_size == 0
     require(fits, "--batch-size must be a multiple of --cql-batch-size")
     message = "no transition of a batch is the data's; use a smaller --synthetic-share"
@@ -761,8 +778,8 @@ def train(args: Args) -> dict:
         schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)
         targets = {k: v for k, v in team.named_parameters() if k.startswith("target_")}
         online = [team.get_parameter(name.removeprefix("target_")) for name in targets]
-        # Item 6: the data's values are about 1, so that --cql-alpha means the same on every task.
-        reward_scale = (1 - args.gamma) / max(float(dataset.rewards.abs().mean()), 1e-3)
+        # Item 6: so that --cql-alpha and --cql-temperature mean the same on every task.
+        reward_scale = (1 - args.gamma) / max(float(dataset.rewards.std()), 1e-3)
         # Item 11: targets stay within what such rewards, paid forever, would be worth.
         lowest, highest = dataset.rewards.aminmax()
         if args.uncertainty == "penalty":  # which takes at most ten deviations off a reward
