@@ -328,11 +328,11 @@ def test_macql_losses_equal_the_equations_transition_by_transition(task, float64
     team.value_range.copy_(torch.tensor([-0.3, 0.5]))
     # As if these seven were of fourteen, five of them data; the last two are of rollouts.
     options = {"batch_size": 14, "synthetic_share": 9 / 14, "cql_batch_size": 7}
-    args = logo.Args(gamma=0.9, cql_alpha=0.5, **options)
+    args = logo.Args(gamma=0.9, cql_alpha=0.5, cql_temperature=0.2, alpha=1.5, **options)
     inputs = all_literal_inputs(team, batch.observations, batch.histories)
     next_inputs = all_literal_inputs(team, batch.next_observations, batch.next_histories, True)
-    agents, td_loss, conservative, policy, cloning = range(task.num_agents), 0, 0, 0, 0
-    clipped = 0
+    agents, td_loss, conservative = range(task.num_agents), 0, 0
+    value, size_of_value, imitation, clipped = 0, 0, 0, 0
     for b in range(7):
         x, next_x = [x[b] for x in inputs], [x[b] for x in next_inputs]
         next_actions = [literal_action(team, i, next_x[i], target=True) for i in agents]
@@ -351,22 +351,25 @@ def test_macql_losses_equal_the_equations_transition_by_transition(task, float64
             for i in agents if b % 2 == 0 else ():  # every second row
                 varied = [[*data[:i], node, *data[i + 1 :]] for node in team.nodes[:, 0, i]]
                 qs = [literal_mixed(team, j, batch.states[b], actions, x) for actions in varied]
-                conservative += 0.5 * (torch.stack(qs) + team.log_weights).exp().sum().log() / 4
+                integral = ((torch.stack(qs) / 0.2).exp() * team.log_weights.exp()).sum()
+                conservative += 0.5 * 0.2 * integral.log() / 4
                 if b < 5:
                     conservative -= 0.5 * literal_mixed(team, j, batch.states[b], data, x) / 3
+        size_of_value += literal_mixed(team, 0, batch.states[b], data, x).abs() / 7
         for i in agents if not task.discrete else ():
             q = literal_q(team, 0, i, literal_action(team, i, x[i]), x[i])
-            policy -= weights[i] * q / 7
+            value += weights[i] * q / 7
             if b < 5:
                 error = literal_action(team, i, x[i]) - data[i]
-                cloning += (error**2).sum() / 5
+                imitation += (error**2).sum() / 5
     assert 0 < clipped < 7
     got = logo.macql_losses(team, batch, args, learn_policy=not task.discrete)
-    expected = [td_loss, conservative] + ([] if task.discrete else [policy])
+    expected = [td_loss, conservative]
+    expected += [] if task.discrete else [imitation - 1.5 / size_of_value * value]
     torch.testing.assert_close(torch.stack(got), torch.stack(expected), rtol=1e-6, atol=1e-9)
     if not task.discrete:
         got = logo.macql_losses(team, batch, args, learn_policy=True, clone=True)
-        expected = [td_loss, conservative, cloning]
+        expected = [td_loss, conservative, imitation]
         torch.testing.assert_close(torch.stack(got), torch.stack(expected), rtol=1e-6, atol=1e-9)
 
 
