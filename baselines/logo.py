@@ -380,9 +380,9 @@ class LocalToGlobal(nn.Module):
         return ModelStep(next_states, self.clip(deduced[:, -1], "reward"), masks, uncertainty)
 
 
-def penalized(errors):
-    """Absolute errors, so that small ones count, plus half the squares, so that rare large changes
-    count, too (item 1)."""
+def error_cost(errors):
+    """What each error costs: its size, so that small ones count, plus half its square, so that rare
+    large ones do, too (item 1)."""
     return errors.abs() + 0.5 * errors.square()
 
 
@@ -399,10 +399,10 @@ def model_losses(model: LocalToGlobal, batch: Batch, mask_batch: Batch, reconstr
     local_target = task.observe(change).transpose(0, 1)  # [agent, batch, obs]
 
     def local_error(prediction, target, dims):  # mean over true dimensions; padding learns to be 0
-        return penalized(prediction - target).sum() / (len(batch.states) * sum(dims))
+        return error_cost(prediction - target).sum() / (len(batch.states) * sum(dims))
 
     def global_error(prediction):  # the reward counts as much as the state
-        losses = penalized(prediction - target)
+        losses = error_cost(prediction - target)
         return losses[:, :-1].mean() + losses[:, -1].mean()
 
     # Each agent predicts its own next observation.
@@ -688,8 +688,8 @@ def macql_losses(team: Team, batch: Batch, args: Args, learn_policy: bool, clone
     if clone:
         return td_loss, conservative_loss, imitation_loss
 
-    # Then they maximise the mixture of the first critics, too. Its weight is TD3+BC's, alpha over
-    # the mean value (item 12).
+    # Then they also maximise the mixture of the first critics, b(s) aside. Its weight is TD3+BC's:
+    # alpha over the mean size of a value (item 12).
     own_q = team.first_q_values(inputs.detach(), actions[None])[:, 0]  # [agent, batch]
     value = (weights.detach() * own_q).sum(0).mean()
     scale = args.alpha / mixed[0].abs().mean().detach()

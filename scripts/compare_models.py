@@ -7,7 +7,9 @@
 Models start from held-out states of the data and are compared with the true simulator for ten
 steps, with the data's own actions, with noise of 0.3 on them, and with uniformly random ones. A
 model is asked for its mean next states. "correlation" is that of the logarithms of the uncertainty
-and of the true one-step error, both in standard deviations of the data.
+and of the true one-step error, both in standard deviations of the data. "worst dimension" is the
+lowest correlation, over all dimensions of the state that move, of predicted and true changes after
+one step: a model may be good on average and blind in one.
 """
 
 import sys
@@ -39,6 +41,13 @@ class Args:
     """states of held-out episodes to start from"""
 
 
+def worst_correlation(predicted, true) -> float:
+    """The lowest correlation of a column of `predicted` [N, state] with that of `true`."""
+    moves = true.std(0) > 1e-6
+    columns = torch.stack([predicted[:, moves].T, true[:, moves].T], dim=1)  # [dimension, 2, N]
+    return min(pair.corrcoef()[0, 1].item() for pair in columns.double())
+
+
 @torch.no_grad()
 def errors(model, dataset, rows, behavior: str) -> dict[str, float]:
     """State and reward errors after one and ten steps, and how well they were foreseen."""
@@ -60,6 +69,7 @@ def errors(model, dataset, rows, behavior: str) -> dict[str, float]:
         reward_errors.append((step.rewards - rewards).abs()[alive].mean().item())
         if t == 0:
             foreseen, found = step.epsilon_g, (error / std).norm(dim=1)
+            worst = worst_correlation(step.next_states - states, true_states - states)
         states = step.next_states
         alive &= ~terminals
         if not alive.any():
@@ -71,6 +81,7 @@ def errors(model, dataset, rows, behavior: str) -> dict[str, float]:
         "state, 10 steps": state_errors[-1],
         "reward, 10 steps": reward_errors[-1],
         "correlation": pair.corrcoef()[0, 1].item(),
+        "worst dimension": worst,
     }
 
 

@@ -86,13 +86,13 @@ class Literal:
         return literal_mlp(self.model.deductive_decoder, 0, hidden)[: self.task.state_dim + 1]
 
 
-def penalty(error):
+def error_cost(error):
     return error.abs() + error**2 / 2
 
 
 def global_error(error):
     """Of state and reward, which count alike."""
-    return penalty(error[:-1]).mean() + penalty(error[-1])
+    return error_cost(error[:-1]).mean() + error_cost(error[-1])
 
 
 @each(REACHER, ANT, GAME)
@@ -116,12 +116,12 @@ def test_model_losses_equal_the_equations_transition_by_transition(task, float64
         for i in range(task.num_agents):
             predicted, reconstructed, given = literal.local(i)
             predictions.append(predicted)
-            sums[0] += penalty(predicted - truths[i]).sum() / sum(task.obs_dims)
-            sums[0] += 0.3 * penalty(reconstructed - given).sum() / sum(task.pair_dims)
+            sums[0] += error_cost(predicted - truths[i]).sum() / sum(task.obs_dims)
+            sums[0] += 0.3 * error_cost(reconstructed - given).sum() / sum(task.pair_dims)
         for changes in (truths, predictions):
             deduced, reconstructed = literal.deduce(changes)
             sums[1] += global_error(deduced - target)
-            error = penalty(reconstructed - torch.cat(changes)).sum()
+            error = error_cost(reconstructed - torch.cat(changes)).sum()
             sums[1] += 0.3 * error / sum(task.obs_dims)
         sums[2] += global_error(literal.direct() - target)
         next_state = (mask_batch.next_states[b] - model.state_mean) / model.state_std

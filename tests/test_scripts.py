@@ -680,3 +680,16 @@ def test_learners_of_torques_improve_on_the_continuous_game(name, run_script, tm
     status, output = run_script(path_of(name), *options, "--run-dir", tmp_path / "run")
     assert status == 0, output
     assert result_of(tmp_path / "run")["score"] > 0.5
+
+
+def test_models_are_compared(run_script, world_models, reacher_file):
+    options = ["--models", world_models["reacher"], "--dataset", reacher_file, "--starts", 20]
+    status, output = run_script("scripts/compare_models.py", *options)
+    assert status == 0, output
+    assert output.count("worst dimension: ") == 3
+    module = import_script("scripts.compare_models")
+    changes = torch.randn(1000, 3)
+    changes[:, 2] = 0  # as a target's, which does not move
+    blind = changes * torch.tensor([2.0, 0.0, 1.0]) + 0.1 * torch.randn(1000, 3)
+    assert module.worst_correlation(changes, changes) == pytest.approx(1)
+    assert abs(module.worst_correlation(blind, changes)) < 0.2
