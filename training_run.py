@@ -257,9 +257,12 @@ def load(path: Path, device="cpu"):
     return torch.load(path, map_location=device, weights_only=True)
 
 
-def load_world_model(make: Callable, task, path: Path, device):
-    """`make(exported)` of what world_model.py or logo.py wrote to `path`, tried on one step."""
-    command = f"python world_model.py --task {task.option} --output {path}"
+def load_world_model(make: Callable, task, path: Path, device, command: str = ""):
+    """`make(exported)` of what world_model.py or logo.py wrote to `path`, tried on one step.
+
+    `command` makes such a file; by default the one of world_model.py.
+    """
+    command = command or f"python world_model.py --task {task.option} --output {path}"
     require(path.is_file(), f"no world model at {path}; make it with: {command}")
     try:
         exported = load(path, device)

@@ -33,7 +33,16 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from data.offline_dataset import Batch, OfflineDataset, load_dataset
 from mamujoco_envs import ACTION_LIMIT, HISTORY_LENGTH, Task, evaluate, require
-from training_run import FINAL_EPISODES, Run, check_positive, check_range, compiled, main, save
+from training_run import (
+    FINAL_EPISODES,
+    Run,
+    check_positive,
+    check_range,
+    compiled,
+    load_world_model,
+    main,
+    save,
+)
 
 BOX_MARGIN = 0.5  # in widths of the data's bounding box
 MODEL_LOSSES = ("losses/predictive", "losses/deductive", "losses/auxiliary", "losses/mask")
@@ -66,6 +75,8 @@ class Args:
     """history encoder; auto leaves it out where every agent sees the whole state"""
     batch_size: int = 256
     """transitions per gradient step, of the model and of the team"""
+    world_model: Path | None = None
+    """written by an earlier run of this script; by default the run trains one first"""
     model_steps: int = 5000
     """gradient steps of the world model, before the team's"""
     model_learning_rate: float = 3e-3
@@ -314,6 +325,13 @@ class LocalToGlobal(nn.Module):
         for name, bound in dataset.bounding_box().items():
             self.register_buffer(name, bound)
         self.register_buffer("uncertainty_scale", torch.ones(()))  # u's 0.99 quantile on data
+
+    def layers(self) -> dict[str, list[BatchedLinear]]:
+        """Those of each network, as they are named in the exported model."""
+        return {
+            name.removesuffix("_network"): [x for x in network if isinstance(x, BatchedLinear)]
+            for name, network in self.named_children()
+        }
 
     def network_inputs(self, states, actions):
         """Standardised: states and actions [1, batch, state + joint], the states' embedding
@@ -643,57 +661,63 @@ def rows_of_data(args: Args) -> int:
     return args.batch_size - round(args.synthetic_share * args.batch_size)
 
 
+@torch.no_grad()
+def td_targets(team: Team, batch: Batch, args: Args):
+    """y = r + gamma f min_j Q'_j(s', a') [batch], where a' is greedy and f the mask, within the
+    range that returns can have (item 11)."""
+    inputs = team.inputs(batch.next_observations, batch.next_histories, target=True)
+    next_actions = team.act(inputs, target=True)[None]
+    next_q = team.q_values(inputs, next_actions, target=True)[:, :, 0]
+    weights, bias = team.mixing(batch.next_states, target=True)
+    next_q = ((weights * next_q).sum(1) + bias).amin(0)
+    return (batch.rewards + args.gamma * batch.masks * next_q).clamp(*team.value_range)
+
+
+def conservative_loss(team: Team, inputs, weights, own, mixed, args: Args):
+    """Pushes the mixture down on all actions of one agent, while the others act as in the batch
+    (CFCQL), in data and rollouts alike, and up on the data's actions (COMBO, item 9).
+
+    `own` [twin, agent, batch] is what each agent adds to `mixed` [twin, 1, batch].
+    """
+    stride = args.batch_size // args.cql_batch_size
+    rows, data_rows = slice(None, None, stride), slice(None, rows_of_data(args), stride)
+    # Of the mixture only w_i Q_ij depends on a_i, so the rest stands outside the integral.
+    node_q = weights[:, None, rows] * team.q_values(inputs[:, rows], team.nodes)
+    logits = node_q / args.cql_temperature + team.log_weights[:, None]
+    soft_maximum = args.cql_temperature * logits.logsumexp(2)  # [twin, agent, row]
+    pushed_down = soft_maximum + (mixed - own)[..., rows]
+    excess = pushed_down.mean(-1) - mixed[..., data_rows].mean(-1)  # [twin, agent]
+    return args.cql_alpha * excess.sum()
+
+
+def policy_loss(team: Team, batch: Batch, inputs, weights, mixed, args: Args, clone: bool):
+    """Policies imitate the data's actions and, unless they `clone`, maximise the mixture of the
+    first critics on the whole batch, b(s) aside."""
+    actions = team.act(inputs)
+    errors = (actions - batch.actions)[: rows_of_data(args)].square()
+    imitation_loss = errors.sum((1, 2)).mean()
+    if clone:
+        return imitation_loss
+    own_q = team.first_q_values(inputs.detach(), actions[None])[:, 0]  # [agent, batch]
+    value = (weights.detach() * own_q).sum(0).mean()
+    # TD3+BC's weight: alpha over the mean size of a value (item 12).
+    return imitation_loss - args.alpha / mixed[0].abs().mean().detach() * value
+
+
 def macql_losses(team: Team, batch: Batch, args: Args, learn_policy: bool, clone: bool = False):
     """TD loss and conservative loss of the critics and, with `learn_policy`, the policies' loss.
 
     With `clone` policies imitate the data instead of climbing the critics (item 10).
     """
     inputs = team.inputs(batch.observations, batch.histories)
-
-    # y = r + gamma f min_j Q'_j(s', a'), where a' is greedy and f the mask, within the range that
-    # returns can have (item 11).
-    with torch.no_grad():
-        next_inputs = team.inputs(batch.next_observations, batch.next_histories, target=True)
-        next_actions = team.act(next_inputs, target=True)[None]
-        next_q = team.q_values(next_inputs, next_actions, target=True)[:, :, 0]
-        weights, bias = team.mixing(batch.next_states, target=True)
-        next_q = ((weights * next_q).sum(1) + bias).amin(0)
-        td_targets = batch.rewards + args.gamma * batch.masks * next_q  # [batch]
-        td_targets = td_targets.clamp(*team.value_range)
-
-    # Both mixed critics learn y.
     weights, bias = team.mixing(batch.states)  # [agent, batch], [batch]
     own = weights * team.q_values(inputs, batch.actions[None])[:, :, 0]  # [twin, agent, batch]
     mixed = own.sum(1, keepdim=True) + bias
-    td_loss = (mixed[:, 0] - td_targets).square().mean(1).sum()
-
-    # The mixture is pushed down on all actions of one agent, while the others act as in the batch
-    # (CFCQL), in data and rollouts alike, and up on the data's actions (COMBO, item 9). Of the
-    # mixture only w_i Q_ij depends on a_i, so the rest, `mixed - own`, stands outside the integral.
-    stride = args.batch_size // args.cql_batch_size
-    rows, data_rows = slice(None, None, stride), slice(None, rows_of_data(args), stride)
-    node_q = weights[:, None, rows] * team.q_values(inputs[:, rows], team.nodes)
-    logits = node_q / args.cql_temperature + team.log_weights[:, None]
-    soft_maximum = args.cql_temperature * logits.logsumexp(2)  # [twin, agent, row]
-    pushed_down = soft_maximum + (mixed - own)[..., rows]
-    excess = pushed_down.mean(-1) - mixed[..., data_rows].mean(-1)  # [twin, agent]
-    conservative_loss = args.cql_alpha * excess.sum()
+    td_loss = (mixed[:, 0] - td_targets(team, batch, args)).square().mean(1).sum()
+    losses = td_loss, conservative_loss(team, inputs, weights, own, mixed, args)
     if team.policy is None or not learn_policy:
-        return td_loss, conservative_loss
-
-    # Policies imitate the data's actions.
-    actions = team.act(inputs)
-    errors = (actions - batch.actions)[: rows_of_data(args)].square()
-    imitation_loss = errors.sum((1, 2)).mean()
-    if clone:
-        return td_loss, conservative_loss, imitation_loss
-
-    # Then they also maximise the mixture of the first critics, b(s) aside. Its weight is TD3+BC's:
-    # alpha over the mean size of a value (item 12).
-    own_q = team.first_q_values(inputs.detach(), actions[None])[:, 0]  # [agent, batch]
-    value = (weights.detach() * own_q).sum(0).mean()
-    scale = args.alpha / mixed[0].abs().mean().detach()
-    return td_loss, conservative_loss, imitation_loss - scale * value
+        return losses
+    return *losses, policy_loss(team, batch, inputs, weights, mixed, args, clone)
 
 
 # Running it.
@@ -702,9 +726,8 @@ def macql_losses(team: Team, batch: Batch, args: Args, learn_policy: bool, clone
 def exported_model(model: LocalToGlobal, args: Args, dataset: OfflineDataset, errors: dict) -> dict:
     """The model in the form of world_model.py's, for moma_ppo.py --world-model."""
     exported = {}
-    for name, network in model.named_children():
-        layers = [x for x in network if isinstance(x, BatchedLinear)]
-        exported[name.removesuffix("_network")] = [(x.weight.data, x.bias.data) for x in layers]
+    for name, layers in model.layers().items():
+        exported[name] = [(layer.weight.data, layer.bias.data) for layer in layers]
     exported |= dict(model.named_buffers())
     exported["input_mean"], exported["input_std"] = model.state_mean, model.state_std
     # As in world_model.py, the penalty is a standard deviation of the reward at the 0.99 quantile.
@@ -720,6 +743,30 @@ def exported_model(model: LocalToGlobal, args: Args, dataset: OfflineDataset, er
     exported |= {"dataset": dataset.description, "description": description}
     exported["split"] = {"observed": model.task.observed, "driven": model.task.driven}
     return exported | {"errors": errors}
+
+
+def load_exported(model: LocalToGlobal, path: Path, device) -> None:
+    """Fills `model` with what an earlier run of this script exported to `path`."""
+    task = model.task
+    command = f"python baselines/logo.py --task {task.option}"
+    advice = f"make one with: {command}"
+
+    def fill(exported):
+        require("local_encoder" in exported, f"{path} is not a model of this script; {advice}")
+        same = exported["split"] == {"observed": task.observed, "driven": task.driven}
+        require(same, f"{path} was made for other agents than those of {task.name}; {advice}")
+        pairs = [(buffer, exported[name]) for name, buffer in model.named_buffers()]
+        for name, layers in model.layers().items():
+            for layer, (weight, bias) in zip(layers, exported[name], strict=True):
+                pairs += [(layer.weight.data, weight), (layer.bias.data, bias)]
+        fits = all(ours.shape == theirs.shape for ours, theirs in pairs)
+        require(fits, f"{path} has networks of other sizes; give its --model-width and --embedding")
+        for ours, theirs in pairs:
+            ours.copy_(theirs)
+        model.description = {"dataset": exported["dataset"], **exported["description"]}
+        return model
+
+    load_world_model(fill, task, path, device, command)
 
 
 def finish_model(model: LocalToGlobal, args: Args, dataset: OfflineDataset, rows, run: Run) -> None:
@@ -748,6 +795,8 @@ def check(args: Args) -> None:
     require(fits, "--batch-size must be a multiple of --cql-batch-size")
     message = "no transition of a batch is the data's; use a smaller --synthetic-share"
     require(rows_of_data(args) > 0, message)
+    message = "--synthetic-share 0 learns from the data alone; leave --world-model out"
+    require(args.synthetic_share or not args.world_model, message)
     room = args.generations * args.rollouts * (HISTORY_LENGTH + args.horizon)
     message = "--generations of --rollouts of --horizon steps are more than PyTorch can draw from"
     require(room < 2**24, f"{message}; use a smaller one")
@@ -798,10 +847,14 @@ def train(args: Args) -> dict:
 
         synthetic = SyntheticData(dataset, args)
         synthetic_size = args.batch_size - rows_of_data(args)
-        model_steps = args.model_steps if synthetic_size else 0
+        model_steps = args.model_steps if synthetic_size and not args.world_model else 0
+        inputs = {"dataset": dataset.description}
+        if args.world_model:
+            load_exported(model, args.world_model, device)
+            inputs["world_model"] = model.description
         tracked = {"team": team, "optimizer": optimizer, "schedule": schedule, "model": model}
         tracked |= {"model_optimizer": model_optimizer, "model_schedule": model_schedule}
-        run.restore({"dataset": dataset.description}, **tracked, synthetic=synthetic)
+        run.restore(inputs, **tracked, synthetic=synthetic)
         model_loss_function = compiled(model_losses, args, device)
         team_loss_function = compiled(macql_losses, args, device)
 

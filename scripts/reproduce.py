@@ -79,6 +79,8 @@ ALGORITHMS = {
     "moma_ppo": ["moma_ppo.py"],
 }
 OFFLINE = tuple(name for name in ALGORITHMS if name not in ("maiql_ft", "logo"))
+# The model of LOGO's run of the same task and seed.
+IN_LOGOS_MODEL = ["--world-model", "{folder}/{task}__logo__{seed}/world_model.pt"]
 # MOMA-PPO and LOGO with something changed: a run of one is named after it.
 VARIANTS = {
     "moma_ppo-ground-truth": ["--ground-truth"],
@@ -92,9 +94,9 @@ VARIANTS = {
         f"moma_ppo-k{k}": ["--rollout-length", str(k), "--start-states", "any"]
         for k in (5, 10, 25, 50)
     },
-    "moma_ppo-in-logo": ["--world-model", "{folder}/{task}__logo__{seed}/world_model.pt"],
+    "moma_ppo-in-logo": [*IN_LOGOS_MODEL],
     "logo-data-alone": ["--synthetic-share", "0"],
-    "logo-penalty": ["--uncertainty", "penalty"],
+    "logo-penalty": ["--uncertainty", "penalty", *IN_LOGOS_MODEL],
 }
 ALGORITHMS |= {
     name: ALGORITHMS[name.partition("-")[0]] + options for name, options in VARIANTS.items()
@@ -105,7 +107,7 @@ ABLATIONS = {
     "figure-4": ("moma_ppo", "moma_ppo-aleatoric", "moma_ppo-aleatoric-no-cuts"),
     "figure-8": ("moma_ppo", "moma_ppo-no-penalty", "moma_ppo-no-cuts", "moma_ppo-neither"),
     "figure-9": tuple(f"moma_ppo-k{k}" for k in (5, 10, 25, 50)),
-    # MOMA-PPO in LOGO's model comes after LOGO, whose run makes that model.
+    # Those in LOGO's model come after LOGO, whose run makes it.
     "local-to-global": ("logo", "logo-data-alone", "logo-penalty", "moma_ppo-in-logo", "moma_ppo"),
 }
 COMPARED_ON = {name: ("reacher-leader-only", "ant-medium-fo") for name in ABLATIONS}
@@ -298,7 +300,8 @@ def changed_options(algorithm: str, task: str, options: dict) -> str:
     """Options of a run that are not what its algorithm has today, such as "total_steps 400"."""
     expected, changed = default_options(algorithm, task), []
     for name in expected | options:
-        wanted, found = (str(x.get(name, "missing")) for x in (expected, options))
+        # Before it was an option, a default of None was the only way.
+        wanted, found = (str(x.get(name)) for x in (expected, options))
         if name in ("lambda_g", "max_uncertainty") and wanted == "None":
             continue  # found out from the world model
         if name == "cql_points" and wanted == "None" and found in ("24", "6"):

@@ -220,6 +220,23 @@ def test_a_model_is_for_the_agents_that_it_was_trained_with(tmp_path):
         moma_ppo.open_world_model(other, tmp_path / "model.pt", "cpu")
 
 
+@each(REACHER, ANT_FO, GAME)
+def test_a_run_can_take_the_model_of_an_earlier_one(task, tmp_path):
+    model, batch = made_up_model(task, torch.float32), made_up_batch(task)
+    dataset = load_dataset(task) if task is GAME else OfflineDataset(task, recorded_columns(task))
+    save(logo.exported_model(model, logo.Args(), dataset, {}), tmp_path / "model.pt")
+    args = logo.Args(model_width=16, embedding=5)
+    fresh = logo.LocalToGlobal(task, dataset, torch.arange(dataset.size), args)
+    logo.load_exported(fresh, tmp_path / "model.pt", "cpu")
+    assert fresh.description["dataset"] == dataset.description
+    inputs = batch.states, batch.actions
+    for one, other in zip(fresh.step(*inputs), model.step(*inputs)):
+        assert torch.equal(one, other)
+    wider = logo.LocalToGlobal(task, dataset, torch.arange(dataset.size), logo.Args())
+    with pytest.raises(InputError, match="of other sizes; give its --model-width and --embedding"):
+        logo.load_exported(wider, tmp_path / "model.pt", "cpu")
+
+
 # Synthetic data.
 
 

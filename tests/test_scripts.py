@@ -642,6 +642,29 @@ def test_logo_resumes_among_its_rollouts(run_tiny, run_script, monkeypatch):
             assert torch.equal(value, other["optimizer"]["state"][name][key]), (name, key)
 
 
+def test_logo_learns_in_the_model_of_an_earlier_run(run_tiny, run_script, world_models):
+    status, output, first = run_tiny("logo")
+    assert status == 0, output
+    model = "--world-model", first / "world_model.pt"
+    status, output, second = run_tiny("logo", *model, name="second")
+    assert status == 0, output
+    assert load_checkpoint(second)["step"] == load_checkpoint(first)["step"] - 4  # the model's
+    assert not (second / "world_model.pt").exists()
+    one, other = (load_checkpoint(run_dir)["state"]["model"] for run_dir in (first, second))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    status, output = run_script(path_of("logo"), "--resume", second, "--total-steps", 6)
+    assert status == 0, output
+    # What cannot be used is refused before the run begins.
+    ensemble = "--world-model", world_models["reacher"]
+    for options, message in (
+        (ensemble, "is not a model of this script; make one with: python baselines/logo.py"),
+        ((*model, "--synthetic-share", 0), "learns from the data alone; leave --world-model out"),
+    ):
+        status, output, refused = run_tiny("logo", *options, name="refused")
+        assert_one_line(status, message)
+        assert not refused.exists()
+
+
 @pytest.mark.parametrize("cloning_steps, policy_steps", [(0, 2), (2, 1)])
 def test_logos_policies_forget_the_moments_of_cloning(cloning_steps, policy_steps, run_tiny):
     """Of four steps every second one is of the policies."""

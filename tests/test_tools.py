@@ -515,6 +515,7 @@ def test_moma_ppo_in_logos_model_follows_the_run_that_makes_it(tmp_path):
 @pytest.mark.parametrize("makes_a_model", [True, False])
 def test_runs_in_another_runs_model_come_last(makes_a_model, tmp_path, monkeypatch, capsys):
     phases = []
+    follower = "logo-penalty" if makes_a_model else "moma_ppo-in-logo"
 
     def run_all(jobs, *_):
         phases.append([job.cell.algorithm for job in jobs])
@@ -523,10 +524,10 @@ def test_runs_in_another_runs_model_come_last(makes_a_model, tmp_path, monkeypat
             (job.run_dir / "world_model.pt").touch()
 
     monkeypatch.setattr(reproduce, "run_all", run_all)
-    cell = {"tasks": ("reacher-leader-only",), "algorithms": ("moma_ppo-in-logo", "logo")}
+    cell = {"tasks": ("reacher-leader-only",), "algorithms": (follower, "logo")}
     args = reproduce.Args("local-to-global", 1, **cell, folder=tmp_path)
     assert_refused(reproduce, args, "2 of 2 runs failed")
-    assert phases == ([["logo"], ["moma_ppo-in-logo"]] if makes_a_model else [["logo"], []])
+    assert phases == [["logo"], [follower] if makes_a_model else []]
     assert ("run logo first" in capsys.readouterr().out) != makes_a_model
 
 
