@@ -302,7 +302,8 @@ def changed_options(algorithm: str, task: str, options: dict) -> str:
     for name in expected | options:
         # Before it was an option, a default of None was the only way.
         wanted, found = (str(x.get(name)) for x in (expected, options))
-        if name in ("lambda_g", "max_uncertainty") and wanted == "None":
+        calibrated = name in expected and name in ("lambda_g", "max_uncertainty")
+        if calibrated and wanted == "None":
             continue  # found out from the world model
         if name == "cql_points" and wanted == "None" and found in ("24", "6"):
             continue  # what older runs call it
