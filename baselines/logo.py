@@ -42,6 +42,7 @@ from training_run import (
     load_world_model,
     main,
     save,
+    say,
 )
 
 BOX_MARGIN = 0.5  # in widths of the data's bounding box
@@ -673,11 +674,11 @@ def td_targets(team: Team, batch: Batch, args: Args):
     return (batch.rewards + args.gamma * batch.masks * next_q).clamp(*team.value_range)
 
 
-def conservative_loss(team: Team, inputs, weights, own, mixed, args: Args):
-    """Pushes the mixture down on all actions of one agent, while the others act as in the batch
-    (CFCQL), in data and rollouts alike, and up on the data's actions (COMBO, item 9).
+def conservative_loss(team: Team, inputs, weights, terms, mixture, args: Args):
+    """Summed over agents and twins: T log of the integral of exp(Q_j / T) over an agent's actions,
+    while the others act as in the batch, minus Q_j at the data's actions (CFCQL, COMBO; item 9).
 
-    `own` [twin, agent, batch] is what each agent adds to `mixed` [twin, 1, batch].
+    `terms` [twin, agent, batch] are w_i Q_ij, which `mixture` [twin, 1, batch] adds up.
     """
     stride = args.batch_size // args.cql_batch_size
     rows, data_rows = slice(None, None, stride), slice(None, rows_of_data(args), stride)
@@ -685,12 +686,12 @@ def conservative_loss(team: Team, inputs, weights, own, mixed, args: Args):
     node_q = weights[:, None, rows] * team.q_values(inputs[:, rows], team.nodes)
     logits = node_q / args.cql_temperature + team.log_weights[:, None]
     soft_maximum = args.cql_temperature * logits.logsumexp(2)  # [twin, agent, row]
-    pushed_down = soft_maximum + (mixed - own)[..., rows]
-    excess = pushed_down.mean(-1) - mixed[..., data_rows].mean(-1)  # [twin, agent]
+    pushed_down = soft_maximum + (mixture - terms)[..., rows]
+    excess = pushed_down.mean(-1) - mixture[..., data_rows].mean(-1)  # [twin, agent]
     return args.cql_alpha * excess.sum()
 
 
-def policy_loss(team: Team, batch: Batch, inputs, weights, mixed, args: Args, clone: bool):
+def policy_loss(team: Team, batch: Batch, inputs, weights, mixture, args: Args, clone: bool):
     """Policies imitate the data's actions and, unless they `clone`, maximise the mixture of the
     first critics on the whole batch, b(s) aside."""
     actions = team.act(inputs)
@@ -701,7 +702,7 @@ def policy_loss(team: Team, batch: Batch, inputs, weights, mixed, args: Args, cl
     own_q = team.first_q_values(inputs.detach(), actions[None])[:, 0]  # [agent, batch]
     value = (weights.detach() * own_q).sum(0).mean()
     # TD3+BC's weight: alpha over the mean size of a value (item 12).
-    return imitation_loss - args.alpha / mixed[0].abs().mean().detach() * value
+    return imitation_loss - args.alpha / mixture[0].abs().mean().detach() * value
 
 
 def macql_losses(team: Team, batch: Batch, args: Args, learn_policy: bool, clone: bool = False):
@@ -711,13 +712,13 @@ def macql_losses(team: Team, batch: Batch, args: Args, learn_policy: bool, clone
     """
     inputs = team.inputs(batch.observations, batch.histories)
     weights, bias = team.mixing(batch.states)  # [agent, batch], [batch]
-    own = weights * team.q_values(inputs, batch.actions[None])[:, :, 0]  # [twin, agent, batch]
-    mixed = own.sum(1, keepdim=True) + bias
-    td_loss = (mixed[:, 0] - td_targets(team, batch, args)).square().mean(1).sum()
-    losses = td_loss, conservative_loss(team, inputs, weights, own, mixed, args)
+    terms = weights * team.q_values(inputs, batch.actions[None])[:, :, 0]  # [twin, agent, batch]
+    mixture = terms.sum(1, keepdim=True) + bias
+    td_loss = (mixture[:, 0] - td_targets(team, batch, args)).square().mean(1).sum()
+    losses = td_loss, conservative_loss(team, inputs, weights, terms, mixture, args)
     if team.policy is None or not learn_policy:
         return losses
-    return *losses, policy_loss(team, batch, inputs, weights, mixed, args, clone)
+    return *losses, policy_loss(team, batch, inputs, weights, mixture, args, clone)
 
 
 # Running it.
@@ -748,19 +749,21 @@ def exported_model(model: LocalToGlobal, args: Args, dataset: OfflineDataset, er
 def load_exported(model: LocalToGlobal, path: Path, device) -> None:
     """Fills `model` with what an earlier run of this script exported to `path`."""
     task = model.task
-    command = f"python baselines/logo.py --task {task.option}"
+    command = f"python baselines/logo.py --task {task.option} --run-dir {path.parent}"
     advice = f"make one with: {command}"
 
     def fill(exported):
         require("local_encoder" in exported, f"{path} is not a model of this script; {advice}")
-        same = exported["split"] == {"observed": task.observed, "driven": task.driven}
+        same = exported.get("split") == {"observed": task.observed, "driven": task.driven}
         require(same, f"{path} was made for other agents than those of {task.name}; {advice}")
         pairs = [(buffer, exported[name]) for name, buffer in model.named_buffers()]
         for name, layers in model.layers().items():
             for layer, (weight, bias) in zip(layers, exported[name], strict=True):
                 pairs += [(layer.weight.data, weight), (layer.bias.data, bias)]
+        width, embedding = (exported["context"][layer][0].shape[-1] for layer in (0, -1))
+        sizes = f"--model-width {width} --embedding {embedding}"
         fits = all(ours.shape == theirs.shape for ours, theirs in pairs)
-        require(fits, f"{path} has networks of other sizes; give its --model-width and --embedding")
+        require(fits, f"{path} has networks of other sizes; give {sizes}")
         for ours, theirs in pairs:
             ours.copy_(theirs)
         model.description = {"dataset": exported["dataset"], **exported["description"]}
@@ -795,8 +798,11 @@ def check(args: Args) -> None:
     require(fits, "--batch-size must be a multiple of --cql-batch-size")
     message = "no transition of a batch is the data's; use a smaller --synthetic-share"
     require(rows_of_data(args) > 0, message)
-    message = "--synthetic-share 0 learns from the data alone; leave --world-model out"
-    require(args.synthetic_share or not args.world_model, message)
+    message = "this --synthetic-share leaves the data alone; leave --world-model out"
+    alone = rows_of_data(args) == args.batch_size
+    require(not (alone and args.world_model), message)
+    if args.world_model:
+        require(args.world_model.is_file(), f"no world model at {args.world_model}")
     room = args.generations * args.rollouts * (HISTORY_LENGTH + args.horizon)
     message = "--generations of --rollouts of --horizon steps are more than PyTorch can draw from"
     require(room < 2**24, f"{message}; use a smaller one")
@@ -852,6 +858,9 @@ def train(args: Args) -> dict:
         if args.world_model:
             load_exported(model, args.world_model, device)
             inputs["world_model"] = model.description
+            same = model.description["dataset"]["sha256"] == dataset.description["sha256"]
+            if not same and (args.dataset or task.own_dataset):
+                say(f"note: {args.world_model} was not trained on these data")
         tracked = {"team": team, "optimizer": optimizer, "schedule": schedule, "model": model}
         tracked |= {"model_optimizer": model_optimizer, "model_schedule": model_schedule}
         run.restore(inputs, **tracked, synthetic=synthetic)

@@ -233,7 +233,7 @@ def test_a_run_can_take_the_model_of_an_earlier_one(task, tmp_path):
     for one, other in zip(fresh.step(*inputs), model.step(*inputs)):
         assert torch.equal(one, other)
     wider = logo.LocalToGlobal(task, dataset, torch.arange(dataset.size), logo.Args())
-    with pytest.raises(InputError, match="of other sizes; give its --model-width and --embedding"):
+    with pytest.raises(InputError, match="of other sizes; give --model-width 16 --embedding 5"):
         logo.load_exported(wider, tmp_path / "model.pt", "cpu")
 
 
