@@ -289,8 +289,8 @@ def held_out_errors(ensemble, dataset: OfflineDataset, rows, scale) -> dict:
     """Errors of each member's mean predictions [member].
 
     State (L2) and reward (absolute) in their own units, then in standard deviations of the data
-    (the state's as a root mean square over dimensions), and the share of wrong masks, given the
-    true next state.
+    (the state's as a root mean square over dimensions), the share of wrong masks, given the true
+    next state, and the share of ends of episodes (absorbing states) among them that are missed.
     """
     totals = 0
     for part in rows.split(4096):
@@ -298,6 +298,8 @@ def held_out_errors(ensemble, dataset: OfflineDataset, rows, scale) -> dict:
         next_states, rewards = ensemble.predict(dataset.states[part], joint_actions)
         true_next_states = dataset.next_states[part]
         mask_logits = ensemble.mask_logits(true_next_states.expand(ensemble.members, -1, -1))
+        absorbing = dataset.masks[part] == 0
+        wrong_masks = (mask_logits > 0) == absorbing
         state_error = next_states - true_next_states
         reward_error = (rewards - dataset.rewards[part]).abs()
         errors = {
@@ -305,10 +307,13 @@ def held_out_errors(ensemble, dataset: OfflineDataset, rows, scale) -> dict:
             "reward_error": reward_error,
             "scaled_state_error": (state_error / scale[:-1]).square().mean(-1).sqrt(),
             "scaled_reward_error": reward_error / scale[-1],
-            "mask_error": ((mask_logits > 0) != (dataset.masks[part] > 0)).float(),
+            "mask_error": wrong_masks.float(),
+            "missed_ends": (wrong_masks & absorbing).float(),
         }
         totals = totals + torch.stack(list(errors.values())).sum(-1)
-    return dict(zip(errors, totals / len(rows)))
+    means = dict(zip(errors, totals / len(rows)))
+    ends = (dataset.masks[rows] == 0).float().mean()
+    return means | {"missed_ends": means["missed_ends"] / ends.clamp(min=1e-9)}
 
 
 def disturb(task: Task, actions, behavior, generator):

@@ -457,20 +457,23 @@ def with_rare(rows, rare_rows):
 
 @torch.no_grad()
 def model_errors(model: LocalToGlobal, dataset: OfflineDataset, rows) -> dict:
-    """Errors on held-out rows: next state (L2) and reward (absolute), deduced and direct, wrong
-    masks, and how u goes with the true error (correlation of logarithms)."""
+    """Errors on held-out rows: next state (L2) and reward (absolute), deduced and direct, shares
+    of wrong masks and of missed ends, and how u goes with the true error (correlation of
+    logarithms)."""
     rows = rows[:: math.ceil(len(rows) / 20_000)]  # enough, and they fit into memory
     next_states, rewards = dataset.next_states[rows], dataset.rewards[rows]
     deduced, direct, uncertainty = model.predict(dataset.states[rows], dataset.actions[rows])
     errors = ((deduced[:, :-1] - next_states) / model.state_std).norm(dim=-1)
     logarithms = torch.stack([uncertainty, errors]).clamp(min=1e-9).log()
-    wrong = (model.mask_logits(next_states) > 0) != (dataset.masks[rows] > 0)
+    absorbing = dataset.masks[rows] == 0
+    wrong = (model.mask_logits(next_states) > 0) == absorbing
     return {
         "state_error": (deduced[:, :-1] - next_states).norm(dim=-1).mean().item(),
         "reward_error": (deduced[:, -1] - rewards).abs().mean().item(),
         "direct_state_error": (direct[:, :-1] - next_states).norm(dim=-1).mean().item(),
         "direct_reward_error": (direct[:, -1] - rewards).abs().mean().item(),
         "mask_error": wrong.float().mean().item(),
+        "missed_ends": wrong[absorbing].float().mean().nan_to_num().item(),
         "uncertainty": uncertainty.mean().item(),
         "uncertainty_0.99": uncertainty.quantile(0.99).item(),
         "correlation": logarithms.corrcoef()[0, 1].nan_to_num().item(),

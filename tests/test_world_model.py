@@ -207,6 +207,7 @@ def test_held_out_errors_against_a_loop_over_members():
             "scaled_state_error": (state_error / scale[:-1]).square().mean(1).sqrt().mean(),
             "scaled_reward_error": (reward_error / scale[-1]).abs().mean(),
             "mask_error": ((probability > 0.5) != (masks == 1)).float().mean(),
+            "missed_ends": (probability[masks == 0] > 0.5).float().mean(),
         }
         for name, error in expected.items():
             torch.testing.assert_close(errors[name][i], error, rtol=1e-4, atol=1e-5)
