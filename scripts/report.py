@@ -266,6 +266,31 @@ def table_of_intervals(cells) -> str:
     return markdown(["task", "algorithm", "seeds", *figures], rows)
 
 
+def part_of_paper(run: dict) -> str:
+    """Where a run belongs, for `table_of_time`."""
+    algorithm, task = run["algorithm"], run["task"]
+    if "logo" in algorithm:
+        return "LOGO-style and its comparison"
+    if algorithm in VARIANTS:
+        return "Table 5, Figures 4, 8 and 9"
+    tables = {"coordination": "Table 3", "reacher": "Table 4 (a)", "ant": "Table 4 (b)"}
+    in_paper = any(task in scores for scores in PAPER_SCORES.values())
+    return tables[task.split("-")[0]] if in_paper else "beyond the paper"
+
+
+def table_of_time(cells) -> str:
+    """How long the kept runs have trained."""
+    parts = {}
+    for runs in cells.values():
+        for run in runs:
+            parts.setdefault(part_of_paper(run), []).append(run["seconds"])
+    rows = []
+    for part, seconds in sorted(parts.items()):
+        hours, middle = f"{sum(seconds) / 3600:.1f}", f"{statistics.median(seconds):,.0f}"
+        rows.append([part, f"{len(seconds):,}", hours, middle, f"{max(seconds):,.0f}"])
+    return markdown(["runs of", "runs", "hours", "median run, s", "longest run, s"], rows)
+
+
 def runs_of_variant(variant: str, task: str, cells) -> list[dict]:
     """Its runs, or MOMA-PPO's where it has the same options, as k = 50 on the ant."""
     runs = cells.get((variant, task), [])
@@ -320,6 +345,8 @@ def make_table(name: str, cells) -> str:
         return table_of_agreement(name, cells)
     if name == "intervals":
         return table_of_intervals(cells)
+    if name == "time":
+        return table_of_time(cells)
     if name in ABLATIONS:
         return table_of_ablation(name, cells)
     require(name in FILES, f"no table is called '{name}'")

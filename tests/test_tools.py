@@ -483,6 +483,26 @@ def test_intervals_are_those_of_the_seeds():
     assert [row.split("|")[2].strip() for row in rows] == ["IBC", "MOMA-PPO"]  # of two seeds none
 
 
+def test_time_is_summed_over_the_runs_of_each_part():
+    runs = (
+        ("ibc", "reacher-leader-only", 1800),
+        ("ibc", "reacher-leader-only", 5400),
+        ("moma_ppo-k5", "reacher-leader-only", 60),
+        ("logo-penalty", "ant-medium-fo", 3600),
+        ("ibc", "climbing-0.1", 7),
+    )
+    cells = {}
+    for algorithm, task, seconds in runs:
+        run = {"algorithm": algorithm, "task": task, "seconds": float(seconds)}
+        cells.setdefault((algorithm, task), []).append(run)
+    assert report.table_of_time(cells).splitlines()[2:] == [
+        "| LOGO-style and its comparison | 1 | 1.0 | 3,600 | 3,600 |",
+        "| Table 4 (a) | 2 | 2.0 | 3,600 | 5,400 |",
+        "| Table 5, Figures 4, 8 and 9 | 1 | 0.0 | 60 | 60 |",
+        "| beyond the paper | 1 | 0.0 | 7 | 7 |",
+    ]
+
+
 def test_a_variant_is_kept_apart_and_has_its_own_table(tmp_path):
     run_dir = tmp_path / "ant-medium-fo__moma_ppo-ground-truth__1"
     made_up_run(run_dir, 1.5)
