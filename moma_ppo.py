@@ -132,7 +132,7 @@ DEFAULTS = {
         total_steps=2000, eval_every=200, eval_episodes=20, start_states="any",
         cloning_steps=3000, learning_rate=1e-4, gamma=0.99,
     ),
-    # A step of the game has no effect on the next (Deviation 17).
+    # In the game no pay-off depends on the state (Deviation 17).
     "coordination": Args(
         total_steps=40, eval_every=4, start_states="any", rollout_length=1,
         penalty="none", max_uncertainty=math.inf, epochs=5, gamma=0.5,
@@ -313,7 +313,7 @@ class Team(nn.Module):
         return Independent(Normal(mean, log_std.clamp(-6, 0).exp()), 2)
 
     def team_value(self, inputs, states):
-        """V(s) = sum_i w_i(s) V_i(h_i) + b(s): [batch] (Eq. 4)."""
+        """V(s) = sum_i w_i(s) V_i(h_i) + b(s): [batch] (Section 3.2)."""
         weights = self.mixer(((states - self.state_mean) / self.state_std)[None])[0]
         return (weights[:, :-1] * self.value(inputs)[..., 0].T).sum(-1) + weights[:, -1]
 
@@ -574,12 +574,11 @@ def rollout_step(team, model, dataset, args, states, histories, age):
 def generate_rollouts(step_function, team, model, dataset, args):
     """Algorithm 1, "generate synthetic data": parallel rollouts, --transitions steps in all."""
     count = args.transitions // args.rollout_length
-    states, histories = new_rollouts(team, dataset, args, count)
     age = torch.zeros(count, device=dataset.device)  # steps since a rollout began
+    carry = *new_rollouts(team, dataset, args, count), age
     transitions, reports = [], []
     for _ in range(args.rollout_length):
-        stepped = step_function(team, model, dataset, args, states, histories, age)
-        transition, report, (states, histories, age) = stepped
+        transition, report, carry = step_function(team, model, dataset, args, *carry)
         transitions.append(transition)
         reports.append(report)
     rollouts = Rollouts(*[None if x[0] is None else torch.stack(x) for x in zip(*transitions)])
@@ -624,7 +623,7 @@ def make_batch(team, rollouts, args, reward_scale):
         reward_scale * rollouts.rewards, rollouts.values, next_values, rollouts.masks,
         rollouts.time_out_masks, args.gamma, args.gae_lambda,
     )  # fmt: skip
-    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-3)
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-3)  # Deviation 19
     rollouts = rollouts._replace(returns=returns, advantages=advantages)
 
     def flat(columns):
@@ -640,7 +639,7 @@ def ppo_loss(team, batch, args):
     inputs = team.inputs(batch.observations, batch.histories)
     distribution = team.distribution(inputs)
     log_probs = distribution.log_prob(batch.actions)
-    log_ratio = (log_probs - batch.log_probs).clamp(max=10)
+    log_ratio = (log_probs - batch.log_probs).clamp(max=10)  # Deviation 19
     ratio = log_ratio.exp()
     clipped_ratio = ratio.clamp(1 - args.clip, 1 + args.clip)
     actor_loss = -torch.min(ratio * batch.advantages, clipped_ratio * batch.advantages).mean()
@@ -648,9 +647,10 @@ def ppo_loss(team, batch, args):
     values = team.team_value(inputs, batch.states)
     clipped_values = batch.values + (values - batch.values).clamp(-args.clip, args.clip)
     errors = [(v - batch.returns).square().mean() for v in (clipped_values, values)]
-    critic_loss = torch.max(*errors)  # the larger of two means, not the mean of the larger
+    critic_loss = torch.max(*errors)  # the larger of two means, not their mean (Deviation 19)
 
-    # The dual variable grows while the entropy is below its target.
+    # E[-log pi], from actions of the old policies. The dual variable that weighs it takes its step
+    # here: it grows while the entropy is below its target.
     entropy = torch.min((-ratio * log_probs).mean(), (-clipped_ratio * log_probs).mean())
     with torch.no_grad():
         gap = team.task.entropy_target - entropy

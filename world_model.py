@@ -290,7 +290,7 @@ def held_out_errors(ensemble, dataset: OfflineDataset, rows, scale) -> dict:
 
     State (L2) and reward (absolute) in their own units, then in standard deviations of the data
     (the state's as a root mean square over dimensions), the share of wrong masks, given the true
-    next state, and the share of ends of episodes (absorbing states) among them that are missed.
+    next state, and the share of absorbing next states that the masks miss.
     """
     totals = 0
     for part in rows.split(4096):
@@ -462,13 +462,8 @@ def export(ensemble, args: Args, dataset: OfflineDataset, record: dict, scale, s
     for name in ("state", "reward", "mask"):
         layers = [layer for layer in getattr(best, name) if isinstance(layer, BatchedLinear)]
         networks[name] = [(layer.weight.data, layer.bias.data) for layer in layers]
-    description = {
-        "target": args.target,
-        "activation": args.activation,
-        "seed": args.seed,
-        "total_steps": args.total_steps,
-        "seconds": seconds,
-    }
+    names = "target", "activation", "seed", "total_steps"
+    description = {name: getattr(args, name) for name in names} | {"seconds": seconds}
     stride = math.ceil(len(dataset.first_rows) / FIRST_STATES)
     return {
         **networks,

@@ -694,7 +694,7 @@ def conservative_loss(team: Team, inputs, weights, terms, mixture, args: Args):
     return args.cql_alpha * excess.sum()
 
 
-def policy_loss(team: Team, batch: Batch, inputs, weights, mixture, args: Args, clone: bool):
+def policies_loss(team: Team, batch: Batch, inputs, weights, mixture, args: Args, clone: bool):
     """Policies imitate the data's actions and, unless they `clone`, maximise the mixture of the
     first critics on the whole batch, b(s) aside."""
     actions = team.act(inputs)
@@ -721,7 +721,7 @@ def macql_losses(team: Team, batch: Batch, args: Args, learn_policy: bool, clone
     losses = td_loss, conservative_loss(team, inputs, weights, terms, mixture, args)
     if team.policy is None or not learn_policy:
         return losses
-    return *losses, policy_loss(team, batch, inputs, weights, mixture, args, clone)
+    return *losses, policies_loss(team, batch, inputs, weights, mixture, args, clone)
 
 
 # Running it.
