@@ -801,11 +801,12 @@ def check(args: Args) -> None:
     require(fits, "--batch-size must be a multiple of --cql-batch-size")
     message = "no transition of a batch is the data's; use a smaller --synthetic-share"
     require(rows_of_data(args) > 0, message)
-    message = "this --synthetic-share leaves the data alone; leave --world-model out"
+    message = "this --synthetic-share uses the data alone; leave --world-model out"
     alone = rows_of_data(args) == args.batch_size
     require(not (alone and args.world_model), message)
     if args.world_model:
-        require(args.world_model.is_file(), f"no world model at {args.world_model}")
+        message = f"no world model at {args.world_model}; without --world-model the run trains one"
+        require(args.world_model.is_file(), message)
     room = args.generations * args.rollouts * (HISTORY_LENGTH + args.horizon)
     message = "--generations of --rollouts of --horizon steps are more than PyTorch can draw from"
     require(room < 2**24, f"{message}; use a smaller one")

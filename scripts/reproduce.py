@@ -94,7 +94,7 @@ VARIANTS = {
         f"moma_ppo-k{k}": ["--rollout-length", str(k), "--start-states", "any"]
         for k in (5, 10, 25, 50)
     },
-    "moma_ppo-in-logo": [*IN_LOGOS_MODEL],
+    "moma_ppo-in-logo": IN_LOGOS_MODEL,
     "logo-data-alone": ["--synthetic-share", "0"],
     "logo-penalty": ["--uncertainty", "penalty", *IN_LOGOS_MODEL],
 }
@@ -300,7 +300,7 @@ def changed_options(algorithm: str, task: str, options: dict) -> str:
     """Options of a run that are not what its algorithm has today, such as "total_steps 400"."""
     expected, changed = default_options(algorithm, task), []
     for name in expected | options:
-        # Before it was an option, a default of None was the only way.
+        # An option that the run did not have yet counts as None.
         wanted, found = (str(x.get(name)) for x in (expected, options))
         calibrated = name in expected and name in ("lambda_g", "max_uncertainty")
         if calibrated and wanted == "None":

@@ -658,7 +658,8 @@ def test_logo_learns_in_the_model_of_an_earlier_run(run_tiny, run_script, world_
     ensemble = "--world-model", world_models["reacher"]
     for options, message in (
         (ensemble, "is not a model of this script; make one with: python baselines/logo.py"),
-        ((*model, "--synthetic-share", 0), "leaves the data alone; leave --world-model out"),
+        (("--world-model", "no/model.pt"), "no world model at no/model.pt; without --world-model"),
+        ((*model, "--synthetic-share", 0), "uses the data alone; leave --world-model out"),
     ):
         status, output, refused = run_tiny("logo", *options, name="refused")
         assert_one_line(status, message)
