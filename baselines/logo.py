@@ -822,86 +822,79 @@ def descend(losses, optimizer, schedule, max_grad_norm) -> None:
     schedule.step()
 
 
+def reward_units(rewards, args: Args):
+    """The scale of rewards (item 6), and the range of returns that such rewards allow (item 11)."""
+    # So that --cql-alpha and --cql-temperature mean the same on every task.
+    scale = (1 - args.gamma) / max(float(rewards.std()), 1e-3)
+    lowest, highest = rewards.aminmax()
+    if args.uncertainty == "penalty":  # which takes at most ten deviations off a reward
+        lowest = lowest - 10 * rewards.std()
+    reward_range = torch.stack([lowest.clamp(max=0), highest.clamp(min=0)])
+    return scale, reward_range * scale / (1 - args.gamma)
+
+
 def train(args: Args) -> dict:
     check(args)
     with Run(args, "logo") as run:
         task, device = run.task, run.device
         dataset = load_dataset(task, args.dataset, device)
+        training_rows, held_out_rows = dataset.split()
         torch.manual_seed(args.seed)
         team = Team(task, dataset.states, args).to(device)
-        networks = team.policy, team.critics, team.mixer, team.memory
-        groups = [{"params": net.parameters()} for net in networks if net is not None]
-        if team.memory:
-            groups[-1]["lr"] = args.memory_learning_rate
-        optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True)
-        schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)
-        targets = {k: v for k, v in team.named_parameters() if k.startswith("target_")}
-        online = [team.get_parameter(name.removeprefix("target_")) for name in targets]
-        # Item 6: so that --cql-alpha and --cql-temperature mean the same on every task.
-        reward_scale = (1 - args.gamma) / max(float(dataset.rewards.std()), 1e-3)
-        # Item 11: targets stay within what such rewards, paid forever, would be worth.
-        lowest, highest = dataset.rewards.aminmax()
-        if args.uncertainty == "penalty":  # which takes at most ten deviations off a reward
-            lowest = lowest - 10 * dataset.rewards.std()
-        value_range = torch.stack([lowest.clamp(max=0), highest.clamp(min=0)])
-        team.value_range.copy_(value_range * reward_scale / (1 - args.gamma))
-
-        training_rows, held_out_rows = dataset.split()
-        absorbing_rows = training_rows[dataset.masks[training_rows] == 0]
-        rewards = dataset.rewards[training_rows]
-        outlying_rows = training_rows[(rewards - rewards.mean()).abs() > 10 * rewards.std()]
         model = LocalToGlobal(task, dataset, training_rows, args).to(device)
-        model_optimizer = torch.optim.Adam(model.parameters(), args.model_learning_rate, fused=True)
-        quarter = 0.5 * math.pi / args.model_steps
-        model_schedule = LambdaLR(model_optimizer, lambda step: math.cos(quarter * step) ** 2)
-
         synthetic = SyntheticData(dataset, args)
         synthetic_size = args.batch_size - rows_of_data(args)
-        model_steps = args.model_steps if synthetic_size and not args.world_model else 0
+
+        # First the world model learns the data, unless there is one or it is not needed.
         inputs = {"dataset": dataset.description}
+        model_steps = args.model_steps if synthetic_size and not args.world_model else 0
         if args.world_model:
             load_exported(model, args.world_model, device)
             inputs["world_model"] = model.description
             same = model.description["dataset"]["sha256"] == dataset.description["sha256"]
             if not same and (args.dataset or task.own_dataset):
                 say(f"note: {args.world_model} was not trained on these data")
-        tracked = {"team": team, "optimizer": optimizer, "schedule": schedule, "model": model}
-        tracked |= {"model_optimizer": model_optimizer, "model_schedule": model_schedule}
-        run.restore(inputs, **tracked, synthetic=synthetic)
+        model_optimizer = torch.optim.Adam(model.parameters(), args.model_learning_rate, fused=True)
+        quarter = 0.5 * math.pi / args.model_steps
+        model_schedule = LambdaLR(model_optimizer, lambda step: math.cos(quarter * step) ** 2)
         model_loss_function = compiled(model_losses, args, device)
+        absorbing_rows = training_rows[dataset.masks[training_rows] == 0]
+        rewards = dataset.rewards[training_rows]
+        outlying_rows = training_rows[(rewards - rewards.mean()).abs() > 10 * rewards.std()]
+
+        def update_model():
+            shape = 1, args.batch_size  # [member, batch], as with_rare expects
+            rows = training_rows[torch.randint(len(training_rows), shape, device=device)]
+            mask_batch = dataset.batch(with_rare(rows, absorbing_rows)[0], with_histories=False)
+            batch = dataset.batch(with_rare(rows, outlying_rows)[0], with_histories=False)
+            losses = model_loss_function(model, batch, mask_batch, args.reconstruction)
+            descend(losses, model_optimizer, model_schedule, args.max_grad_norm)
+            run.log(dict(zip(MODEL_LOSSES, losses)))
+
+        # Then the team learns from the data and from its rollouts in the model.
+        networks = team.policy, team.critics, team.mixer, team.memory
+        groups = [{"params": net.parameters()} for net in networks if net is not None]
+        if team.memory:
+            groups[-1]["lr"] = args.memory_learning_rate
+        optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True)
+        schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)
         team_loss_function = compiled(macql_losses, args, device)
+        targets = {k: v for k, v in team.named_parameters() if k.startswith("target_")}
+        online = [team.get_parameter(name.removeprefix("target_")) for name in targets]
+        reward_scale, value_range = reward_units(dataset.rewards, args)
+        team.value_range.copy_(value_range)
 
-        def evaluate_run(episodes):
-            if run.step < model_steps:
-                return model_errors(model, dataset, held_out_rows)
-            return evaluate(task, team.act_greedily, episodes, device=device)
-
-        for step in run.steps(evaluate_run, model_steps + args.total_steps):
-            # First the world model learns the data.
-            if step <= model_steps:
-                shape = 1, args.batch_size  # [member, batch], as with_rare expects
-                rows = training_rows[torch.randint(len(training_rows), shape, device=device)]
-                mask_batch = dataset.batch(with_rare(rows, absorbing_rows)[0], with_histories=False)
-                batch = dataset.batch(with_rare(rows, outlying_rows)[0], with_histories=False)
-                losses = model_loss_function(model, batch, mask_batch, args.reconstruction)
-                descend(losses, model_optimizer, model_schedule, args.max_grad_norm)
-                run.log(dict(zip(MODEL_LOSSES, losses)))
-                if step == model_steps:
-                    finish_model(model, args, dataset, held_out_rows, run)
-                continue
-
-            # Then the team learns from the data and from its rollouts in the model.
-            team_step = step - model_steps
-            if synthetic_size and (team_step - 1) % args.refresh_every == 0:
-                synthetic.add_rollouts(team, model, team_step // args.refresh_every)
+        def update_team(step):
+            if synthetic_size and (step - 1) % args.refresh_every == 0:
+                synthetic.add_rollouts(team, model, step // args.refresh_every)
             batch = dataset.batch(dataset.sample_rows(rows_of_data(args)), bool(team.memory))
             if synthetic_size:
                 pairs = zip(batch, synthetic.batch(synthetic_size, bool(team.memory)))
                 batch = Batch(*[x if x is None else torch.cat([x, y]) for x, y in pairs])
             batch = batch._replace(rewards=reward_scale * batch.rewards)
-            learn_policy = team_step % args.policy_delay == 0
-            clone = team_step <= args.cloning_steps
-            if team.policy is not None and team_step == args.cloning_steps + 1:
+            learn_policy = step % args.policy_delay == 0
+            clone = step <= args.cloning_steps
+            if team.policy is not None and step == args.cloning_steps + 1:
                 # Adam's moments come from cloning, whose gradients are far smaller than those
                 # through the critics (item 10).
                 for parameter in team.policy.parameters():
@@ -912,6 +905,22 @@ def train(args: Args) -> dict:
                 with torch.no_grad():
                     torch._foreach_lerp_(list(targets.values()), online, args.polyak)
             run.log(dict(zip(TEAM_LOSSES, losses)))
+
+        def evaluate_run(episodes):
+            if run.step < model_steps:
+                return model_errors(model, dataset, held_out_rows)
+            return evaluate(task, team.act_greedily, episodes, device=device)
+
+        tracked = {"team": team, "optimizer": optimizer, "schedule": schedule, "model": model}
+        tracked |= {"model_optimizer": model_optimizer, "model_schedule": model_schedule}
+        run.restore(inputs, **tracked, synthetic=synthetic)
+        for step in run.steps(evaluate_run, model_steps + args.total_steps):
+            if step > model_steps:
+                update_team(step - model_steps)
+                continue
+            update_model()
+            if step == model_steps:
+                finish_model(model, args, dataset, held_out_rows, run)
 
         return run.finish(evaluate_run(FINAL_EPISODES))
 
