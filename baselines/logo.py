@@ -87,7 +87,7 @@ class Args:
     embedding: int = 64
     """width of what its encoders return"""
     reconstruction: float = 0.1
-    """weight of the losses that reconstruct what the encoders were given"""
+    """weight of the losses that reconstruct the agents' pairs and predicted changes"""
     horizon: int = 15
     """steps per rollout in the model (the paper: 15 is best)"""
     synthetic_share: float = 0.5
@@ -105,7 +105,7 @@ class Args:
     confidence: float = 1.0
     """C: uncertainty up to which transitions count fully, in units of its 0.99 quantile on data"""
     learning_rate: float = 3e-4
-    """Adam, policies and critics; decays linearly to zero"""
+    """Adam, all but the history encoders; decays linearly to zero"""
     memory_learning_rate: float = 1e-4
     """Adam, history encoders; decays alike"""
     gamma: float = 0.99
@@ -297,13 +297,13 @@ class LocalToGlobal(nn.Module):
         agents, observed = task.num_agents, max(task.obs_dims)
         local_dims = [embedding + pair for pair in task.pair_dims]
         joint_dim = agents * task.action_dim
-        # The predictive model: (o_i, a_i), and an embedding of the state, to o_i'.
+        # The predictive model: x_i, a_i and an embedding of the state, to the change of x_i.
         self.context = MLP([task.state_dim], two_layers, embedding, nn.SiLU)
         self.local_encoder = MLP(local_dims, one_layer, embedding, nn.SiLU)
-        local_outputs = observed + task.action_dim + observed  # o_i', and what was encoded
+        local_outputs = observed + task.action_dim + observed  # the change, and the pair again
         self.local_decoder = MLP([embedding] * agents, one_layer, local_outputs, nn.SiLU)
-        # The deductive model: all agents' o_i' to s' and r, and s' to whether it is absorbing.
-        deduced = task.state_dim + 1 + agents * observed  # s', r, and what was encoded
+        # The deductive model: all agents' changes to that of s and r. The mask judges s'.
+        deduced = task.state_dim + 1 + agents * observed  # change, r, agents' changes again
         deductive_dim = agents * observed + embedding
         self.deductive_encoder = MLP([deductive_dim], two_layers, embedding, nn.SiLU)
         self.deductive_decoder = MLP([embedding], one_layer, deduced, nn.SiLU)
@@ -311,7 +311,7 @@ class LocalToGlobal(nn.Module):
         # The auxiliary encoder: (s, a) to the deductive decoder, past the agents.
         self.auxiliary_encoder = MLP([task.state_dim + joint_dim], two_layers, embedding, nn.SiLU)
         # Statistics of the training rows, and the bounding box of all data. A change that never
-        # happens has deviation 0: such a dimension is copied.
+        # varies has deviation 0: its mean is predicted.
         values = {
             "state": dataset.states[rows],
             "action": dataset.actions[rows],
@@ -368,9 +368,9 @@ class LocalToGlobal(nn.Module):
         their distance, the uncertainty u(s, a) [batch] (Eq. 5)."""
         joint, context, pairs = self.network_inputs(states, actions)
         deduced, _ = self.deduce(context, self.predict_locally(context, pairs)[0])
-        mean = torch.cat([states + self.change_mean, self.reward_mean.expand(len(states), 1)], 1)
-        std = torch.cat([self.change_std, self.reward_std])
-        deduced, direct = mean + std * deduced, mean + std * self.predict_directly(joint)
+        start = torch.cat([states + self.change_mean, self.reward_mean.expand(len(states), 1)], 1)
+        scale = torch.cat([self.change_std, self.reward_std])
+        deduced, direct = start + scale * deduced, start + scale * self.predict_directly(joint)
         uncertainty = ((direct - deduced)[:, :-1] / self.state_std).norm(dim=-1)
         return deduced, direct, uncertainty
 
@@ -406,31 +406,31 @@ def error_cost(errors):
 
 
 def model_losses(model: LocalToGlobal, batch: Batch, mask_batch: Batch, reconstruction_weight):
-    """Losses of the predictive model, of the deductive model given true and predicted
-    observations, of the auxiliary encoder, and of the mask, which learns from `mask_batch`."""
+    """Losses of the predictive model, of the deductive model given true and predicted changes, of
+    the auxiliary encoder, and of the mask, which learns from `mask_batch`."""
     task = model.task
     joint, context, pairs = model.network_inputs(batch.states, batch.actions)
-    # A change that never happens equals its mean, so its target is 0; dividing by 1 keeps it so.
+    # A change that never varies equals its mean, so its target is 0; dividing by 1 keeps it so.
     change = batch.next_states - batch.states - model.change_mean
     change = change / torch.where(model.change_std > 0, model.change_std, 1)
     reward = (batch.rewards[:, None] - model.reward_mean) / model.reward_std
     target = torch.cat([change, reward], dim=-1)
     local_target = task.observe(change).transpose(0, 1)  # [agent, batch, obs]
 
-    def local_error(prediction, target, dims):  # mean over true dimensions; padding learns to be 0
-        return error_cost(prediction - target).sum() / (len(batch.states) * sum(dims))
+    def local_error(prediction, truth, dims):  # mean over true dimensions; padding learns to be 0
+        return error_cost(prediction - truth).sum() / (len(batch.states) * sum(dims))
 
     def global_error(prediction):  # the reward counts as much as the state
         losses = error_cost(prediction - target)
         return losses[:, :-1].mean() + losses[:, -1].mean()
 
-    # Each agent predicts its own next observation.
+    # Each agent predicts how what it sees will change.
     local, reconstruction = model.predict_locally(context, pairs)
     predictive = local_error(local, local_target, task.obs_dims)
     reconstruction_loss = local_error(reconstruction, pairs, task.pair_dims)
     predictive = predictive + reconstruction_weight * reconstruction_loss
 
-    # From true and from predicted observations state and reward are deduced.
+    # From the true and from the predicted changes, that of the state and the reward are deduced.
     deductive = 0
     for changes in (local_target, local):
         deduced, reconstruction = model.deduce(context, changes)
@@ -615,10 +615,19 @@ class SyntheticData(nn.Module):
         rows = torch.multinomial(self.weights, size, replacement=True)
         return self.buffer.batch(rows, with_histories)
 
+    def mixed_batch(self, with_histories: bool) -> Batch:
+        """Transitions of the data, then of rollouts."""
+        count = rows_of_data(self.args)
+        batch = self.dataset.batch(self.dataset.sample_rows(count), with_histories)
+        if count == self.args.batch_size:
+            return batch
+        pairs = zip(batch, self.batch(self.args.batch_size - count, with_histories))
+        return Batch(*[x if x is None else torch.cat([x, y]) for x, y in pairs])
+
     def weigh(self, uncertainty, rewards, reward_std):
         """Weights and rewards [rollout] of transitions, given their u in units of its quantile
         (item 4)."""
-        if self.args.uncertainty == "weighting":  # exp(C - u), of which at most 1 counts
+        if self.args.uncertainty == "weighting":  # exp(C - u), but at most 1
             return (self.args.confidence - uncertainty).clamp(-10, 0).exp(), rewards
         if self.args.uncertainty == "penalty":  # a standard deviation of the reward at the quantile
             rewards = rewards - reward_std * uncertainty.clamp(max=10)
@@ -667,8 +676,8 @@ def rows_of_data(args: Args) -> int:
 
 @torch.no_grad()
 def td_targets(team: Team, batch: Batch, args: Args):
-    """y = r + gamma f min_j Q'_j(s', a') [batch], where a' is greedy and f the mask, within the
-    range that returns can have (item 11)."""
+    """y = r + gamma f min_j Q'_j(s', a') [batch], where a' is the target team's greedy action and f
+    the mask, within the range that returns can have (item 11)."""
     inputs = team.inputs(batch.next_observations, batch.next_histories, target=True)
     next_actions = team.act(inputs, target=True)[None]
     next_q = team.q_values(inputs, next_actions, target=True)[:, :, 0]
@@ -752,7 +761,7 @@ def exported_model(model: LocalToGlobal, args: Args, dataset: OfflineDataset, er
 def load_exported(model: LocalToGlobal, path: Path, device) -> None:
     """Fills `model` with what an earlier run of this script exported to `path`."""
     task = model.task
-    command = f"python baselines/logo.py --task {task.option} --run-dir {path.parent}"
+    command = f"python baselines/logo.py --task {task.option}"
     advice = f"make one with: {command}"
 
     def fill(exported):
@@ -804,6 +813,8 @@ def check(args: Args) -> None:
     message = "this --synthetic-share uses the data alone; leave --world-model out"
     alone = rows_of_data(args) == args.batch_size
     require(not (alone and args.world_model), message)
+    message = "a batch has no room for rollouts; use a larger --synthetic-share, or 0 to do without"
+    require(args.synthetic_share == 0 or not alone, message)
     if args.world_model:
         message = f"no world model at {args.world_model}; without --world-model the run trains one"
         require(args.world_model.is_file(), message)
@@ -822,13 +833,13 @@ def descend(losses, optimizer, schedule, max_grad_norm) -> None:
     schedule.step()
 
 
-def reward_units(rewards, args: Args):
+def reward_units(rewards, penalty_unit, args: Args):
     """The scale of rewards (item 6), and the range of returns that such rewards allow (item 11)."""
     # So that --cql-alpha and --cql-temperature mean the same on every task.
     scale = (1 - args.gamma) / max(float(rewards.std()), 1e-3)
     lowest, highest = rewards.aminmax()
-    if args.uncertainty == "penalty":  # which takes at most ten deviations off a reward
-        lowest = lowest - 10 * rewards.std()
+    if args.uncertainty == "penalty":  # which takes at most ten units off a reward
+        lowest = lowest - 10 * penalty_unit
     reward_range = torch.stack([lowest.clamp(max=0), highest.clamp(min=0)])
     return scale, reward_range * scale / (1 - args.gamma)
 
@@ -843,11 +854,11 @@ def train(args: Args) -> dict:
         team = Team(task, dataset.states, args).to(device)
         model = LocalToGlobal(task, dataset, training_rows, args).to(device)
         synthetic = SyntheticData(dataset, args)
-        synthetic_size = args.batch_size - rows_of_data(args)
+        alone = rows_of_data(args) == args.batch_size  # without rollouts
 
-        # First the world model learns the data, unless there is one or it is not needed.
+        # The world model, which is trained unless there is one or it is not needed.
         inputs = {"dataset": dataset.description}
-        model_steps = args.model_steps if synthetic_size and not args.world_model else 0
+        last_model_step = 0 if alone or args.world_model else args.model_steps
         if args.world_model:
             load_exported(model, args.world_model, device)
             inputs["world_model"] = model.description
@@ -871,26 +882,23 @@ def train(args: Args) -> dict:
             descend(losses, model_optimizer, model_schedule, args.max_grad_norm)
             run.log(dict(zip(MODEL_LOSSES, losses)))
 
-        # Then the team learns from the data and from its rollouts in the model.
-        networks = team.policy, team.critics, team.mixer, team.memory
+        # The team.
+        networks = team.policy, team.critics, team.mixer
         groups = [{"params": net.parameters()} for net in networks if net is not None]
         if team.memory:
-            groups[-1]["lr"] = args.memory_learning_rate
+            groups.append({"params": team.memory.parameters(), "lr": args.memory_learning_rate})
         optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True)
         schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)
         team_loss_function = compiled(macql_losses, args, device)
         targets = {k: v for k, v in team.named_parameters() if k.startswith("target_")}
         online = [team.get_parameter(name.removeprefix("target_")) for name in targets]
-        reward_scale, value_range = reward_units(dataset.rewards, args)
+        reward_scale, value_range = reward_units(dataset.rewards, model.reward_std[0], args)
         team.value_range.copy_(value_range)
 
         def update_team(step):
-            if synthetic_size and (step - 1) % args.refresh_every == 0:
-                synthetic.add_rollouts(team, model, step // args.refresh_every)
-            batch = dataset.batch(dataset.sample_rows(rows_of_data(args)), bool(team.memory))
-            if synthetic_size:
-                pairs = zip(batch, synthetic.batch(synthetic_size, bool(team.memory)))
-                batch = Batch(*[x if x is None else torch.cat([x, y]) for x, y in pairs])
+            if not alone and (step - 1) % args.refresh_every == 0:
+                synthetic.add_rollouts(team, model, (step - 1) // args.refresh_every)
+            batch = synthetic.mixed_batch(bool(team.memory))
             batch = batch._replace(rewards=reward_scale * batch.rewards)
             learn_policy = step % args.policy_delay == 0
             clone = step <= args.cloning_steps
@@ -907,19 +915,22 @@ def train(args: Args) -> dict:
             run.log(dict(zip(TEAM_LOSSES, losses)))
 
         def evaluate_run(episodes):
-            if run.step < model_steps:
+            if run.step < last_model_step:
                 return model_errors(model, dataset, held_out_rows)
             return evaluate(task, team.act_greedily, episodes, device=device)
 
-        tracked = {"team": team, "optimizer": optimizer, "schedule": schedule, "model": model}
-        tracked |= {"model_optimizer": model_optimizer, "model_schedule": model_schedule}
-        run.restore(inputs, **tracked, synthetic=synthetic)
-        for step in run.steps(evaluate_run, model_steps + args.total_steps):
-            if step > model_steps:
-                update_team(step - model_steps)
-                continue
-            update_model()
-            if step == model_steps:
+        tracked = {"team": team, "optimizer": optimizer, "schedule": schedule}
+        if not alone:
+            tracked |= {"model": model, "model_optimizer": model_optimizer}
+            tracked |= {"model_schedule": model_schedule, "synthetic": synthetic}
+        run.restore(inputs, **tracked)
+        # First the model learns from the data, then the team from the data and from its rollouts.
+        for step in run.steps(evaluate_run, last_model_step + args.total_steps):
+            if step <= last_model_step:
+                update_model()
+            else:
+                update_team(step - last_model_step)
+            if step == last_model_step:
                 finish_model(model, args, dataset, held_out_rows, run)
 
         return run.finish(evaluate_run(FINAL_EPISODES))

@@ -660,6 +660,7 @@ def test_logo_learns_in_the_model_of_an_earlier_run(run_tiny, run_script, world_
         (ensemble, "is not a model of this script; make one with: python baselines/logo.py"),
         (("--world-model", "no/model.pt"), "no world model at no/model.pt; without --world-model"),
         ((*model, "--synthetic-share", 0), "uses the data alone; leave --world-model out"),
+        (("--synthetic-share", 0.001), "a batch has no room for rollouts; use a larger"),
     ):
         status, output, refused = run_tiny("logo", *options, name="refused")
         assert_one_line(status, message)
@@ -681,8 +682,10 @@ def test_logos_policies_forget_the_moments_of_cloning(cloning_steps, policy_step
 def test_the_range_of_logos_targets(uncertainty, run_tiny, reacher_file):
     status, output, run_dir = run_tiny("logo", "--uncertainty", uncertainty)
     assert status == 0, output
-    rewards = load_dataset(find_task("reacher-leader-only"), reacher_file, "cpu").rewards
-    lowest = rewards.min() - (10 * rewards.std() if uncertainty == "penalty" else 0)
+    dataset = load_dataset(find_task("reacher-leader-only"), reacher_file, "cpu")
+    rewards = dataset.rewards
+    unit = rewards[dataset.split()[0]].std()  # what the model standardises by
+    lowest = rewards.min() - (10 * unit if uncertainty == "penalty" else 0)
     got = states_of(run_dir)["value_range"]
     torch.testing.assert_close(got, torch.stack([lowest, torch.zeros(())]) / rewards.std())
 
