@@ -198,25 +198,25 @@ class CoordinationGame:
         return [states.new_tensor(x) for x in self.step(actions.cpu().numpy())]
 
 
-def leanings(game: Game) -> np.ndarray:
-    """The probability of each agent's going right, its last option or a number above 0: [agent].
+def lean_left(game: Game) -> np.ndarray:
+    """Whether each agent leans to the left rather than to the right [agent] (Table 1, generalised).
 
-    Table 1, generalised: on unfavorable data the first half of the agents lean to the left and the
-    others to the right. Where the product counts, only the first agent leans to the left, so that
-    following the data earns less than nothing whatever the number of agents.
+    On unfavorable data the first half of the agents do. Where the product counts, only the first
+    agent does, so that following the data earns less than nothing whatever the number of agents.
     """
-    right = np.full(game.agents, 1 / max(game.actions, 2) if game.behavior == "neutral" else 0.75)
-    if game.behavior == "unfavorable":
-        right[: 1 if game.kind == "continuous" else game.agents // 2] = 0.25
-    return right
+    count = 1 if game.kind == "continuous" else game.agents // 2
+    return (np.arange(game.agents) < count) & (game.behavior == "unfavorable")
 
 
 def behavior_policies(task: Task) -> np.ndarray:
-    """The probability of each option in the dataset [agent, action]; "right" is the last option."""
+    """The probability of each option in the dataset [agent, action]: 0.75 for the first option of
+    those that lean to the left and for the last option of the others; neutral agents lean nowhere.
+    """
     game = game_of(task)
-    right = leanings(game)
-    policies = np.repeat((1 - right)[:, None] / (game.actions - 1), game.actions, axis=1)
-    policies[:, -1] = right
+    if game.behavior == "neutral":
+        return np.full((game.agents, game.actions), 1 / game.actions)
+    policies = np.full((game.agents, game.actions), 0.25 / (game.actions - 1))
+    policies[np.arange(game.agents), np.where(lean_left(game), 0, -1)] = 0.75
     return policies
 
 
@@ -234,9 +234,10 @@ def draw_choices(task: Task, rng: np.random.Generator, size: int) -> np.ndarray:
 
 def draw_numbers(task: Task, rng: np.random.Generator, size: int) -> np.ndarray:
     """Numbers that the data show, [size, agent]: each agent's sign, times uniform in [0, 1]."""
-    right = leanings(game_of(task))
-    signs = np.where(rng.random((size, len(right))) < right, 1, -1)
-    return signs * rng.random((size, len(right)))
+    game = game_of(task)
+    leaning = 0.5 if game.behavior == "neutral" else np.where(lean_left(game), 0.25, 0.75)
+    signs = np.where(rng.random((size, game.agents)) < leaning, 1, -1)
+    return signs * rng.random((size, game.agents))
 
 
 def make_columns(task: Task, seed: int = 0) -> dict[str, np.ndarray]:

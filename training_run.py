@@ -343,8 +343,12 @@ class Run:
         if args.compile:
             compiler = find_compiler()
             advice = "install one (Debian: g++) or leave it out"
-            require(compiler, f"--compile needs a C++ compiler; {advice}")
-            os.environ["CXX"] = compiler  # which PyTorch asks for
+            require(compiler or args.resume, f"--compile needs a C++ compiler; {advice}")
+            if compiler:
+                os.environ["CXX"] = compiler  # which PyTorch asks for
+            else:
+                args.compile = False
+                say("note: there is no C++ compiler, so the run goes on without --compile")
         self.args, self.script, self.device = args, script, find_device(args.device)
         self.log_every = log_every
         self.algorithm = script  # as PAPER_SCORES names it

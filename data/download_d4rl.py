@@ -131,8 +131,11 @@ def fetch(url: str, part: Part) -> None:
             request_rest(url, part)
             return
         except urllib.error.HTTPError as error:
-            # 416: there is nothing after the part, which is not the whole file. Start again.
+            # 416: there is nothing after the part. It is whole, or of another version: start again.
             if error.code == 416:
+                part.whole = error.headers["Content-Range"] == f"bytes */{part.size()}"
+                if part.whole:
+                    return
                 part.remove()
             elif error.code < 500 or attempt == ATTEMPTS:
                 raise

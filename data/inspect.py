@@ -54,7 +54,7 @@ def list_columns(path: Path) -> dict[str, tuple]:
             for name, value in file.attrs.items():
                 print(f"  attribute {name}: {value}")
     except OSError as error:
-        raise InputError(f"{path} is truncated or not HDF5 ({error})") from None
+        raise InputError(f"{path} cannot be read as HDF5 ({error})") from None
     return shapes
 
 
@@ -103,7 +103,9 @@ def find_faults(dataset: OfflineDataset) -> list[str]:
     clamped = float((abs(flat_actions) > 0.999).mean())
     if clamped > 0.2 and not dataset.task.discrete:
         faults.append(f"{clamped:.0%} of the actions are at -1 or 1: were they rescaled?")
-    largest = float(abs(states).max(0).max() / max(np.median(states.std(0)), 1e-6))
+    stds = states.std(0)
+    usual = np.median(stds[stds > 1e-6]) if (stds > 1e-6).any() else 1.0
+    largest = float(abs(states).max() / usual)
     if largest > 1e3:
         faults.append(f"a state is {largest:.0f} times as large as states usually vary")
     rewards = dataset.rewards.numpy()

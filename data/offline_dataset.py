@@ -46,7 +46,7 @@ OTHER_IN_V5 = {
 
 
 class DamagedFile(InputError):
-    """The file is truncated or not HDF5, so that only recording or downloading it again helps."""
+    """The file is truncated, is not HDF5, or is compressed by a plugin that is missing."""
 
 
 class Batch(NamedTuple):
@@ -261,8 +261,11 @@ def read_columns(task: Task, path: Path) -> tuple[dict[str, np.ndarray], str]:
     except (OSError, RuntimeError, KeyError) as error:  # h5py's errors
         if isinstance(error, PermissionError):
             raise InputError(f"{path} cannot be read ({error.strerror}); change its mode") from None
-        advice = "delete it and record or download it again"
-        raise DamagedFile(f"{path} is truncated or not HDF5 ({error}); {advice}") from None
+        message = f"{path} cannot be read as HDF5 ({error})"
+        if "plugin" in str(error):  # which hdf5plugin brings for Blosc, Zstd and others
+            raise InputError(f"{message}; install what decompresses it") from None
+        advice = "if it is truncated, record or download it again"
+        raise DamagedFile(f"{message}; {advice}") from None
     columns["rewards"] += alive_bonus * columns["terminals"]
     check_columns(task, path, columns)
     return columns, source

@@ -166,9 +166,7 @@ def choose_cells(args: Args) -> dict[str, list[Cell]]:
             own_task = OBSERVANT.get(name, name) if script in CENTRALIZED else name
             for mode in args.modes:
                 cells[Cell(script, own_task, mode)] = name
-    require(
-        cells, "nothing to time; record a dataset first: python -m data.collect_reacher dataset"
-    )
+    require(cells, "nothing to time; record the datasets named above, as in docs/datasets.md")
     return {task: [cell for cell in cells if cells[cell] == task] for task in cells.values()}
 
 

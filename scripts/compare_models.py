@@ -12,6 +12,7 @@ lowest correlation, over all dimensions of the state that move, of predicted and
 one step: a model may be good on average and blind in one.
 """
 
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ import moma_ppo
 import world_model
 from data.offline_dataset import load_dataset
 from mamujoco_envs import InputError, find_task, require
-from training_run import check_positive, say
+from training_run import check_range, say
 
 
 @dataclass
@@ -42,10 +43,14 @@ class Args:
 
 
 def worst_correlation(predicted, true) -> float:
-    """The lowest correlation of a column of `predicted` [N, state] with that of `true`."""
+    """The lowest correlation of a column of `predicted` [N, state] with that of `true`.
+
+    A column that is always predicted alike counts as 0.
+    """
     moves = true.std(0) > 1e-6
     columns = torch.stack([predicted[:, moves].T, true[:, moves].T], dim=1)  # [dimension, 2, N]
-    return min(pair.corrcoef()[0, 1].item() for pair in columns.double())
+    correlations = [pair.corrcoef()[0, 1].nan_to_num().item() for pair in columns.double()]
+    return min(correlations, default=math.nan)
 
 
 @torch.no_grad()
@@ -97,7 +102,7 @@ def milliseconds(model, dataset, count: int = 400, repeats: int = 30) -> float:
 
 
 def main(args: Args) -> None:
-    check_positive(args, "starts")
+    check_range(args, 2, 1_000_000, "starts")
     require(args.models, "give --models, files of world_model.py or baselines/logo.py")
     task = find_task(args.task)
     message = f"{task.name} has no simulator that starts from the data's states"

@@ -24,7 +24,7 @@ import tyro
 from matplotlib.figure import Figure
 from scipy.stats import bootstrap, trim_mean
 
-from mamujoco_envs import BODIES, PAPER_SCORES, InputError, all_tasks, require
+from mamujoco_envs import BODIES, PAPER_SCORES, InputError, all_tasks, find_task, require
 from scripts.reproduce import (
     ABLATIONS,
     COMPARED_ON,
@@ -204,7 +204,7 @@ def table_of_algorithm(algorithm: str, cells) -> str:
         runs = cells.get((algorithm, task), [])
         if runs:
             seconds = f"{statistics.median(run['seconds'] for run in runs):,.0f}"
-            paper = PAPER_SCORES[algorithm].get(task, "-")
+            paper = find_task(task).paper_score(algorithm) or "-"
             row = [f"`{task}`", f"{runs[0]['steps']:,}", str(len(runs)), score(runs), paper]
             rows.append([*row, seconds])
     if not rows:

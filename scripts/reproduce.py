@@ -15,7 +15,8 @@
     python scripts/reproduce.py --table other --tasks halfcheetah-2x3-medium-fo --algorithms ibc
 
 Every run is a process with one thread, and as many run at once as there are cores. Ctrl-C or
-SIGTERM stops them after saving; the same command then resumes. Finished runs are not run again.
+SIGTERM stops them after saving; the same command then resumes. What it has finished, as
+FOLDER/TASK__ALGORITHM__SEED, is not run again.
 The curves are FOLDER/table_TABLE.png, over time, and FOLDER/table_TABLE_steps.png, with the tasks
 and algorithms that were chosen in the name. Where there are GPUs, runs take turns on them.
 
@@ -27,6 +28,7 @@ waits for them. A job that is preempted, requeued or out of time resumes its run
 """
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -149,7 +151,7 @@ class Args:
     ] = "3"  # fmt: skip
     """table of the paper, or one of the last five, which go beyond it; "other" is any tasks"""
     seeds: int | None = None
-    """run seeds 1 to this; by default as many as the paper: 10 for the game, 3 for the others"""
+    """run seeds 1 to this; by default 10 for games and 3 for the others, as in the paper"""
     tasks: tuple[str, ...] = ()
     """only these tasks of the table; with --table other any, also FILE:NAME of your own"""
     algorithms: tuple[str, ...] = ()
@@ -159,7 +161,7 @@ class Args:
     folder: Path = Path("runs")
     """folder of the run folders and of the curves"""
     dry_run: bool = False
-    """print the commands that are still to run, one a line, and stop"""
+    """print the commands that can run now, one a line, and stop"""
     cluster: Literal["local", "slurm"] = "local"
     """where runs run: on this machine, or as jobs of the Slurm cluster that it belongs to"""
     hours: float = 12.0
@@ -296,15 +298,29 @@ def default_options(algorithm: str, task: str) -> dict:
     return rounded(vars(tyro.cli(type(defaults), args=options, default=defaults)))
 
 
+@cache
+def calibrated(task: str, ground_truth: bool) -> dict:
+    """MOMA-PPO's options that come from the world model; none if the task's does not ship."""
+    if ground_truth:
+        return {"lambda_g": 0.0, "max_uncertainty": math.inf}
+    path = find_task(task).world_model_path
+    if not path.is_file():
+        return {}
+    model = torch.load(path, map_location="cpu", weights_only=True)
+    return rounded({"lambda_g": model["lambda_g"], "max_uncertainty": model["l_epsilon"]})
+
+
 def changed_options(algorithm: str, task: str, options: dict) -> str:
     """Options of a run that are not what its algorithm has today, such as "total_steps 400"."""
     expected, changed = default_options(algorithm, task), []
     for name in expected | options:
         # An option that the run did not have yet counts as None.
         wanted, found = (str(x.get(name)) for x in (expected, options))
-        calibrated = name in expected and name in ("lambda_g", "max_uncertainty")
-        if calibrated and wanted == "None":
-            continue  # found out from the world model
+        if name in ("lambda_g", "max_uncertainty") and expected.get(name, 0) is None:
+            # A run keeps the values that it took from its world model.
+            known = not needs_another_run(algorithm) and found != "None"
+            values = calibrated(task, expected["ground_truth"]) if known else {}
+            wanted = str(values.get(name, found))
         if name == "cql_points" and wanted == "None" and found in ("24", "6"):
             continue  # what older runs call it
         if needs_another_run(algorithm) and name == "world_model":
@@ -500,7 +516,7 @@ def print_table(results: dict[Cell, list[dict]], seeds: int) -> None:
         score, runs = score_columns(finished)
         if 0 < len(finished) < seeds:
             runs += f", {seeds - len(finished)} missing"
-        paper = PAPER_SCORES.get(cell.algorithm, {}).get(cell.task, "-")
+        paper = find_task(cell.task).paper_score(cell.algorithm) or "-"
         seconds = [result["seconds"] for result in finished]
         median = f"{statistics.median(seconds):.0f}" if seconds else "-"
         rows.append((cell.algorithm, find_task(cell.task).name, score, runs, paper, median))
@@ -613,9 +629,12 @@ def main(args: Args) -> None:
     unfinished = [job for job in jobs if not (job.run_dir / "result.json").is_file()]
     if args.dry_run:
         prefix = " ".join(f"{name}={value}" for name, value in JOB_ENVIRONMENT.items())
-        ready = [job for job in unfinished if not needs_another_run(job.cell.algorithm)]
-        for job in ready or unfinished:
+        ready = [job for job in unfinished if not missing_model(job)]
+        for job in ready:
             print(prefix, shlex.join(job_command(job, options)))
+        if len(ready) < len(unfinished):
+            more = f"note: {len(unfinished) - len(ready)} more runs need world models of these"
+            print(f"{more}; repeat --dry-run when they have ended", file=sys.stderr)
         return
 
     args.folder.mkdir(parents=True, exist_ok=True)

@@ -86,6 +86,8 @@ def test_its_dataset_loads_with_one_hot_actions_and_ten_steps_an_episode():
 def test_unfavorable_means_that_half_of_the_agents_lean_each_way():
     policies = behavior_policies(coordination_task("unfavorable", 4))
     np.testing.assert_allclose(policies[:, 1], [0.25, 0.25, 0.75, 0.75])
+    policies = behavior_policies(coordination_task("unfavorable", 2, 3))
+    np.testing.assert_allclose(policies, [[0.75, 0.125, 0.125], [0.125, 0.125, 0.75]])
     policies = behavior_policies(coordination_task("neutral", 2, 3))
     np.testing.assert_allclose(policies, np.full((2, 3), 1 / 3))
 

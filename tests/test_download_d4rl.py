@@ -60,6 +60,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         size = len(server.content)
         if first >= size:
             self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{size}")
             self.end_headers()
             return
         self.send_response(206 if asked and known else 200)
@@ -132,13 +133,14 @@ def test_two_versions_of_a_file_are_not_mixed(output, content):
     assert output.read_bytes() == content
 
 
-@pytest.mark.parametrize("extra", [b"", b"more"])
-def test_a_part_that_is_too_long_is_dropped(output, content, extra):
+@pytest.mark.parametrize("extra, requests", [(b"", 1), (b"more", 2)])
+def test_a_whole_part_is_kept_and_one_that_is_too_long_dropped(output, content, extra, requests):
     server = Server(content)
     output.with_name("ant.hdf5.part").write_bytes(content + extra)
     output.with_name("ant.hdf5.part.version").write_text(server.version)
     download(Args("ant", "medium", output, server.host))
     assert output.read_bytes() == content and not parts(output)
+    assert len(server.requests) == requests
 
 
 def test_what_is_no_dataset_is_removed(output):

@@ -720,3 +720,5 @@ def test_models_are_compared(run_script, world_models, reacher_file):
     blind = changes * torch.tensor([2.0, 0.0, 1.0]) + 0.1 * torch.randn(1000, 3)
     assert module.worst_correlation(changes, changes) == pytest.approx(1)
     assert abs(module.worst_correlation(blind, changes)) < 0.2
+    constant = changes * torch.tensor([1.0, 0.0, 1.0])
+    assert module.worst_correlation(constant, changes) == 0

@@ -452,9 +452,13 @@ def test_a_run_is_added_to_the_published_ones(tmp_path):
 
 
 def test_tables_are_of_runs_with_todays_defaults(tmp_path):
-    """Of MOMA-PPO's calibrated options every value is one."""
+    """MOMA-PPO's calibrated options are those of the shipped world model."""
     run_dir = tmp_path / "ant-medium-fo__moma_ppo__7"
     made_up_run(run_dir, 0.5, lambda_g=12.0)
+    with pytest.raises(InputError, match="has lambda_g 12.0, but tables are of defaults"):
+        report.add_run(run_dir, tmp_path)
+    calibrated = reproduce.calibrated("ant-medium-fo", False)
+    made_up_run(run_dir, 0.5, **calibrated)
     report.add_run(run_dir, tmp_path)
     assert report.read_runs(tmp_path)
     made_up_run(run_dir, 0.5, seed=8)

@@ -574,6 +574,13 @@ def test_a_missing_compiler_is_one_line(ibc_script, tmp_path, monkeypatch):
     status, _ = ibc_script("--compile")
     assert_one_line(status, "--compile needs a C++ compiler; install one")
     assert not (tmp_path / "run").exists()
+    # A compiled run that was moved to such a machine goes on in eager mode.
+    assert ibc_script()[0] == 0
+    checkpoint = load_checkpoint(tmp_path / "run")
+    checkpoint["args"]["compile"] = True
+    torch.save(checkpoint, tmp_path / "run" / "checkpoint.pt")
+    status, output = ibc_script("--resume", tmp_path / "run", "--total-steps", 50, resumed=True)
+    assert status == 0 and "no C++ compiler, so the run goes on" in output
 
 
 def test_a_missing_gpu_is_one_line(ibc_script):
