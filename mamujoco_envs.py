@@ -44,6 +44,7 @@ from gymnasium.envs.mujoco.walker2d_v4 import Walker2dEnv
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import SyncVectorEnv
 
+DEFAULTS = ("", "Ant-v4", "Reacher-v4", "coordination", "continuous")  # the scripts' own, by name
 HISTORY_LENGTH = 10  # past (action, observation) pairs that an agent remembers (Appendix A.1)
 ACTION_LIMIT = 1 - 1e-5  # actions in histories and datasets are clamped to +-ACTION_LIMIT
 EVALUATION_SEED = 10102  # episode i of an evaluation starts from seed EVALUATION_SEED + i
@@ -157,7 +158,8 @@ class Task:
     locomotion: bool = False
     """whether returns are distances run, whose rewards IQL scales (arXiv 2110.06169)"""
     defaults: str = ""
-    """environment whose defaults the scripts use where they have none for this one"""
+    """Ant-v4 (long episodes) or Reacher-v4 (short ones), whose defaults the scripts use where they
+    have none for this environment"""
     file: str = ""
     """FILE:NAME of a task of your own, as --task names it; set by `find_task`"""
 
@@ -165,6 +167,10 @@ class Task:
         for field in ("observed", "driven"):  # ranges and lists will do, too
             groups = tuple(tuple(map(operator.index, group)) for group in getattr(self, field))
             object.__setattr__(self, field, groups)
+        message = f"defaults of {self.name or 'the task'} are '{self.defaults}'"
+        require(self.defaults in DEFAULTS, f"{message}; take Ant-v4 or Reacher-v4")
+        message = 'environment must be a class, a gymnasium id, or "" for none'
+        require(isinstance(self.environment, (str, type)), message)
         check_split(self)
         check_reference(self)
         widest = 1 + max(index for seen in self.observed for index in seen)
@@ -175,8 +181,9 @@ class Task:
             "state_dim": self.state_dim or state_width(self.environment) or widest,
             "dataset": self.dataset or self.name,
             "entropy_target": entropy_target,
-            "simulator": self.simulator or choose_simulator(self.environment),
         }
+        if self.simulator in (None, Simulator, GymnasiumSimulator, WorldModelSimulator):
+            derived["simulator"] = choose_simulator(self.environment)  # again after `replace`
         for field, value in derived.items():
             object.__setattr__(self, field, value)
         message = f"an agent of {self.name or 'the task'} observes dimension {widest - 1}"
@@ -475,6 +482,8 @@ def find_task(name: str) -> Task:
     """
     if ".py:" in name:
         return own_task(*name.rsplit(":", 1))
+    is_own = name.endswith(".py") or ":" in name
+    require(not is_own, f"'{name}' is no task; one of your own is FILE.py:NAME")
     tasks = all_tasks()
     if name not in tasks:
         near = difflib.get_close_matches(name, tasks, n=3, cutoff=0.3) or list(tasks)[:3]
@@ -741,9 +750,11 @@ class Simulator:
         `np.random.default_rng(seed)` gives the episode that `gymnasium.make(...).reset(seed=seed)`
         starts. With `where` [B], starts episodes in these copies alone.
         """
-        qpos, qvel = zip(*[self.environment.reset(rng) for rng in generators])
         copies = range(len(self.data)) if where is None else np.flatnonzero(where)
-        self._place(copies, qpos, qvel)
+        message = f"{len(copies)} copies start an episode, so as many generators are needed"
+        require(len(generators) == len(copies), f"{message}, not {len(generators)}")
+        for i, rng in zip(copies, generators):
+            self._place([i], *[[x] for x in self.environment.reset(rng)])
         self._read()
         return self.states
 
@@ -914,10 +925,11 @@ class WorldModelSimulator:
         path = task.world_model_path
         command = f"python world_model.py --task {task.option} --output {path}"
         message = f"{task.name} has no environment, and no world model to evaluate in at {path}"
-        require(path.is_file(), f"{message}; make it with: {command}")
+        require(path.is_file(), f"{message}; copy one there, or make it with: {command}")
         # Imported here, because moma_ppo.py imports this module.
         self.model = importlib.import_module("moma_ppo").open_world_model(task, path, "cpu")
-        message = f"{path} was exported without first states; make it again with: {command}"
+        message = f"{path} was exported without first states"
+        message += f"; move it away and make it again with: {command}"
         require("first_states" in self.model.model, message)
         self.evaluated_in = f"the world model {path.name} alone"
         self.states = torch.zeros(num_envs, task.state_dim)

@@ -6,7 +6,7 @@ steps from states of the dataset, in the ensemble world model that world_model.p
 (Section 3.1), and trains it on these transitions with multi-agent PPO (Section 3.2, Appendix A).
 
     python moma_ppo.py --task reacher-leader-only
-    python moma_ppo.py --task reacher-leader-only --ground-truth           # Table 5
+    python moma_ppo.py --task ant-medium-fo --ground-truth                 # Table 5
     python moma_ppo.py --task reacher-leader-only --penalty none           # Figure 8
     python moma_ppo.py --resume runs/RUN
 
@@ -75,8 +75,8 @@ class Args:
     dataset: Path | None = None
     """HDF5 file, Minari folder or minari:NAME; by default the task's own"""
     world_model: Path | None = None
-    """written by world_model.py or logo.py; by default the shipped one, or the one beside your
-    dataset, or, in games, one that is trained first"""
+    """written by world_model.py or logo.py; by default the shipped one, the one beside your task's
+    own dataset, or, in games, one that is trained first"""
     memory: Literal["auto", "attention", "none"] = "auto"
     """history encoder; auto leaves it out where every agent sees the whole state"""
     ground_truth: bool = False
@@ -176,13 +176,13 @@ class MLP(nn.Sequential):
 
 
 class HistoryEncoder(nn.Module):
-    """Encodes each agent's last ten (action, observation) pairs in one vector (Appendix A.1).
+    """Each agent's last ten (action, observation) pairs as one vector (arXiv 2305.17198, A.1).
 
-    Pairs are standardised, embedded and given positions; then come self-attention with a skip
-    connection and LayerNorm, and soft attention over the ten results. Up to the two softmaxes all
-    of this is linear in a token (standardised pair, one-hot position), so `forward` multiplies the
-    weights with each other before they touch the batch: the same function with fewer products.
-    docs/history_encoder.md derives it, and a test compares it with the plain form.
+    Observations are standardised, pairs embedded and given positions; then come self-attention with
+    a skip connection and LayerNorm, and soft attention over the ten results. Apart from softmax,
+    tanh and LayerNorm's scale all of this is linear in a token (pair, one-hot position), so
+    `forward` multiplies weights with each other before they touch the batch: the same function with
+    fewer products. docs/history_encoder.md derives it, and a test compares it with the plain form.
     """
 
     def __init__(self, in_dims, pair_mean, pair_std, dim=128):
@@ -256,10 +256,8 @@ def make_memory(task: Task, memory: str, obs_mean, obs_std):
     """The history encoder, or None where --memory or the task does without one."""
     if memory == "none" or (memory == "auto" and not task.partially_observable):
         return None
-    actions = (task.action_dim, 0)  # come first in a pair, and are not standardised
-    return HistoryEncoder(
-        task.pair_dims, F.pad(obs_mean, actions), F.pad(obs_std, actions, value=1)
-    )
+    front = (task.action_dim, 0)  # of a pair: its actions, which are not standardised
+    return HistoryEncoder(task.pair_dims, F.pad(obs_mean, front), F.pad(obs_std, front, value=1))
 
 
 class Team(nn.Module):
@@ -285,7 +283,7 @@ class Team(nn.Module):
         outputs = task.action_dim * (1 if task.discrete else 2)
         self.policy, self.value = MLP(in_dims, [256, 256], outputs), MLP(in_dims, [256, 256], 1)
         self.mixer = MLP([task.state_dim], [256, 256], task.num_agents + 1)
-        # Deviation 5. At first the networks ignore the history embedding, which is noise.
+        # Deviation 5. At first they are layers of the observation alone: memory is still noise.
         for network in (self.policy, self.value):
             for weight, width in zip(network[0].weight.data, task.obs_dims):
                 weight[:memory_dim] = 0
@@ -572,7 +570,7 @@ def rollout_step(team, model, dataset, args, states, histories, age):
 
 @torch.no_grad()
 def generate_rollouts(step_function, team, model, dataset, args):
-    """Algorithm 1, "generate synthetic data": parallel rollouts, --transitions steps in all."""
+    """Algorithm 1, "generate synthetic data": rollouts, at most --transitions steps in all."""
     count = args.transitions // args.rollout_length
     age = torch.zeros(count, device=dataset.device)  # steps since a rollout began
     carry = *new_rollouts(team, dataset, args, count), age
@@ -714,22 +712,34 @@ def surrogate_gain(team, batch):
     return ((ratio - 1) * batch.advantages).mean()
 
 
-def make_model(dataset, args, run):
-    """The world model or simulator to roll out in."""
+def find_world_model(args, task):
+    """Its file, or None where the true simulator or a model of the run's own takes its place."""
+    if args.ground_truth or (task.columns and not args.world_model):
+        return None
+    path = args.world_model or task.world_model_path
+    data = f" --dataset {args.dataset}" if args.dataset else ""
+    command = f"python world_model.py --task {task.option}{data} --output {path}"
+    message = f"no world model at {path}; name one with --world-model, or make it with: {command}"
+    require(path.is_file(), message)
+    return path
+
+
+def make_model(path, dataset, args, run):
+    """The world model at `path`, or what takes its place, to roll out in."""
     task = dataset.task
     if args.ground_truth:
         message = f"--ground-truth needs a simulator of {task.name} that starts anywhere"
         require(task.continues_from_states, message)
         return GroundTruth(task, args.transitions // args.rollout_length)
-    if task.columns and not args.world_model:  # a game's world model is trained first
+    if not path:  # a game's world model is trained first
         folder = run.dir / "world_model"
         path = coordination_game.train_world_model(task, args.seed, run.device.type, folder)
-    else:
-        path = args.world_model or task.world_model_path
     model = open_world_model(task, path, run.device, args.next_states)
+    message = f"{path} predicts no variances, which --penalty aleatoric needs"
+    require(args.penalty != "aleatoric" or type(model) is WorldModel, message)
     same = model.description["dataset"]["sha256"] == dataset.description["sha256"]
     if not same and (args.dataset or task.own_dataset):
-        say(f"note: {path} was not trained on these data; --world-model names another")
+        say(f"note: {path} was trained on other data than these")
     return model
 
 
@@ -749,14 +759,17 @@ def check(args):
     require(trained >= args.minibatch_size, message)
     message = "--ground-truth is instead of a world model; leave --world-model out"
     require(not (args.ground_truth and args.world_model), message)
+    message = "the simulator of --ground-truth predicts no variances for --penalty aleatoric"
+    require(not (args.ground_truth and args.penalty == "aleatoric"), message)
 
 
 def train(args: Args) -> dict:
     check(args)
     with Run(args, "moma_ppo", log_every=10) as run:
         task, device = run.task, run.device
+        path = find_world_model(args, task)  # before minutes of recording a missing dataset
         dataset = load_dataset(task, args.dataset, device)
-        model = make_model(dataset, args, run)
+        model = make_model(path, dataset, args, run)
         if args.lambda_g is None:  # Deviation 8. Both are calibrated with the world model.
             args = replace(args, lambda_g=model.lambda_g)
         if args.max_uncertainty is None:
@@ -772,7 +785,7 @@ def train(args: Args) -> dict:
         inputs = {"dataset": dataset.description, "world_model": model.description}
         run.restore(inputs, team=team, optimizer=optimizer, schedule=schedule)
 
-        # Deviation 7. Values are about 1, as clipping lets them move by only 0.2 a learning step.
+        # Deviation 7. The data's values are about 1, as clipping lets them move by only 0.2.
         reward_scale = (1 - args.gamma) / max(float(dataset.rewards.abs().mean()), 1e-3)
         if args.cloning_steps and not team.cloned:
             clone(team, dataset, args, reward_scale)

@@ -33,6 +33,7 @@ import time
 import typing
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -262,8 +263,10 @@ def load_world_model(make: Callable, task, path: Path, device, command: str = ""
 
     `command` makes such a file; by default the one of world_model.py.
     """
-    command = command or f"python world_model.py --task {task.option} --output {path}"
-    require(path.is_file(), f"no world model at {path}; make it with: {command}")
+    script = f"python world_model.py --task {task.option} --output"
+    message = f"no world model at {path}; make it with: {command or f'{script} {path}'}"
+    require(path.is_file(), message)
+    command = command or f"{script} NEW.pt"
     try:
         exported = load(path, device)
         exported["description"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -272,8 +275,10 @@ def load_world_model(make: Callable, task, path: Path, device, command: str = ""
         trial = model.step(torch.zeros(1, task.state_dim, device=device), actions)
         finite = all(x.isfinite().all() for x in trial)
         require(finite, f"{path} predicts what is not finite; make one with: {command}")
-    except InputError:
+    except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
+    except PermissionError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); change its mode") from None
     except Exception as error:
         reason = f"is not a world model of {task.dataset} ({type(error).__name__})"
         raise InputError(f"{path} {reason}; make one with: {command}") from None
@@ -290,6 +295,10 @@ def load_checkpoint(run_dir: Path) -> dict:
         names = ("script", "args", "step", "seconds", "evaluations", "inputs", "random_states")
         for name in (*names, "state"):
             checkpoint[name]
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except PermissionError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); change its mode") from None
     except Exception as error:
         raise InputError(
             f"{path} is damaged ({type(error).__name__}); start the run again"
@@ -340,15 +349,6 @@ class Run:
         check_range(args, 0, 2**32 - 1, "seed")
         if hasattr(args, "eval_episodes"):  # a simulator each
             check_range(args, 1, 10_000, "eval_episodes")
-        if args.compile:
-            compiler = find_compiler()
-            advice = "install one (Debian: g++) or leave it out"
-            require(compiler or args.resume, f"--compile needs a C++ compiler; {advice}")
-            if compiler:
-                os.environ["CXX"] = compiler  # which PyTorch asks for
-            else:
-                args.compile = False
-                say("note: there is no C++ compiler, so the run goes on without --compile")
         self.args, self.script, self.device = args, script, find_device(args.device)
         self.log_every = log_every
         self.algorithm = script  # as PAPER_SCORES names it
@@ -368,6 +368,15 @@ class Run:
             changed = ", ".join(name for name in given if given[name] != saved.get(name))
             advice = "take those of training_run.resumed_args"
             require(not changed, f"{args.resume} was started with another {changed}; {advice}")
+        if args.compile:
+            compiler = find_compiler()
+            advice = "install one (Debian: g++) or leave it out"
+            require(compiler or args.resume, f"--compile needs a C++ compiler; {advice}")
+            if compiler:
+                os.environ["CXX"] = compiler  # which PyTorch asks for
+            else:
+                args.compile = False
+                say("note: there is no C++ compiler, so the run goes on without --compile")
         self.dir, self.lock = self._open_folder()
 
     def _open_folder(self) -> tuple[Path, filelock.FileLock]:
@@ -387,7 +396,7 @@ class Run:
                 require(not asked_for, message)
                 continue
             except OSError as error:
-                advice = "give another --run-dir"
+                advice = "change its mode" if args.resume else "give another --run-dir"
                 raise InputError(f"cannot use {run_dir} ({error.strerror}); {advice}") from None
             for name in ("checkpoint.pt", "result.json", "world_model.pt"):
                 for half_written in run_dir.glob(f"{name}.*.tmp"):  # by a process that was killed
@@ -427,7 +436,8 @@ class Run:
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
             if self.writer:
-                self.writer.close()
+                with suppress(OSError):  # which has been said if the disk is full
+                    self.writer.close()
             if not any(path.name != ".lock" for path in self.dir.glob("*")):
                 shutil.rmtree(self.dir, ignore_errors=True)  # nothing has begun yet
             self.lock.release()
@@ -440,11 +450,15 @@ class Run:
         `tracked` are networks, optimizers and whatever else has `state_dict` and `load_state_dict`;
         `inputs` describes dataset and world model, whose "sha256" must be as when the run started.
         """
+        if hasattr(self.args, "eval_episodes") and not self.task.has_environment:
+            model = self.task.world_model_path.read_bytes()
+            inputs = inputs | {"evaluation_model": {"sha256": hashlib.sha256(model).hexdigest()}}
         self.inputs, self.tracked = inputs, tracked
         resumed = self.checkpoint is not None
         if resumed:
             for name, description in inputs.items():
-                before = self.checkpoint["inputs"][name]["sha256"]
+                before = self.checkpoint["inputs"].get(name, description)["sha256"]
+                name = name.replace("_", " ")
                 message = f"the {name} has changed since {self.dir} started; put the old one back"
                 require(description["sha256"] == before, message)
             try:
@@ -471,7 +485,8 @@ class Run:
             self.save()
         size = (self.dir / "checkpoint.pt").stat().st_size
         enough = shutil.disk_usage(self.dir).free > 4 * size  # old, new, result and logs
-        advice = f"make room for {4 * size / 1e6:.0f} MB, or give another --run-dir"
+        advice = f"make room for {4 * size / 1e6:.0f} MB"
+        advice += "" if resumed else ", or give another --run-dir"
         require(enough, f"the disk of {self.dir} is almost full; {advice}")
         if resumed:
             time.sleep(1)  # TensorBoard orders event files by the second in which they were made
@@ -485,8 +500,6 @@ class Run:
             say(f"note: {self.task.name} has no environment; scores are those of {model} alone")
 
     def save(self) -> None:
-        if self.writer:
-            self.writer.flush()
         cuda_state = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
         args = {name: portable(value, self.dir) for name, value in vars(self.args).items()}
         checkpoint = {
@@ -501,6 +514,17 @@ class Run:
             "state": {name: module.state_dict() for name, module in self.tracked.items()},
         }
         self._write(checkpoint, "checkpoint.pt")
+        if self.writer:
+            with self._writing_events():
+                self.writer.flush()
+
+    @contextmanager
+    def _writing_events(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            message = f"cannot write events in {self.dir} ({error.strerror})"
+            raise InputError(f"{message}; the run can be resumed") from None
 
     def _write(self, data: dict, name: str) -> None:
         # A stop waits until the file is whole: PyTorch would turn it into an error of its own.
@@ -577,10 +601,14 @@ class Run:
             good = abs(mean) < float("inf") or not name.startswith("losses/")
             advice = "start again with a smaller learning rate"
             require(good, f"{name} is not finite before step {self.step}; {advice}")
-            self.writer.add_scalar(name, mean, self.step)
+            self._add_scalar(name, mean)
         if means:
-            self.writer.add_scalar("charts/SPS", self.step / self.seconds, self.step)
+            self._add_scalar("charts/SPS", self.step / self.seconds)
         self.sums, self.counts = {}, {}
+
+    def _add_scalar(self, tag: str, value: float) -> None:
+        with self._writing_events():
+            self.writer.add_scalar(tag, value, self.step)
 
     def _headline(self) -> str:
         """The first figure of the last evaluation: a team's score, a world model's error."""
@@ -594,6 +622,10 @@ class Run:
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             record = evaluate(getattr(self.args, "eval_episodes", None))
         record = record.record() if isinstance(record, Evaluation) else record
+        advice = "start again with a smaller learning rate, or look at the environment's rewards"
+        for name, value in record.items():
+            good = not isinstance(value, float) or math.isfinite(value)
+            require(good, f"{name} is not finite at step {self.step}; {advice}")
         self.log_evaluation(record)
         self.evaluations.append({"step": self.step, "seconds": self.seconds} | record)
 
@@ -601,7 +633,7 @@ class Run:
         for name, value in record.items():
             if isinstance(value, (int, float)):
                 tag = "normalized_score" if name == "score" else name
-                self.writer.add_scalar(f"eval/{tag}", value, self.step)
+                self._add_scalar(f"eval/{tag}", value)
 
     def finish(self, evaluation: Evaluation) -> dict:
         """Writes result.json from the final evaluation, draws the task's figure, and returns it."""

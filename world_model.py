@@ -59,7 +59,7 @@ class Args:
     output: Path | None = None
     """file to export the world model to; by default world_model.pt in the run folder"""
     paper: bool = False
-    """the paper's networks, losses and budget instead of other options; see docs/world_model.md"""
+    """the paper's networks, losses and budget, whatever the options for these say"""
     members: int = 7
     """trained networks"""
     elites: int = 5
@@ -96,7 +96,7 @@ class Args:
 
 DEFAULTS = {
     None: Args(),
-    # Reacher's experts act strongly only at first; of the rest of an episode all members are sure.
+    # Deviation 3. Members differ only on an episode's first steps, where Reacher's experts act.
     "Reacher-v4": Args(learning_rate=1e-3, beta=0.0, start_states="first"),
     "Ant-v4": Args(total_steps=27_000, eval_every=3000),
     "coordination": Args(
@@ -112,6 +112,7 @@ DEFAULTS = {
 }  # fmt: skip
 PAPER = {
     "total_steps": 3_000_000,
+    "eval_every": 100_000,
     "target": "absolute",
     "normalize": False,
     "hidden": (1024,) * 4,
@@ -194,8 +195,8 @@ class Ensemble(nn.Module):
             getattr(self, f"{name}_std").copy_(torch.where(std < 1e-6, unchanging, std))
 
     def forward(self, states, joint_actions):
-        """[member, batch, state], [member, batch, joint]: means and log standard deviations of
-        state [member, batch, state] and reward [member, batch, 1]."""
+        """[member, batch, state], [member, batch, joint]: means and log standard deviations of the
+        standardised target [member, batch, state] and reward [member, batch, 1]."""
         x = torch.cat([states, joint_actions], dim=-1)
         x = (x - self.input_mean) / self.input_std
         mean, log_std = self.state(x).chunk(2, dim=-1)
@@ -273,7 +274,7 @@ def with_rare(rows, rare_rows):
 
 
 def clip_each_agent(parameters, agents, max_norm):
-    """Clips the gradient norm of each agent's parameters, [agent, ...] or [twin * agent, ...]."""
+    """Clips the gradient norm of each agent or member: [agent, ...] or [twin * agent, ...]."""
     gradients = [parameter.grad.unflatten(0, (-1, agents)) for parameter in parameters]
     squares = [gradient.square().transpose(0, 1).flatten(1).sum(1) for gradient in gradients]
     factors = max_norm / torch.stack(squares).sum(0).sqrt().clamp(min=max_norm)  # [agent]
@@ -338,10 +339,15 @@ def shuffled(rows):
     return rows[order.to(rows.device)]
 
 
+def open_loop_length(task: Task) -> int:
+    """Ten steps, or an episode where that is shorter."""
+    return min(OPEN_LOOP_STEPS, task.episode_length)
+
+
 def open_loop_starts(dataset: OfflineDataset, rows, start_states="any"):
-    """Those of `rows` from which an episode lasts for at least OPEN_LOOP_STEPS steps, shuffled;
-    with "first" only its first row."""
-    last = rows + OPEN_LOOP_STEPS - 1
+    """Those of `rows` from which an episode lasts for at least ten steps or its full length,
+    shuffled; with "first" only its first row."""
+    last = rows + open_loop_length(dataset.task) - 1
     rows, last = rows[last < dataset.size], last[last < dataset.size]
     rows = rows[dataset.episode_starts[rows] == dataset.episode_starts[last]]
     if start_states == "first":
@@ -386,7 +392,7 @@ def open_loop(ensemble, dataset: OfflineDataset, rows, scale, behavior) -> dict:
     states, simulator = dataset.states[rows], make_simulator(dataset, rows)
     model_return, true_return = torch.zeros(count), torch.zeros(count)
     alive, epsilons, errors = torch.ones(count, dtype=torch.bool), [], []
-    for t in range(OPEN_LOOP_STEPS):
+    for t in range(open_loop_length(task)):
         actions = disturb(task, dataset.actions[rows + t].cpu(), behavior, generator)
         joint_actions = task.join_actions(actions).to(device)
         next_states, rewards = ensemble.predict(states, joint_actions)
@@ -508,7 +514,8 @@ def train(args: Args) -> dict:
         torch.manual_seed(args.seed)
         training_rows, held_out_rows = dataset.split()  # Deviation 6
         long_enough = len(open_loop_starts(dataset, held_out_rows, args.start_states)) > 0
-        message = f"no held-out episode has {OPEN_LOOP_STEPS} steps; use more or longer episodes"
+        steps = open_loop_length(task)
+        message = f"no held-out episode has {steps} steps; use more or longer episodes"
         require(long_enough, message)
         if not task.continues_from_states:
             say(f"note: {task.name} has no simulator that starts anywhere, so the model is judged")

@@ -186,13 +186,13 @@ class Critics(MLP):
 
 
 class HistoryEncoder(nn.Module):
-    """Encodes each agent's last ten (action, observation) pairs in one vector (Appendix A.1).
+    """Each agent's last ten (action, observation) pairs as one vector (arXiv 2305.17198, A.1).
 
-    Pairs are standardised, embedded and given positions; then come self-attention with a skip
-    connection and LayerNorm, and soft attention over the ten results. Up to the two softmaxes all
-    of this is linear in a token (standardised pair, one-hot position), so `forward` multiplies the
-    weights with each other before they touch the batch: the same function with fewer products.
-    docs/history_encoder.md derives it, and a test compares it with the plain form.
+    Observations are standardised, pairs embedded and given positions; then come self-attention with
+    a skip connection and LayerNorm, and soft attention over the ten results. Apart from softmax,
+    tanh and LayerNorm's scale all of this is linear in a token (pair, one-hot position), so
+    `forward` multiplies weights with each other before they touch the batch: the same function with
+    fewer products. docs/history_encoder.md derives it, and a test compares it with the plain form.
     """
 
     def __init__(self, in_dims, pair_mean, pair_std, dim=128):
@@ -266,10 +266,8 @@ def make_memory(task: Task, memory: str, obs_mean, obs_std):
     """The history encoder, or None where --memory or the task does without one."""
     if memory == "none" or (memory == "auto" and not task.partially_observable):
         return None
-    actions = (task.action_dim, 0)  # come first in a pair, and are not standardised
-    return HistoryEncoder(
-        task.pair_dims, F.pad(obs_mean, actions), F.pad(obs_std, actions, value=1)
-    )
+    front = (task.action_dim, 0)  # of a pair: its actions, which are not standardised
+    return HistoryEncoder(task.pair_dims, F.pad(obs_mean, front), F.pad(obs_std, front, value=1))
 
 
 # The world model.
