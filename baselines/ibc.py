@@ -202,15 +202,17 @@ class Team(nn.Module):
         obs_mean, obs_std = observation_statistics(task, states)
         self.register_buffer("obs_mean", obs_mean)
         self.register_buffer("obs_std", obs_std)
-        self.memory = make_memory(task, args.memory, obs_mean, obs_std)
+        self.memory = make_memory(task, args.memory, obs_mean, obs_std)  # Deviation 3
         memory_dim = 128 if self.memory else 0
         in_dims = [memory_dim + width for width in task.obs_dims]
         self.policy = MLP(in_dims, [256, 256], task.action_dim * (1 if task.discrete else 2))
-        if not task.discrete:  # log standard deviations start well inside their clamp
+        # Deviation 4. Log standard deviations start well inside their clamp.
+        if not task.discrete:
             self.policy[-1].bias.data[..., task.action_dim :] = -1.5
 
     def inputs(self, observations, histories):
         """h_t^i, what agent i acts on: memory, then observation [agent, batch, memory + obs]."""
+        # Deviation 2.
         observations = ((observations - self.obs_mean) / self.obs_std).transpose(0, 1)
         if self.memory is None:
             return observations
@@ -266,7 +268,7 @@ def train(args: Args) -> dict:
         if team.memory:
             groups.append({"params": team.memory.parameters(), "lr": args.memory_learning_rate})
         optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True)
-        schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)
+        schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)  # Deviation 1
         run.restore(
             {"dataset": dataset.description}, team=team, optimizer=optimizer, schedule=schedule
         )

@@ -230,6 +230,7 @@ def quadrature(points, dims):
     An integral is the sum over nodes of the function times the weight; it is exact for polynomials
     of degree 2 * points - 1 in each dimension.
     """
+    require(dims <= 12, f"an agent's {dims} actions are too many for a grid; use itd3_bc.py")
     points = points or (24 if dims == 1 else 6)
     message = f"--cql-points to the power of an agent's {dims} actions is {points**dims}"
     require(points**dims <= 5000, f"{message}; use fewer points, so that it is at most 5000")
@@ -307,7 +308,8 @@ def critic_losses(team: Team, batch: Batch, inputs, noise, args: Args):
 
     `noise` [batch, agent, action] is standard normal.
     """
-    # y_i = r + gamma min_j Q'_ij(h'_i, pi'_i(h'_i) + clipped noise) (TD3, Algorithm 1).
+    # y_i = r + gamma min_j Q'_ij(h'_i, pi'_i(h'_i) + clipped noise) (TD3, Algorithm 1), by
+    # default without noise (Deviation 8).
     with torch.no_grad():
         next_inputs = team.inputs(batch.next_observations, batch.next_histories, target=True)
         smoothing = (args.policy_noise * noise).clamp(-args.noise_clip, args.noise_clip)
@@ -315,7 +317,7 @@ def critic_losses(team: Team, batch: Batch, inputs, noise, args: Args):
         next_q = team.q_values(next_inputs, next_actions[None], target=True)[:, :, 0].amin(0)
         td_targets = batch.rewards + args.gamma * batch.masks * next_q  # [agent, batch]
 
-    # Both critics of an agent learn y_i.
+    # Both critics of an agent learn y_i. Deviation 9.
     q = team.q_values(inputs, batch.actions[None])[:, :, 0]  # [twin, agent, batch]
     td_loss = (q - td_targets).square().mean(-1).sum()
 
@@ -353,7 +355,7 @@ def train(args: Args) -> dict:
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size")
     check_positive(args, "learning_rate", "memory_learning_rate", "max_grad_norm", "policy_delay")
     check_range(args, 1, args.batch_size, "cql_batch_size")
-    check_range(args, 1, 1000, "cql_points")
+    check_range(args, 2, 1000, "cql_points")
     check_range(args, 0, 1, "gamma", "polyak")
     check_range(args, 0, 1e9, "policy_noise", "noise_clip", "cql_alpha")
     task = find_task(args.task)
@@ -370,7 +372,7 @@ def train(args: Args) -> dict:
         optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True)
         targets = {k: v for k, v in team.named_parameters() if k.startswith("target_")}
         online = [team.get_parameter(name.removeprefix("target_")) for name in targets]
-        schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)
+        schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)  # Deviation 1
         run.restore(
             {"dataset": dataset.description}, team=team, optimizer=optimizer, schedule=schedule
         )

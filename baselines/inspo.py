@@ -212,6 +212,13 @@ def make_memory(task: Task, memory: str, obs_mean, obs_std):
     return HistoryEncoder(task.pair_dims, F.pad(obs_mean, front), F.pad(obs_std, front, value=1))
 
 
+def call_slices(network, rows, x):
+    """Applies a batched network to `x`, the inputs of its slices `rows` alone."""
+    tensors = [*network.named_parameters(), *network.named_buffers()]
+    slices = {name: tensor[rows] for name, tensor in tensors if tensor.dim() == 3}
+    return functional_call(network, slices, x)
+
+
 class Team(nn.Module):
     """Policies and encoders, the data's frozen ones, and twin critics of state and own action."""
 
@@ -225,7 +232,7 @@ class Team(nn.Module):
         self.register_buffer("state_mean", states.mean(0))
         self.register_buffer("state_std", torch.where(states.std(0) < 1e-6, 1, states.std(0)))
         self.register_buffer("everyone", torch.arange(task.num_agents))
-        self.memory = make_memory(task, args.memory, obs_mean, obs_std)
+        self.memory = make_memory(task, args.memory, obs_mean, obs_std)  # Deviation 9
         memory_dim = 128 if self.memory else 0
         in_dims = [memory_dim + width for width in task.obs_dims]
         critic_dims = [task.state_dim + task.action_dim] * task.num_agents
@@ -298,13 +305,6 @@ class Team(nn.Module):
 # The algorithm.
 
 
-def call_slices(network, rows, x):
-    """The slices `rows` of a batched network, on `x`, whose slices these are."""
-    tensors = [*network.named_parameters(), *network.named_buffers()]
-    slices = {name: tensor[rows] for name, tensor in tensors if tensor.dim() == 3}
-    return functional_call(network, slices, x)
-
-
 def importance_weights(team: Team, batch: Batch, max_weight: float):
     """prod_{k != i} pi_k(a_k | h_k) / mu_k(a_k | h_k), clipped, of each agent i: [batch, agent]."""
 
@@ -350,8 +350,7 @@ def inspo_losses(team: Team, batch: Batch, learners, noise, args: Args, phase: s
     whose turn it is first evaluates ("critics") and then also improves its policy ("improve").
     `noise` [2, sample, batch, learner, action] is standard normal.
     """
-    inputs = team.inputs(batch.observations, batch.histories, learners)
-    distribution, actions = team.distribution(inputs, learners), batch.actions[:, learners]
+    actions = batch.actions[:, learners]
 
     # Q_i(s, a_i) learns r + gamma V_i(s').
     with torch.no_grad():
@@ -361,8 +360,11 @@ def inspo_losses(team: Team, batch: Batch, learners, noise, args: Args, phase: s
         td_targets = batch.rewards[:, None] + args.gamma * batch.masks[:, None] * next_values
     q = team.q_values(batch.states, actions, learners)  # [twin, batch, learner]
     critic_loss = (q - td_targets).square().mean(1).sum()
-    if phase == "critics":
+    if phase == "critics":  # Deviation 4
         return (critic_loss,)
+
+    inputs = team.inputs(batch.observations, batch.histories, learners)
+    distribution = team.distribution(inputs, learners)
     log_probs = distribution.log_prob(actions)
     if phase == "clone":
         return critic_loss, -log_probs.mean(0).sum()
@@ -402,7 +404,7 @@ def train(args: Args) -> dict:
             groups.append({"params": team.memory.parameters(), "lr": args.memory_learning_rate})
         # Deviation 5. Without momentum an agent rests while it is not its turn.
         optimizer = torch.optim.Adam(groups, args.learning_rate, betas=(0.0, 0.999), fused=True)
-        schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)
+        schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)  # Deviation 1
         tracked = {"team": team, "turns": turns, "optimizer": optimizer, "schedule": schedule}
         run.restore({"dataset": dataset.description}, **tracked)
         cloning_steps = int(turns.cloning_steps)  # unchanged if --resume changes --total-steps

@@ -36,7 +36,7 @@ from torch.distributions import (
 from torch.optim.lr_scheduler import LambdaLR
 
 from data.offline_dataset import Batch, OfflineDataset, load_dataset
-from mamujoco_envs import HISTORY_LENGTH, Task, evaluate, find_task
+from mamujoco_envs import HISTORY_LENGTH, Task, evaluate, find_task, require
 from training_run import FINAL_EPISODES, Run, check_positive, check_range, compiled, main
 
 
@@ -219,17 +219,19 @@ class Team(nn.Module):
         super().__init__()
         if task.discrete:  # all joint actions, [option, agent * action]
             options = itertools.product(torch.eye(task.action_dim), repeat=task.num_agents)
-            self.register_buffer("options", torch.stack([torch.cat(option) for option in options]))
+            options = torch.stack([torch.stack(option) for option in options])
+            self.register_buffer("options", task.join_actions(options))
         self.task = task = centralize(task)
         obs_mean, obs_std = observation_statistics(task, states)
         self.register_buffer("obs_mean", obs_mean)
         self.register_buffer("obs_std", obs_std)
-        self.memory = make_memory(task, args.memory, obs_mean, obs_std)
+        self.memory = make_memory(task, args.memory, obs_mean, obs_std)  # Deviation 5
         width = task.state_dim + (128 if self.memory else 0)
         self.policy = MLP(
             [width], [256, 256], len(self.options) if task.discrete else 2 * task.action_dim
         )
-        if not task.discrete:  # log standard deviations start well inside their clamp
+        # Deviation 7. Log standard deviations start well inside their clamp.
+        if not task.discrete:
             self.policy[-1].bias.data[..., task.action_dim :] = -1.5
         self.value = MLP([width], [256, 256], 1)
         self.critics = MLP([task.action_dim + width] * 2, [256, 256], 1)
@@ -238,6 +240,7 @@ class Team(nn.Module):
 
     def inputs(self, observations, histories, target=False):
         """h_t, what the learner acts on: [memory, state] [1, batch, memory + state]."""
+        # Deviation 1.
         observations = ((observations - self.obs_mean) / self.obs_std).transpose(0, 1)
         if self.memory is None:
             return observations
@@ -248,7 +251,7 @@ class Team(nn.Module):
         """log pi(a | h) of joint actions [batch, 1, action]: [batch]."""
         outputs = self.policy(inputs).transpose(0, 1)
         if self.task.discrete:
-            # The option that a joint action is has the largest inner product with it.
+            # A joint action's inner product is largest with the option that equals it.
             chosen = (actions @ self.options.T).argmax(dim=-1)  # [batch, 1]
             return Independent(Categorical(logits=outputs), 1).log_prob(chosen)
         mean, log_std = outputs.chunk(2, dim=-1)
@@ -281,8 +284,8 @@ def iql_losses(team: Team, batch: Batch, args: Args):
     seen = batch.observations, batch.histories
     inputs = team.inputs(*seen)
     with torch.no_grad():
-        # Deviation 3.
         target_inputs = team.inputs(*seen, target=True) if team.memory else inputs
+        # Deviation 3.
         next_inputs = team.inputs(batch.next_observations, batch.next_histories)
         td_targets = batch.rewards + args.gamma * batch.masks * team.state_value(next_inputs)
         target_q = team.q_values(target_inputs, batch.actions, target=True).amin(0)  # [batch]
@@ -318,8 +321,13 @@ def train(args: Args) -> dict:
     check_range(args, 0, math.inf, "beta", "max_weight")
     with Run(args, "iql") as run:
         task, device = find_task(args.task), run.device
-        dataset = load_dataset(centralize(task), args.dataset, device)
-        normalize_rewards(dataset)
+        options = task.action_dim**task.num_agents if task.discrete else 1
+        message = f"{task.name} has {options} joint actions, too many; use inspo.py or maiql.py"
+        require(options <= 2**17, message)
+        dataset = load_dataset(task, args.dataset, device)
+        dataset.task = centralize(task)
+        dataset.actions = task.join_actions(dataset.actions)[:, None]  # of the one agent
+        normalize_rewards(dataset)  # Deviation 6
         torch.manual_seed(args.seed)
         team = Team(task, dataset.states, args).to(device)
         groups = [{"params": net.parameters()} for net in (team.policy, team.value, team.critics)]
@@ -328,7 +336,7 @@ def train(args: Args) -> dict:
         optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True)
         targets = {k: v for k, v in team.named_parameters() if k.startswith("target_")}
         online = [team.get_parameter(name.removeprefix("target_")) for name in targets]
-        schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)
+        schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)  # Deviation 2
         run.restore(
             {"dataset": dataset.description}, team=team, optimizer=optimizer, schedule=schedule
         )

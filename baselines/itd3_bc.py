@@ -280,7 +280,7 @@ def itd3_bc_losses(team: Team, batch: Batch, noise, args: Args, learn_policy: bo
         return (critic_loss,)
 
     # Policies maximise lambda_i Q_i1(h_i, pi_i(h_i)) - (pi_i(h_i) - a_i)^2 (TD3+BC, Eq. 3) with
-    # lambda_i = alpha / mean |Q_i1| (Eq. 5). Deviations 3 and 4.
+    # lambda_i = alpha / mean |Q_i1| (Eq. 5). Deviations 3, 4 and 6.
     actions = team.act(inputs)
     q = team.first_q_values(inputs.detach(), actions)  # [agent, batch]
     scale = args.alpha / q.abs().mean(-1).detach()  # [agent]
@@ -316,7 +316,7 @@ def train(args: Args) -> dict:
         optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True)
         targets = {k: v for k, v in team.named_parameters() if k.startswith("target_")}
         online = [team.get_parameter(name.removeprefix("target_")) for name in targets]
-        schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)
+        schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)  # Deviation 1
         run.restore(
             {"dataset": dataset.description}, team=team, optimizer=optimizer, schedule=schedule
         )

@@ -487,6 +487,7 @@ def quadrature(points, dims):
     An integral is the sum over nodes of the function times the weight; it is exact for polynomials
     of degree 2 * points - 1 in each dimension.
     """
+    require(dims <= 12, f"an agent's {dims} actions are too many for a grid; use itd3_bc.py")
     points = points or (24 if dims == 1 else 6)
     message = f"--cql-points to the power of an agent's {dims} actions is {points**dims}"
     require(points**dims <= 5000, f"{message}; use fewer points, so that it is at most 5000")
@@ -799,7 +800,7 @@ def check(args: Args) -> None:
     check_positive(args, "model_learning_rate", "model_width", "embedding", "horizon", "rollouts")
     check_positive(args, "refresh_every", "generations", "learning_rate", "memory_learning_rate")
     check_positive(args, "policy_delay", "cql_batch_size", "cql_temperature", "max_grad_norm")
-    check_range(args, 1, 1000, "cql_points")
+    check_range(args, 2, 1000, "cql_points")
     check_range(args, 0, 0.999999, "gamma")
     check_range(args, 0, 1, "polyak", "synthetic_share", "exploration")
     check_range(args, 0, 1e9, "reconstruction", "confidence", "cql_alpha", "alpha")

@@ -238,13 +238,14 @@ class Team(nn.Module):
         self.register_buffer("obs_std", obs_std)
         self.register_buffer("state_mean", states.mean(0))
         self.register_buffer("state_std", torch.where(states.std(0) < 1e-6, 1, states.std(0)))
-        self.memory = make_memory(task, args.memory, obs_mean, obs_std)
+        self.memory = make_memory(task, args.memory, obs_mean, obs_std)  # Deviation 7
         memory_dim = 128 if self.memory else 0
         in_dims = [memory_dim + width for width in task.obs_dims]
         critic_dims = [memory_dim + width for width in task.pair_dims]
         mixer_dim = task.state_dim + task.num_agents * task.action_dim  # Deviation 6
         self.policy = MLP(in_dims, [256, 256], task.action_dim * (1 if task.discrete else 2))
-        if not task.discrete:  # log standard deviations start well inside their clamp
+        # Deviation 10. Log standard deviations start well inside their clamp.
+        if not task.discrete:
             self.policy[-1].bias.data[..., task.action_dim :] = -1.5
         self.value = MixedValues(in_dims, task.state_dim, task.num_agents)
         self.critics = MixedValues(critic_dims * 2, mixer_dim, task.num_agents)
@@ -253,6 +254,7 @@ class Team(nn.Module):
 
     def inputs(self, observations, histories, target=False):
         """h_t^i, what agent i acts on: memory, then observation [agent, batch, memory + obs]."""
+        # Deviation 1.
         observations = ((observations - self.obs_mean) / self.obs_std).transpose(0, 1)
         if self.memory is None:
             return observations
@@ -295,8 +297,8 @@ def maiql_losses(team: Team, batch: Batch, args: Args):
     seen = batch.observations, batch.histories
     inputs = team.inputs(*seen)
     with torch.no_grad():
-        # Deviation 4.
         target_inputs = team.inputs(*seen, target=True) if team.memory else inputs
+        # Deviation 4.
         next_inputs = team.inputs(batch.next_observations, batch.next_histories)
         next_values = team.team_value(next_inputs, batch.next_states)
         td_targets = batch.rewards + args.gamma * batch.masks * next_values
@@ -339,11 +341,14 @@ class OnlineData:
     def __init__(self, dataset: OfflineDataset, args: Args, reward_scale: float):
         self.dataset, self.reward_scale, self.next_row = dataset, reward_scale, dataset.size
         self.total_steps = args.total_steps
-        message = f"--finetune needs a simulator of {dataset.task.name} that starts anywhere"
+        message = f"{dataset.task.name} has no simulator that starts anywhere; leave out --finetune"
         require(dataset.task.continues_from_states, message)
+        message = "--rollout-every must be at most --total-steps, or there are no rollouts"
+        require(args.rollout_every <= args.total_steps, message)
         rollouts = math.ceil(dataset.size / args.rollout_length)
         at_once = math.ceil(rollouts * args.rollout_every / args.total_steps)
-        require(at_once <= 2000, f"{at_once} rollouts at once are too many; raise --total-steps")
+        advice = "lower --rollout-every or raise --total-steps"
+        require(at_once <= 2000, f"{at_once} rollouts at once are too many; {advice}")
         self.simulator = dataset.task.simulator(dataset.task, at_once)
         length = HISTORY_LENGTH + args.rollout_length
         for name in self.COLUMNS:
@@ -377,7 +382,8 @@ class OnlineData:
         alive = torch.ones_like(starts, dtype=torch.bool)
         for now in rows[:, HISTORY_LENGTH:].T:  # [rollout]
             dataset.states[now] = states
-            inputs = team.inputs(team.task.observe(states), dataset.histories(now))
+            histories = dataset.histories(now) if team.memory else None
+            inputs = team.inputs(team.task.observe(states), histories)
             actions = team.distribution(inputs).sample().clamp(-ACTION_LIMIT, ACTION_LIMIT)
             states, rewards, terminals = self.simulator.step_from(states, actions)
             dataset.actions[now], dataset.next_states[now] = actions, states
@@ -409,7 +415,7 @@ def train(args: Args) -> dict:
     with Run(args, "maiql") as run:
         task, device = find_task(args.task), run.device
         dataset = load_dataset(task, args.dataset, device)
-        reward_scale = normalize_rewards(dataset)
+        reward_scale = normalize_rewards(dataset)  # Deviation 9
         torch.manual_seed(args.seed)
         team = Team(task, dataset.states, args).to(device)
         groups = [{"params": net.parameters()} for net in (team.policy, team.value, team.critics)]
@@ -419,7 +425,7 @@ def train(args: Args) -> dict:
         targets = {k: v for k, v in team.named_parameters() if k.startswith("target_")}
         online = [team.get_parameter(name.removeprefix("target_")) for name in targets]
         total_steps = 2 * args.total_steps if args.finetune else args.total_steps
-        schedule = LambdaLR(optimizer, lambda step: 1 - step / total_steps)
+        schedule = LambdaLR(optimizer, lambda step: 1 - step / total_steps)  # Deviation 3
         tracked = {"team": team, "optimizer": optimizer, "schedule": schedule}
         data = OnlineData(dataset, args, reward_scale) if args.finetune else dataset
         if args.finetune:

@@ -304,7 +304,7 @@ def matd3_bc_losses(team: Team, batch: Batch, noise, args: Args, learn_policy: b
         return (critic_loss,)
 
     # Policies maximise lambda Q_1(s, pi(h)) - sum_i (pi_i(h_i) - a_i)^2 (TD3+BC, Eq. 3) with
-    # lambda = alpha / mean |Q_1| (Eq. 5). Deviations 3 and 4.
+    # lambda = alpha / mean |Q_1| (Eq. 5). Deviations 3, 4, 8 and 9.
     actions = team.act(inputs)
     q = team.first_team_critic(inputs.detach(), batch.states, actions)  # [batch]
     scale = args.alpha / q.abs().mean().detach()
@@ -331,7 +331,7 @@ def train(args: Args) -> dict:
         optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True)
         targets = {k: v for k, v in team.named_parameters() if k.startswith("target_")}
         online = [team.get_parameter(name.removeprefix("target_")) for name in targets]
-        schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)
+        schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)  # Deviation 1
         run.restore(
             {"dataset": dataset.description}, team=team, optimizer=optimizer, schedule=schedule
         )

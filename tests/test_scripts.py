@@ -30,6 +30,7 @@ TINY["moma_ppo"] = ["--transitions", 500, "--epochs", 1, "--total-steps", 4, "--
 TINY["world_model"] = ["--hidden", 16, 16, "--reward-hidden", 16, "--mask-hidden", 16]
 TINY["world_model"] += ["--total-steps", 40, "--eval-every", 20]
 TINY["inspo"] += ["--turn-steps", 2, "--pool-size", 64]
+TINY["maiql"] += ["--rollout-every", 2]
 TINY["logo"] += ["--model-steps", 4, "--rollouts", 4, "--refresh-every", 2, "--generations", 2]
 TINY["logo"] += ["--cloning-steps", 2]
 for conservative in ("icql", "iomar", "logo"):
@@ -361,7 +362,7 @@ def test_a_world_model_that_has_changed_is_noticed(run_tiny, run_script, world_m
     model = torch.load(mine, weights_only=True)
     torch.save(model | {"lambda_g": 2 * model["lambda_g"]}, mine)
     status, _ = run_script("moma_ppo.py", "--resume", run_dir)
-    assert_one_line(status, "the world_model has changed")
+    assert_one_line(status, "the world model has changed")
 
 
 def test_a_run_of_the_world_model(run_tiny):
