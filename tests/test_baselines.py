@@ -1,6 +1,7 @@
 """The baselines' losses against slow literal versions: one agent, one transition at a time."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,10 +20,12 @@ from made_up import (
     made_up_states,
     recorded_columns,
     scramble,
+    write_dataset,
 )
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
 from baselines import ibc, icql, inspo, iomar, iql, itd3_bc, maiql, matd3_bc
+from coordination_game import make_columns
 from data.offline_dataset import OfflineDataset, load_dataset
 from mamujoco_envs import append_to_histories, find_task
 
@@ -273,6 +276,16 @@ def test_centralised_iql_chooses_among_all_joint_actions():
     torch.testing.assert_close(team.log_prob(inputs, batch.actions), expected)
     actions = team.act_greedily(batch.observations, None)
     assert actions.shape == (40, 1, 6) and (actions.unflatten(-1, (3, 2)).sum(-1) == 1).all()
+
+
+def test_centralised_iql_learns_discrete_data_from_a_file(tmp_path):
+    path = write_dataset(tmp_path / "game.hdf5", make_columns(find_task("coordination-neutral")))
+    args = iql.Args("coordination-neutral", dataset=path, run_dir=tmp_path / "run", total_steps=1)
+    assert iql.train(replace(args, device="cpu", eval_episodes=1))
+    # Joint options are ordered as the file's actions, also where the agents' are interleaved.
+    interleaved = replace(find_task("coordination-neutral"), driven=((0, 2), (1, 3)), columns=None)
+    options = iql.Team(interleaved, torch.zeros(2, 4), iql.Args()).options
+    assert options.tolist() == [[1, 1, 0, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 0, 1, 1]]
 
 
 @modules(iql, maiql)

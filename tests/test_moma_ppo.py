@@ -27,10 +27,12 @@ import moma_ppo
 from data.offline_dataset import OfflineDataset, load_dataset
 from mamujoco_envs import ACTION_LIMIT, InputError, errors_on, evaluate, model_returns
 from moma_ppo import (
+    Args,
     GroundTruth,
     Rollouts,
     Step,
     Team,
+    check,
     clone,
     cloning_and_value_loss,
     generalized_advantages,
@@ -346,6 +348,11 @@ def test_a_bad_world_model_is_one_line(fault, saved, tmp_path):
         open_world_model(REACHER, path, "cpu")
     message = str(error.value)
     assert str(path) in message and "python world_model.py" in message and "\n" not in message
+
+
+def test_an_aleatoric_penalty_needs_variances():
+    with pytest.raises(InputError, match="predicts no variances"):
+        check(Args(ground_truth=True, penalty="aleatoric"))
 
 
 def test_a_world_model_of_another_dataset_or_none_is_one_line(saved, tmp_path):

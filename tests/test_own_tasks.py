@@ -168,6 +168,11 @@ BAD_TASKS = {
     ),
     "images": ("MINE = Task('FrozenLake-v1', A, ((0,), (1,)), 5)", "must be a flat Box"),
     "an end of its own": ("raise SystemExit", "fails in line 3: SystemExit"),
+    "unknown defaults": (
+        "MINE = Task('', A, ((0,), (1,)), 5, defaults='Hopper-v4')",
+        "defaults of the task are 'Hopper-v4'; take Ant-v4 or Reacher-v4",
+    ),
+    "no environment": ("MINE = Task(None, A, ((0,), (1,)), 5)", "environment must be a class"),
     "unknown id": ("MINE = Task('Nowhere-v0', A, ((0,), (1,)), 5)", "cannot make 'Nowhere-v0'"),
 }
 
@@ -178,6 +183,20 @@ def test_a_bad_task_is_one_line(text, part, tmp_path):
     if text:
         path.write_text(f"from mamujoco_envs import Task\nA = ((0, 1), (0, 2))\n{text}\n")
     assert_refused(lambda: find_task(f"{path}:MINE"), part, path)
+
+
+@pytest.mark.parametrize("name", ["pair.py", "pair:PAIR"])
+def test_a_task_without_its_name_is_one_line(name):
+    message = f"'{name}' is no task; one of your own is FILE.py:NAME"
+    assert_refused(lambda: find_task(name), message)
+
+
+def test_a_replaced_environment_has_its_own_simulator():
+    shipped = find_task("halfcheetah-2x3-medium-fo")
+    logged = dataclasses.replace(shipped, environment="")
+    assert not logged.has_environment and shipped.has_environment
+    newer = dataclasses.replace(shipped, environment="HalfCheetah-v5")
+    assert newer.has_environment and not newer.continues_from_states
 
 
 def test_environments_that_do_not_fit_are_one_line():

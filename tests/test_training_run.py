@@ -562,6 +562,30 @@ def test_sizes_beyond_the_memory_name_their_flag(ibc_script, monkeypatch):
     assert_one_line(status, "out of memory; use a smaller --batch-size")
 
 
+def test_an_evaluation_that_is_not_finite_is_one_line(args, monkeypatch):
+    def evaluate_badly(*arguments, **options):
+        evaluation = evaluate(*arguments, **options)
+        return evaluation._replace(returns=np.full_like(evaluation.returns, -math.inf))
+
+    monkeypatch.setattr(ibc, "evaluate", evaluate_badly)
+    with pytest.raises(InputError, match="score is not finite at step 0; start again with"):
+        ibc.train(args)
+
+
+def test_a_disk_that_is_full_of_events_is_one_line(args, monkeypatch):
+    """TensorBoard raises what its own thread met, at any later call."""
+
+    def fail(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training_run.SummaryWriter, "add_scalar", fail)
+    monkeypatch.setattr(training_run.SummaryWriter, "close", fail)
+    with pytest.raises(InputError, match="cannot write events .*No space.*can be resumed"):
+        ibc.train(args)
+    monkeypatch.undo()
+    assert resume(args.run_dir)
+
+
 def test_a_missing_dataset_is_one_line(ibc_script, tmp_path):
     status, _ = ibc_script("--dataset", tmp_path / "nowhere.hdf5")
     assert_one_line(status, tmp_path / "nowhere.hdf5")
