@@ -471,6 +471,12 @@ def test_minari_datasets_load_row_for_row(minari, columns, tmp_path, monkeypatch
     minari.environment = "HalfCheetah-v5"
     hopper = find_task("hopper-3x1-medium-po")
     assert_refused(lambda: load_dataset(hopper, "minari:cheetah/made-up-v0"), "not in Hopper-v4")
+    # v5's tasks take v4's data where both are alike.
+    minari.environment = "HalfCheetah-v4"
+    newer = dataclasses.replace(task, environment="HalfCheetah-v5")
+    assert len(load_dataset(newer, "minari:cheetah/made-up-v0").rewards) == dataset.size
+    minari.environment, newer = "Hopper-v4", dataclasses.replace(hopper, environment="Hopper-v5")
+    assert_refused(lambda: load_dataset(newer, "minari:cheetah/made-up-v0"), "not in Hopper-v5")
     monkeypatch.setitem(sys.modules, "minari", None)
     assert_refused(lambda: load_dataset(task, "minari:x"), "pip install minari")
 
