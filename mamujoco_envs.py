@@ -162,6 +162,8 @@ class Task:
     have none for this environment"""
     file: str = ""
     """FILE:NAME of a task of your own, as --task names it; set by `find_task`"""
+    chosen_for: object = None
+    """environment for which `simulator` was chosen, if it was not given; set here"""
 
     def __post_init__(self):
         for field in ("observed", "driven"):  # ranges and lists will do, too
@@ -182,8 +184,10 @@ class Task:
             "dataset": self.dataset or self.name,
             "entropy_target": entropy_target,
         }
-        if self.simulator in (None, Simulator, GymnasiumSimulator, WorldModelSimulator):
-            derived["simulator"] = choose_simulator(self.environment)  # again after `replace`
+        # Chosen again where `replace` has changed the environment.
+        if self.simulator is None or self.chosen_for not in (None, self.environment):
+            derived["simulator"] = choose_simulator(self.environment)
+            derived["chosen_for"] = self.environment
         for field, value in derived.items():
             object.__setattr__(self, field, value)
         message = f"an agent of {self.name or 'the task'} observes dimension {widest - 1}"

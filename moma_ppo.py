@@ -283,7 +283,7 @@ class Team(nn.Module):
         outputs = task.action_dim * (1 if task.discrete else 2)
         self.policy, self.value = MLP(in_dims, [256, 256], outputs), MLP(in_dims, [256, 256], 1)
         self.mixer = MLP([task.state_dim], [256, 256], task.num_agents + 1)
-        # Deviation 5. At first they are layers of the observation alone: memory is still noise.
+        # Deviation 5. At first the networks ignore the history embedding, which is noise.
         for network in (self.policy, self.value):
             for weight, width in zip(network[0].weight.data, task.obs_dims):
                 weight[:memory_dim] = 0
@@ -719,8 +719,8 @@ def find_world_model(args, task):
     path = args.world_model or task.world_model_path
     data = f" --dataset {args.dataset}" if args.dataset else ""
     command = f"python world_model.py --task {task.option}{data} --output {path}"
-    message = f"no world model at {path}; name one with --world-model, or make it with: {command}"
-    require(path.is_file(), message)
+    advice = f"name one with --world-model, or make it with: {command}"
+    require(path.is_file(), f"no world model at {path}; {'put it back' if args.resume else advice}")
     return path
 
 

@@ -90,13 +90,18 @@ def main(train: Callable, defaults: dict) -> None:
     except InputError as error:
         sys.exit(f"error: {error}")
     except (MemoryError, RuntimeError) as error:
-        # PyTorch reports an allocation that fails on the CPU as a RuntimeError.
-        known = re.search("allocate memory|out of memory|Storage size", str(error))
-        if args is None or not (known or isinstance(error, MemoryError)):
+        if not is_out_of_memory(error):
             raise
-        sys.exit(f"error: {too_large(args, default_args(defaults, args.task))}")
+        usual = args and default_args(defaults, args.task)
+        sys.exit(f"error: {too_large(args, usual) if args else 'out of memory'}")
     except KeyboardInterrupt as stop:
         sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """PyTorch reports an allocation that fails on the CPU as a RuntimeError."""
+    known = re.search("allocate memory|out of memory|Storage size", str(error))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(known))
 
 
 def too_large(args, usual) -> str:
@@ -275,11 +280,13 @@ def load_world_model(make: Callable, task, path: Path, device, command: str = ""
         trial = model.step(torch.zeros(1, task.state_dim, device=device), actions)
         finite = all(x.isfinite().all() for x in trial)
         require(finite, f"{path} predicts what is not finite; make one with: {command}")
-    except (InputError, MemoryError, torch.OutOfMemoryError):
+    except InputError:
         raise
     except PermissionError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); change its mode") from None
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = f"is not a world model of {task.dataset} ({type(error).__name__})"
         raise InputError(f"{path} {reason}; make one with: {command}") from None
     message = f"{path} is a world model of {made_for}, not of {task.dataset}"
@@ -295,11 +302,11 @@ def load_checkpoint(run_dir: Path) -> dict:
         names = ("script", "args", "step", "seconds", "evaluations", "inputs", "random_states")
         for name in (*names, "state"):
             checkpoint[name]
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except PermissionError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); change its mode") from None
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(
             f"{path} is damaged ({type(error).__name__}); start the run again"
         ) from None

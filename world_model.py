@@ -59,7 +59,7 @@ class Args:
     output: Path | None = None
     """file to export the world model to; by default world_model.pt in the run folder"""
     paper: bool = False
-    """the paper's networks, losses and budget, whatever the options for these say"""
+    """the paper's networks, losses and budget, and rare evaluations, whatever their options say"""
     members: int = 7
     """trained networks"""
     elites: int = 5

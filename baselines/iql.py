@@ -254,6 +254,7 @@ class Team(nn.Module):
             # A joint action's inner product is largest with the option that equals it.
             chosen = (actions @ self.options.T).argmax(dim=-1)  # [batch, 1]
             return Independent(Categorical(logits=outputs), 1).log_prob(chosen)
+        # Deviation 8.
         mean, log_std = outputs.chunk(2, dim=-1)
         normal = Normal(mean, log_std.clamp(-6, 0).exp())
         policy = Independent(TransformedDistribution(normal, TanhTransform()), 2)

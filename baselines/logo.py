@@ -295,12 +295,14 @@ class LocalToGlobal(nn.Module):
         agents, observed = task.num_agents, max(task.obs_dims)
         local_dims = [embedding + pair for pair in task.pair_dims]
         joint_dim = agents * task.action_dim
-        # The predictive model: x_i, a_i and an embedding of the state, to the change of x_i.
+        # The predictive model: from what agent i sees and does, and an embedding of the state, to
+        # the change of what it sees.
         self.context = MLP([task.state_dim], two_layers, embedding, nn.SiLU)
         self.local_encoder = MLP(local_dims, one_layer, embedding, nn.SiLU)
         local_outputs = observed + task.action_dim + observed  # the change, and the pair again
         self.local_decoder = MLP([embedding] * agents, one_layer, local_outputs, nn.SiLU)
-        # The deductive model: all agents' changes to that of s and r. The mask judges s'.
+        # The deductive model: from all agents' changes to that of the state, and to the reward; the
+        # mask judges the next state.
         deduced = task.state_dim + 1 + agents * observed  # change, r, agents' changes again
         deductive_dim = agents * observed + embedding
         self.deductive_encoder = MLP([deductive_dim], two_layers, embedding, nn.SiLU)
@@ -809,11 +811,11 @@ def check(args: Args) -> None:
     require(fits, "--batch-size must be a multiple of --cql-batch-size")
     message = "no transition of a batch is the data's; use a smaller --synthetic-share"
     require(rows_of_data(args) > 0, message)
-    message = "this --synthetic-share uses the data alone; leave --world-model out"
     alone = rows_of_data(args) == args.batch_size
-    require(not (alone and args.world_model), message)
     message = "a batch has no room for rollouts; use a larger --synthetic-share, or 0 to do without"
     require(args.synthetic_share == 0 or not alone, message)
+    message = "this --synthetic-share uses the data alone; leave --world-model out"
+    require(not (alone and args.world_model), message)
     if args.world_model:
         message = f"no world model at {args.world_model}; without --world-model the run trains one"
         require(args.world_model.is_file(), message)

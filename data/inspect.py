@@ -114,8 +114,9 @@ def find_faults(dataset: OfflineDataset) -> list[str]:
     absorbing = (dataset.masks[dataset.last_rows] == 0).numpy()
     if absorbing.sum() > 1 and (lengths[absorbing] == lengths.max()).all():
         faults.append("all terminals come at the longest episodes' ends: are they time-outs?")
-    if lengths.max() < 10:
-        faults.append("no episode has the ten steps that world_model.py judges a model by")
+    needed = min(10, dataset.task.episode_length)
+    if lengths.max() < needed:
+        faults.append(f"no episode has the {needed} steps that world_model.py judges a model by")
     if len(lengths) == 1:
         faults.append("there is one episode, and a world model needs some to be held out")
     elif len(lengths) < 10:

@@ -46,7 +46,7 @@ OTHER_IN_V5 = {
 
 
 class DamagedFile(InputError):
-    """The file is truncated, is not HDF5, or is compressed by a plugin that is missing."""
+    """The file is truncated or not HDF5, so that only recording or downloading it again helps."""
 
 
 class Batch(NamedTuple):
@@ -402,7 +402,8 @@ def check_environment(task: Task, path: Path, recorded: str) -> np.float32:
     if recorded in ("", known):
         return np.float32(0)
     if known not in ENVIRONMENTS:  # such as Hopper-v5, whose v4 pays another reward for a fall
-        other = recorded.replace("-v4", "-v5") == known and SAME_IN_V5.get(known) != 0
+        differs = known in OTHER_IN_V5 or SAME_IN_V5.get(known, 0) != 0
+        other = differs and recorded.replace("-v4", "-v5") == known
         require(not other, f"{path} was recorded in {recorded}, not in {known}, which differs")
         return np.float32(0)
     why = OTHER_IN_V5.get(recorded, "which is another environment")

@@ -83,8 +83,8 @@ def errors(model, dataset, rows, behavior: str) -> dict[str, float]:
     return {
         "state, 1 step": state_errors[0],
         "reward, 1 step": reward_errors[0],
-        "state, 10 steps": state_errors[-1],
-        "reward, 10 steps": reward_errors[-1],
+        f"state, {len(state_errors)} steps": state_errors[-1],
+        f"reward, {len(reward_errors)} steps": reward_errors[-1],
         "correlation": pair.corrcoef()[0, 1].item(),
         "worst dimension": worst,
     }

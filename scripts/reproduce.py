@@ -632,9 +632,14 @@ def main(args: Args) -> None:
         ready = [job for job in unfinished if not missing_model(job)]
         for job in ready:
             print(prefix, shlex.join(job_command(job, options)))
-        if len(ready) < len(unfinished):
-            more = f"note: {len(unfinished) - len(ready)} more runs need world models of these"
-            print(f"{more}; repeat --dry-run when they have ended", file=sys.stderr)
+        to_come = [job.run_dir / "world_model.pt" for job in ready]
+        for job in unfinished:
+            if missing_model(job) and Path(own_options(job)[-1]) in to_come:
+                note = "needs the world model of one of these; repeat --dry-run when it has ended"
+                print(f"note: {job.run_dir.name} {note}", file=sys.stderr)
+            elif missing_model(job):
+                note = f"left out: {job.run_dir.name}, for which {missing_model(job)}"
+                print(note, file=sys.stderr)
         return
 
     args.folder.mkdir(parents=True, exist_ok=True)

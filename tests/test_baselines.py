@@ -278,10 +278,14 @@ def test_centralised_iql_chooses_among_all_joint_actions():
     assert actions.shape == (40, 1, 6) and (actions.unflatten(-1, (3, 2)).sum(-1) == 1).all()
 
 
-def test_centralised_iql_learns_discrete_data_from_a_file(tmp_path):
-    path = write_dataset(tmp_path / "game.hdf5", make_columns(find_task("coordination-neutral")))
+def test_centralised_iql_loads_discrete_data_from_a_file(tmp_path, monkeypatch):
+    columns, loaded = make_columns(find_task("coordination-neutral")), []
+    path = write_dataset(tmp_path / "game.hdf5", columns)
+    monkeypatch.setattr(iql, "normalize_rewards", loaded.append)
     args = iql.Args("coordination-neutral", dataset=path, run_dir=tmp_path / "run", total_steps=1)
-    assert iql.train(replace(args, device="cpu", eval_episodes=1))
+    iql.train(replace(args, device="cpu", eval_episodes=1))
+    assert loaded[0].task.num_agents == 1
+    assert np.array_equal(loaded[0].actions[:, 0], columns["actions"])
     # Joint options are ordered as the file's actions, also where the agents' are interleaved.
     interleaved = replace(find_task("coordination-neutral"), driven=((0, 2), (1, 3)), columns=None)
     options = iql.Team(interleaved, torch.zeros(2, 4), iql.Args()).options

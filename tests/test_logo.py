@@ -1,6 +1,7 @@
 """The local-to-global model, its rollouts and its learner against slow literal versions."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -207,6 +208,13 @@ def test_moma_ppo_steps_the_exported_model_as_this_script_does(task, tmp_path):
     torch.testing.assert_close(step.epsilon_g, uncertainty)
     assert torch.equal(step.masks, masks)
     assert not step.epsilon_a.any() and not step.epsilon_r.any()
+    with pytest.raises(InputError, match="predicts no variances, which --penalty aleatoric needs"):
+        moma_ppo.make_model(
+            tmp_path / "model.pt",
+            dataset,
+            moma_ppo.Args(penalty="aleatoric"),
+            SimpleNamespace(device="cpu"),
+        )
 
 
 def test_a_model_is_for_the_agents_that_it_was_trained_with(tmp_path):

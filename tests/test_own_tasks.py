@@ -197,6 +197,8 @@ def test_a_replaced_environment_has_its_own_simulator():
     assert not logged.has_environment and shipped.has_environment
     newer = dataclasses.replace(shipped, environment="HalfCheetah-v5")
     assert newer.has_environment and not newer.continues_from_states
+    given = dataclasses.replace(shipped, simulator=GymnasiumSimulator)
+    assert given.simulator is GymnasiumSimulator
 
 
 def test_environments_that_do_not_fit_are_one_line():
