@@ -277,7 +277,7 @@ class Team(nn.Module):
         return outputs.chunk(2, dim=-1)[0].tanh()
 
     def q_values(self, states, actions, agents, target=False):
-        """Q_ij(s, a_i) of both twins j of these agents: [twin, batch, agent]."""
+        """Q_ij(s, a_i) of both twins j of these agents: [twin, batch, agent] (Deviation 6)."""
         critics = self.target_critics if target else self.critics
         states = ((states - self.state_mean) / self.state_std).expand(len(agents), -1, -1)
         x = torch.cat([states, actions.transpose(0, 1)], dim=-1).repeat(2, 1, 1)
@@ -287,7 +287,8 @@ class Team(nn.Module):
     def values(self, states, distribution, noise, agents, target=False):
         """V_i(s), the mean over a_i ~ pi_i of the smaller Q_ij(s, a_i): [batch, agent].
 
-        Exact for discrete actions; else over those made of `noise` [sample, batch, agent, action].
+        Exact for discrete actions; else over those made of `noise` [sample, batch, agent, action]
+        (Deviation 7).
         """
         if self.task.discrete:
             options = torch.eye(self.task.action_dim, device=states.device)
@@ -306,7 +307,8 @@ class Team(nn.Module):
 
 
 def importance_weights(team: Team, batch: Batch, max_weight: float):
-    """prod_{k != i} pi_k(a_k | h_k) / mu_k(a_k | h_k), clipped, of each agent i: [batch, agent]."""
+    """prod_{k != i} pi_k(a_k | h_k) / mu_k(a_k | h_k), clipped, of each agent i: [batch, agent]
+    (Deviation 8)."""
 
     def log_probs(behavior):
         inputs = team.inputs(batch.observations, batch.histories, behavior=behavior)
@@ -319,7 +321,8 @@ def importance_weights(team: Team, batch: Batch, max_weight: float):
 
 
 class Turns(nn.Module):
-    """When turns begin, their order, and the rows that whoever has its turn learns from."""
+    """When turns begin, their order, and the rows that whoever has its turn learns from
+    (Deviation 2)."""
 
     def __init__(self, agents, pool_size, cloning_steps=0):
         super().__init__()
