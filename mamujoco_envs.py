@@ -44,7 +44,7 @@ from gymnasium.envs.mujoco.walker2d_v4 import Walker2dEnv
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import SyncVectorEnv
 
-DEFAULTS = ("", "Ant-v4", "Reacher-v4", "coordination", "continuous")  # the scripts' own, by name
+NAMED_DEFAULTS = ("", "Ant-v4", "Reacher-v4", "coordination", "continuous")  # of the scripts
 HISTORY_LENGTH = 10  # past (action, observation) pairs that an agent remembers (Appendix A.1)
 ACTION_LIMIT = 1 - 1e-5  # actions in histories and datasets are clamped to +-ACTION_LIMIT
 EVALUATION_SEED = 10102  # episode i of an evaluation starts from seed EVALUATION_SEED + i
@@ -170,7 +170,7 @@ class Task:
             groups = tuple(tuple(map(operator.index, group)) for group in getattr(self, field))
             object.__setattr__(self, field, groups)
         message = f"defaults of {self.name or 'the task'} are '{self.defaults}'"
-        require(self.defaults in DEFAULTS, f"{message}; take Ant-v4 or Reacher-v4")
+        require(self.defaults in NAMED_DEFAULTS, f"{message}; take Ant-v4 or Reacher-v4")
         message = 'environment must be a class, a gymnasium id, or "" for none'
         require(isinstance(self.environment, (str, type)), message)
         check_split(self)

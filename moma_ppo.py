@@ -720,7 +720,8 @@ def find_world_model(args, task):
     data = f" --dataset {args.dataset}" if args.dataset else ""
     command = f"python world_model.py --task {task.option}{data} --output {path}"
     advice = f"name one with --world-model, or make it with: {command}"
-    require(path.is_file(), f"no world model at {path}; {'put it back' if args.resume else advice}")
+    advice = "put it back" if args.resume else advice
+    require(path.is_file(), f"no world model at {path}; {advice}")
     return path
 
 
