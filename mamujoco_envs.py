@@ -276,7 +276,9 @@ class Task:
 
     def join_actions(self, actions: torch.Tensor) -> torch.Tensor:
         """The agents' actions to the environment's: [..., agent, action] -> [..., joint]."""
-        order = tuple(int(i) for i in np.argsort(np.concatenate(self.driven)))
+        # Without NumPy, which would end the graph that torch.compile captures.
+        driven = sum(self.driven, ())
+        order = tuple(driven.index(i) for i in range(len(driven)))
         return actions.flatten(-2)[..., index_tensor(order, actions.device)]
 
     def normalized_score(self, returns):

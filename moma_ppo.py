@@ -476,11 +476,12 @@ class GroundTruth:
     lambda_g, max_uncertainty = 0.0, math.inf
 
     def __init__(self, task: Task, num_envs: int):
-        self.simulator = task.simulator(task, num_envs)
+        # torch.compile would trace the simulator's NumPy code, in pieces.
+        self.step_from = torch.compiler.disable(task.simulator(task, num_envs).step_from)
         self.description = {"name": f"the simulator of {task.environment_name}", "sha256": None}
 
     def step(self, states, actions, generator=None):
-        next_states, rewards, terminals = self.simulator.step_from(states, actions)
+        next_states, rewards, terminals = self.step_from(states, actions)
         zeros = torch.zeros_like(rewards)
         return Step(next_states, rewards, 1 - terminals, zeros, zeros, zeros)
 
@@ -516,7 +517,7 @@ def new_rollouts(team, dataset, args, count):
 
 def rollout_step(team, model, dataset, args, states, histories, age):
     """The inner loop of Algorithm 1, for all rollouts at once."""
-    # Sample a_j^i ~ pi_i(a^i | h_j^i), by rsample, as torch.compile cannot trace Normal.sample.
+    # Sample a_j^i ~ pi_i(a^i | h_j^i). Normal.sample would check its scale, which stalls a GPU.
     observations = dataset.task.observe(states)
     inputs = team.inputs(observations, histories)
     distribution = team.distribution(inputs)
