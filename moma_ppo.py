@@ -451,9 +451,11 @@ class LocalToGlobalModel(WorldModel):
         """`step`, at the heading of the data; it has no randomness."""
         deduced, direct = self.both_ways(states, actions)
         uncertainty = ((direct - deduced)[:, :-1] / self.model["state_std"]).norm(dim=-1)
-        next_states, rewards, zeros = deduced[:, :-1], deduced[:, -1], torch.zeros_like(uncertainty)
-        masks, next_states = self.masks(next_states), self.clip(next_states, "state")
-        return Step(next_states, self.clip(rewards, "reward"), masks, zeros, uncertainty, zeros)
+        zeros = torch.zeros_like(uncertainty)
+        next_states = self.clip(deduced[:, :-1], "state")
+        rewards = self.clip(deduced[:, -1], "reward")
+        masks = self.masks(deduced[:, :-1])  # of the unclipped state, as above
+        return Step(next_states, rewards, masks, zeros, uncertainty, zeros)
 
 
 def open_world_model(task: Task, path: Path, device, next_states="sample") -> WorldModel:
@@ -612,7 +614,8 @@ def make_batch(team, rollouts, args, reward_scale):
     # absorbing state it is another rollout's, and the mask removes it.
     next_values = rollouts.values.roll(-1, dims=0)
     cut = rollouts.time_out_masks == 0
-    last, histories = rollouts.rows(cut), None
+    last = rollouts.rows(cut)
+    histories = None
     if team.memory:
         histories = append_to_histories(last.histories, last.observations, last.actions)
     inputs = team.inputs(team.task.observe(last.next_states), histories)
