@@ -68,7 +68,7 @@ INDEX_TENSORS: dict[tuple, torch.Tensor] = {}
 def index_tensor(indices: tuple, device) -> torch.Tensor:
     """int64 tensor of nested tuples, kept per device: a copy from the host would stall a GPU.
 
-    A plain dictionary, because torch.compile cannot trace functools.cache.
+    A plain dictionary: torch.compile ignores functools.cache, and would copy again at every call.
     """
     if (indices, device) not in INDEX_TENSORS:
         INDEX_TENSORS[indices, device] = torch.tensor(indices, device=device)

@@ -561,7 +561,8 @@ def rollout_step(team, model, dataset, args, states, histories, age):
         "uncertain": uncertain.float().mean(),
     }
 
-    # A rollout that ended is replaced by a new one, so that shapes never change (Deviation 3).
+    # Get h_{j+1} and set s_{j+1}. A rollout that ended is replaced by a new one, so that shapes
+    # never change (Deviation 3).
     ended = time_out | (step.masks == 0)
     new_states, new_histories = new_rollouts(team, dataset, args, len(states))
     next_states = torch.where(ended[:, None], new_states, step.next_states)
@@ -790,7 +791,7 @@ def train(args: Args) -> dict:
         inputs = {"dataset": dataset.description, "world_model": model.description}
         run.restore(inputs, team=team, optimizer=optimizer, schedule=schedule)
 
-        # Deviation 7. The data's values are about 1, as clipping lets them move by only 0.2.
+        # Deviation 7. The data's values are about 1 in size: clipping lets them move by only 0.2.
         reward_scale = (1 - args.gamma) / max(float(dataset.rewards.abs().mean()), 1e-3)
         if args.cloning_steps and not team.cloned:
             clone(team, dataset, args, reward_scale)
