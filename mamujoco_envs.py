@@ -68,7 +68,7 @@ INDEX_TENSORS: dict[tuple, torch.Tensor] = {}
 def index_tensor(indices: tuple, device) -> torch.Tensor:
     """int64 tensor of nested tuples, kept per device: a copy from the host would stall a GPU.
 
-    A plain dictionary, because torch.compile cannot trace functools.cache.
+    A plain dictionary: torch.compile ignores functools.cache, and would copy again at every call.
     """
     if (indices, device) not in INDEX_TENSORS:
         INDEX_TENSORS[indices, device] = torch.tensor(indices, device=device)
@@ -276,7 +276,9 @@ class Task:
 
     def join_actions(self, actions: torch.Tensor) -> torch.Tensor:
         """The agents' actions to the environment's: [..., agent, action] -> [..., joint]."""
-        order = tuple(int(i) for i in np.argsort(np.concatenate(self.driven)))
+        # Without NumPy, which would end the graph that torch.compile captures.
+        driven = sum(self.driven, ())
+        order = tuple(driven.index(i) for i in range(len(driven)))
         return actions.flatten(-2)[..., index_tensor(order, actions.device)]
 
     def normalized_score(self, returns):

@@ -451,9 +451,11 @@ class LocalToGlobalModel(WorldModel):
         """`step`, at the heading of the data; it has no randomness."""
         deduced, direct = self.both_ways(states, actions)
         uncertainty = ((direct - deduced)[:, :-1] / self.model["state_std"]).norm(dim=-1)
-        next_states, rewards, zeros = deduced[:, :-1], deduced[:, -1], torch.zeros_like(uncertainty)
-        masks, next_states = self.masks(next_states), self.clip(next_states, "state")
-        return Step(next_states, self.clip(rewards, "reward"), masks, zeros, uncertainty, zeros)
+        zeros = torch.zeros_like(uncertainty)
+        next_states = self.clip(deduced[:, :-1], "state")
+        rewards = self.clip(deduced[:, -1], "reward")
+        masks = self.masks(deduced[:, :-1])  # of the unclipped state, as above
+        return Step(next_states, rewards, masks, zeros, uncertainty, zeros)
 
 
 def open_world_model(task: Task, path: Path, device, next_states="sample") -> WorldModel:
@@ -476,11 +478,12 @@ class GroundTruth:
     lambda_g, max_uncertainty = 0.0, math.inf
 
     def __init__(self, task: Task, num_envs: int):
-        self.simulator = task.simulator(task, num_envs)
+        # torch.compile would trace the simulator's NumPy code, in pieces.
+        self.step_from = torch.compiler.disable(task.simulator(task, num_envs).step_from)
         self.description = {"name": f"the simulator of {task.environment_name}", "sha256": None}
 
     def step(self, states, actions, generator=None):
-        next_states, rewards, terminals = self.simulator.step_from(states, actions)
+        next_states, rewards, terminals = self.step_from(states, actions)
         zeros = torch.zeros_like(rewards)
         return Step(next_states, rewards, 1 - terminals, zeros, zeros, zeros)
 
@@ -516,7 +519,7 @@ def new_rollouts(team, dataset, args, count):
 
 def rollout_step(team, model, dataset, args, states, histories, age):
     """The inner loop of Algorithm 1, for all rollouts at once."""
-    # Sample a_j^i ~ pi_i(a^i | h_j^i), by rsample, as torch.compile cannot trace Normal.sample.
+    # Sample a_j^i ~ pi_i(a^i | h_j^i). Normal.sample would check its scale, which stalls a GPU.
     observations = dataset.task.observe(states)
     inputs = team.inputs(observations, histories)
     distribution = team.distribution(inputs)
@@ -558,7 +561,8 @@ def rollout_step(team, model, dataset, args, states, histories, age):
         "uncertain": uncertain.float().mean(),
     }
 
-    # A rollout that ended is replaced by a new one, so that shapes never change (Deviation 3).
+    # Get h_{j+1} and set s_{j+1}. A rollout that ended is replaced by a new one, so that shapes
+    # never change (Deviation 3).
     ended = time_out | (step.masks == 0)
     new_states, new_histories = new_rollouts(team, dataset, args, len(states))
     next_states = torch.where(ended[:, None], new_states, step.next_states)
@@ -611,7 +615,8 @@ def make_batch(team, rollouts, args, reward_scale):
     # absorbing state it is another rollout's, and the mask removes it.
     next_values = rollouts.values.roll(-1, dims=0)
     cut = rollouts.time_out_masks == 0
-    last, histories = rollouts.rows(cut), None
+    last = rollouts.rows(cut)
+    histories = None
     if team.memory:
         histories = append_to_histories(last.histories, last.observations, last.actions)
     inputs = team.inputs(team.task.observe(last.next_states), histories)
@@ -786,7 +791,7 @@ def train(args: Args) -> dict:
         inputs = {"dataset": dataset.description, "world_model": model.description}
         run.restore(inputs, team=team, optimizer=optimizer, schedule=schedule)
 
-        # Deviation 7. The data's values are about 1, as clipping lets them move by only 0.2.
+        # Deviation 7. The data's values are about 1 in size: clipping lets them move by only 0.2.
         reward_scale = (1 - args.gamma) / max(float(dataset.rewards.abs().mean()), 1e-3)
         if args.cloning_steps and not team.cloned:
             clone(team, dataset, args, reward_scale)

@@ -111,20 +111,12 @@ DEFAULTS = {
     ),
 }  # fmt: skip
 PAPER = {
-    "total_steps": 3_000_000,
-    "eval_every": 100_000,
-    "target": "absolute",
-    "normalize": False,
-    "hidden": (1024,) * 4,
-    "reward_hidden": (1024,) * 4,
-    "mask_hidden": (1024,) * 2,
-    "activation": "relu",
-    "learning_rate": 3e-5,
-    "decay": "none",
-    "beta": 0.0,
-    "reward_beta": 0.0,
-    "reward_weight_decay": 0.0,
-}
+    "total_steps": 3_000_000, "eval_every": 100_000,
+    "target": "absolute", "normalize": False, "activation": "relu",
+    "hidden": (1024,) * 4, "reward_hidden": (1024,) * 4, "mask_hidden": (1024,) * 2,
+    "learning_rate": 3e-5, "decay": "none",
+    "beta": 0.0, "reward_beta": 0.0, "reward_weight_decay": 0.0,
+}  # fmt: skip
 
 
 # Networks. Members run as one batched operation.
@@ -257,8 +249,8 @@ def member_losses(ensemble, batch, mask_batch, changes, beta, reward_beta):
     state_loss = gaussian_nll(target, mean[..., changes], log_std[..., changes], beta)
     reward_target = (rewards[..., None] - ensemble.reward_mean) / ensemble.reward_std
     reward_loss = gaussian_nll(reward_target, reward, reward_log_std, reward_beta)
-    next_states, masks = mask_batch
-    mask_logits = ensemble.mask_logits(next_states)
+    judged_states, masks = mask_batch
+    mask_logits = ensemble.mask_logits(judged_states)
     mask_loss = F.binary_cross_entropy_with_logits(mask_logits, masks, reduction="none")
     return torch.stack([state_loss.mean((1, 2)), reward_loss.mean((1, 2)), mask_loss.mean(1)])
 
@@ -355,30 +347,6 @@ def open_loop_starts(dataset: OfflineDataset, rows, start_states="any"):
     return shuffled(rows)
 
 
-class Logged:
-    """Replays the data's own episodes, where no simulator can start from their states."""
-
-    def __init__(self, dataset: OfflineDataset, rows):
-        self.dataset, self.rows = dataset, rows
-
-    def step(self, actions):
-        """What followed in the data; `actions` must be the data's."""
-        data, rows = self.dataset, self.rows
-        self.rows = rows + 1
-        columns = data.next_states[rows], data.rewards[rows], data.masks[rows] == 0
-        return [column.cpu().numpy() for column in columns]
-
-
-def make_simulator(dataset: OfflineDataset, rows):
-    """The true simulator at the states of `rows`, or else the episodes that go on from there."""
-    task = dataset.task
-    if not task.continues_from_states:
-        return Logged(dataset, rows)
-    simulator = task.simulator(task, len(rows))
-    simulator.set_states(dataset.states[rows].cpu().numpy())
-    return simulator
-
-
 @torch.no_grad()
 def open_loop(ensemble, dataset: OfflineDataset, rows, scale, behavior) -> dict:
     """Rolls the ensemble and the true simulator out from `rows`, with the same actions.
@@ -389,9 +357,13 @@ def open_loop(ensemble, dataset: OfflineDataset, rows, scale, behavior) -> dict:
     """
     task, device, count = dataset.task, dataset.device, len(rows)
     generator = torch.Generator().manual_seed(0)
-    states, simulator = dataset.states[rows], make_simulator(dataset, rows)
+    states = dataset.states[rows]
+    if task.continues_from_states:
+        simulator = task.simulator(task, count)
+        simulator.set_states(states.cpu().numpy())
     model_return, true_return = torch.zeros(count), torch.zeros(count)
-    alive, epsilons, errors = torch.ones(count, dtype=torch.bool), [], []
+    alive = torch.ones(count, dtype=torch.bool)
+    epsilons, errors = [], []
     for t in range(open_loop_length(task)):
         actions = disturb(task, dataset.actions[rows + t].cpu(), behavior, generator)
         joint_actions = task.join_actions(actions).to(device)
@@ -400,7 +372,12 @@ def open_loop(ensemble, dataset: OfflineDataset, rows, scale, behavior) -> dict:
         member = torch.randint(ensemble.members, (count,), generator=generator).to(device)
         states = next_states[member, torch.arange(count, device=device)]
 
-        true_states, true_rewards, terminals = map(torch.as_tensor, simulator.step(actions.numpy()))
+        if task.continues_from_states:
+            truth = simulator.step(actions.numpy())
+        else:  # the data go on from `rows`, with these actions
+            row = rows + t
+            truth = dataset.next_states[row], dataset.rewards[row], dataset.masks[row] == 0
+        true_states, true_rewards, terminals = (torch.as_tensor(x, device="cpu") for x in truth)
         errors.append((states.cpu() - true_states).norm(dim=1)[alive].mean().item())
         model_return += alive * rewards.mean(0).cpu()
         true_return += alive * true_rewards
@@ -430,15 +407,15 @@ def epistemic_uncertainty(next_states, rewards, scale):
     return gram.square().sum((1, 2)).sqrt() / (centred.shape[1] - 1)
 
 
-def evaluate_ensemble(ensemble, args: Args, dataset: OfflineDataset, rows, scale) -> dict:
-    """The elites, their held-out errors, and how far they can be trusted off the data."""
+def evaluate_ensemble(ensemble, args: Args, dataset: OfflineDataset, rows, starts, scale) -> dict:
+    """The elites, their errors on held-out `rows`, and how far they can be trusted off the data, in
+    open loops from `starts`."""
     errors = held_out_errors(ensemble, dataset, rows, scale)
     # Deviation 5. State and reward count alike, in standard deviations of the data.
     criterion = errors["scaled_state_error"] + errors["scaled_reward_error"]
     elites = criterion.argsort()[: args.elites].tolist()
     best = ensemble.select(elites)
     record = {name: error[elites].mean().item() for name, error in errors.items()}
-    starts = open_loop_starts(dataset, rows, args.start_states)[:OPEN_LOOPS]
     behaviors = BEHAVIORS if dataset.task.continues_from_states else ("on_data",)
     for behavior in behaviors:
         measured = open_loop(best, dataset, starts, scale, behavior)
@@ -513,10 +490,9 @@ def train(args: Args) -> dict:
         dataset = load_dataset(task, args.dataset, device)
         torch.manual_seed(args.seed)
         training_rows, held_out_rows = dataset.split()  # Deviation 6
-        long_enough = len(open_loop_starts(dataset, held_out_rows, args.start_states)) > 0
+        starts = open_loop_starts(dataset, held_out_rows, args.start_states)[:OPEN_LOOPS]
         steps = open_loop_length(task)
-        message = f"no held-out episode has {steps} steps; use more or longer episodes"
-        require(long_enough, message)
+        require(len(starts), f"no held-out episode has {steps} steps; use more or longer episodes")
         if not task.continues_from_states:
             say(f"note: {task.name} has no simulator that starts anywhere, so the model is judged")
             say("on the data's own actions, and not on perturbed and random ones")
@@ -550,7 +526,7 @@ def train(args: Args) -> dict:
         columns = (dataset.states, joint_actions, dataset.next_states, dataset.rewards)
 
         def evaluate(_=None):
-            return evaluate_ensemble(ensemble, args, dataset, held_out_rows, scale)
+            return evaluate_ensemble(ensemble, args, dataset, held_out_rows, starts, scale)
 
         for _ in run.steps(evaluate):
             # Each member draws its own minibatch from the same training rows.
@@ -558,7 +534,8 @@ def train(args: Args) -> dict:
             rows = training_rows[torch.randint(len(training_rows), shape, device=device)]
             # Deviations 7 and 8. One row in sixteen gives way to a rare one: for the mask an
             # absorbing next state, for the others an outlying reward.
-            mask_rows, rows = with_rare(rows, absorbing_rows), with_rare(rows, outlying_rows)
+            mask_rows = with_rare(rows, absorbing_rows)
+            rows = with_rare(rows, outlying_rows)
             batch = [column[rows] for column in columns]
             mask_batch = dataset.next_states[mask_rows], dataset.masks[mask_rows]
             betas = args.beta, args.reward_beta

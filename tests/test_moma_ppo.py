@@ -513,6 +513,21 @@ def test_a_rollout_ends_at_age_k_wherever_it_started():
     assert (states[2] == dataset.states).all(dim=1).any()
 
 
+def test_a_compiled_rollout_step_is_one_graph_and_equals_the_eager_one(saved, tmp_path):
+    """A break would split it, and on a GPU its CUDA graph."""
+    args, dataset = make_args(penalty="epistemic", start_states="any"), made_up_dataset()
+    team, model = Team(REACHER, dataset.states, args), read(saved, tmp_path)
+    carry = dataset.states[:6], made_up_histories(6), torch.arange(6.0) + 44
+    traced = torch.compile(rollout_step, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (rollout_step, traced):
+        torch.manual_seed(1)
+        with torch.no_grad():
+            results.append(function(team, model, dataset, args, *carry))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    torch._dynamo.reset()
+
+
 def test_a_terminal_is_no_time_out_but_ends_the_rollout():
     args, dataset = make_args(max_uncertainty=math.inf), made_up_dataset()
     team, carry = Team(REACHER, dataset.states, args), (torch.randn(4, 11), made_up_histories(4))
