@@ -588,10 +588,10 @@ def plot_curves(results: dict[Cell, list[dict]], path: Path, over: str) -> None:
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(max(6, 4 * columns), 0.7 + 3.5 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, sharey=True, squeeze=False).flat
+    grid = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
     for axes, (task, own_results) in zip(grid, panels.items()):
         plot_panel(axes, task, own_results, over)
-    for axes in list(grid)[len(panels) :]:
+    for axes in grid[len(panels) :]:
         axes.remove()
     for axes in figure.axes:
         if axes.get_subplotspec().is_first_col():
