@@ -335,10 +335,12 @@ def changed_options(algorithm: str, task: str, options: dict) -> str:
 
 def check_folder(job: Job) -> None:
     """Raises `InputError` if the folder of a run holds another one."""
-    try:
-        run = read_result(job) or load_checkpoint(job.run_dir)
-    except InputError:
-        return  # there is no run yet, or none that can be read
+    run = read_result(job)
+    if run is None:
+        try:
+            run = load_checkpoint(job.run_dir)
+        except InputError:
+            return  # there is no run yet, or none that can be read
     saved, script = run["args"], script_of(job.cell.algorithm)
     found = restored(saved["task"], job.run_dir), saved["seed"], run["script"]
     same = found == (job.cell.task, job.seed, script)
@@ -427,9 +429,17 @@ def run_on_slurm(jobs: list[Job], args: Args, options: list[str]) -> None:
         sys.exit(128 + signal.SIGINT)
 
 
+def load_result(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        advice = f"delete it, and --resume {path.parent} writes it again"
+        raise InputError(f"{path} is damaged; {advice}") from None
+
+
 def read_result(job: Job) -> dict | None:
     path = job.run_dir / "result.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return load_result(path) if path.is_file() else None
 
 
 def why_it_failed(output: str, exit_status: int) -> str:

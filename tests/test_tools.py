@@ -223,6 +223,17 @@ def test_the_run_of_another_command_is_not_taken_for_this_one(options, message, 
     assert_refused(reproduce, args, message)
 
 
+def test_a_damaged_result_is_one_line(tmp_path):
+    run_dir = tmp_path / "ant-medium-fo__ibc__1"
+    made_up_run(run_dir, 1.0)
+    (run_dir / "result.json").write_text('{"score": 1')
+    cell = {"tasks": ("ant-medium-fo",), "algorithms": ("ibc",)}
+    args = reproduce.Args("4b", 1, **cell, folder=tmp_path, dry_run=True)
+    assert_refused(reproduce, args, "result.json is damaged; delete it", "--resume")
+    with pytest.raises(InputError, match="result.json is damaged"):
+        report.add_run(run_dir, tmp_path)
+
+
 def test_the_run_of_another_script_is_not_taken_for_this_one(tmp_path):
     """ITD3+BC and MATD3+BC have the same options."""
     made_up_run(tmp_path / "ant-medium-fo__matd3_bc__1", 1.0)
