@@ -539,12 +539,16 @@ def print_table(results: dict[Cell, list[dict]], seeds: int) -> None:
 
 
 def color_of(algorithm: str):
-    """MOMA-PPO is black; the others take turns on twenty colours, the strong ones first."""
+    """MOMA-PPO is black; the others take turns on twenty colours, the strong ones first.
+
+    So do variants, which the tables do not mix with other baselines than LOGO.
+    """
     if algorithm == "moma_ppo":
         return "black"
     colors = colormaps["tab20"].colors
-    others = [name for name in ALGORITHMS if name != "moma_ppo"]
-    return [*colors[::2], *colors[1::2]][others.index(algorithm) % len(colors)]
+    alike = VARIANTS if algorithm in VARIANTS else {*ALGORITHMS} - {*VARIANTS, "moma_ppo"}
+    place = [name for name in ALGORITHMS if name in alike].index(algorithm)
+    return [*colors[::2], *colors[1::2]][place % len(colors)]
 
 
 def learning_curve(results: list[dict]) -> list[tuple[int, float, float, float]]:
@@ -613,7 +617,11 @@ def plot_curves(results: dict[Cell, list[dict]], path: Path, over: str) -> None:
     handles.append(Line2D([], [], **dotted, label="the paper's score (colour of its algorithm)"))
     handles.append(Line2D([], [], color="grey", linestyle="--", label="the dataset's mean"))
     handles.append(Patch(color="grey", alpha=0.2, label="standard error over seeds"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, 2 * columns + 1))
+    for ncols in range(5, 0, -1):  # as many columns as there is room for
+        legend = figure.legend(handles=handles, loc="outside lower center", ncols=ncols)
+        if legend.get_window_extent().width <= figure.bbox.width or ncols == 1:
+            break
+        legend.remove()
     figure.savefig(path, dpi=120)
 
 

@@ -573,20 +573,28 @@ def test_a_variant_with_the_defaults_of_a_task_takes_its_runs():
     assert report.runs_of_variant("moma_ppo-k25", "ant-medium-fo", cells) == []
 
 
-@pytest.mark.parametrize("count", [1, 3, 5])
+@pytest.mark.parametrize("count", [1, 2, 5])
 def test_curves_have_a_panel_for_each_task_and_no_empty_one(count, tmp_path, monkeypatch):
     figures, figure = [], reproduce.Figure
     monkeypatch.setattr(
         reproduce, "Figure", lambda **options: figures.append(figure(**options)) or figures[-1]
     )
     tasks = [name for name in mamujoco_envs.all_tasks() if name.startswith("ant-")][:count]
-    results = {reproduce.Cell("ibc", task): [made_up_result(0.5)] for task in tasks}
+    results = {
+        reproduce.Cell(algorithm, task): [made_up_result(0.5)]
+        for algorithm in reproduce.ABLATIONS["figure-8"]
+        for task in tasks
+    }
     reproduce.plot_curves(results, tmp_path / "curves.png", "steps")
     assert [axes.get_title() for axes in figures[0].axes] == tasks
+    (legend,) = figures[0].legends
+    assert legend.get_window_extent().width <= figures[0].bbox.width  # no name is cut off
 
 
 def test_every_algorithm_has_a_colour():
     assert all(reproduce.color_of(algorithm) for algorithm in reproduce.ALGORITHMS)
+    for compared in (*reproduce.ABLATIONS.values(), report.NAMES):
+        assert len({*map(reproduce.color_of, compared)}) == len(compared)
 
 
 def test_runs_of_games_beyond_the_paper_are_kept_short_and_drawn(tmp_path):
