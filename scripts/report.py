@@ -33,6 +33,7 @@ from scripts.reproduce import (
     changed_options,
     color_of,
     default_options,
+    load_result,
     plot_curves,
     rounded,
     script_of,
@@ -120,7 +121,7 @@ def add_run(run_dir: Path, folder: Path = RESULTS) -> None:
     name = "table-games" if is_game else FILES[task.split("-")[0]]
     table = folder / f"{'table-ablations' if algorithm in VARIANTS else name}.json"
     runs = json.loads(table.read_text(encoding="utf-8")) if table.is_file() else {}
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result = load_result(path)
     result["args"].pop("run_dir", None)  # a place on somebody's machine
     if result["args"].get("world_model"):  # of another run: without the place where it is
         result["args"]["world_model"] = "/".join(Path(result["args"]["world_model"]).parts[-2:])

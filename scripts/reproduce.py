@@ -335,10 +335,12 @@ def changed_options(algorithm: str, task: str, options: dict) -> str:
 
 def check_folder(job: Job) -> None:
     """Raises `InputError` if the folder of a run holds another one."""
-    try:
-        run = read_result(job) or load_checkpoint(job.run_dir)
-    except InputError:
-        return  # there is no run yet, or none that can be read
+    run = read_result(job)
+    if run is None:
+        try:
+            run = load_checkpoint(job.run_dir)
+        except InputError:
+            return  # there is no run yet, or none that can be read
     saved, script = run["args"], script_of(job.cell.algorithm)
     found = restored(saved["task"], job.run_dir), saved["seed"], run["script"]
     same = found == (job.cell.task, job.seed, script)
@@ -427,9 +429,17 @@ def run_on_slurm(jobs: list[Job], args: Args, options: list[str]) -> None:
         sys.exit(128 + signal.SIGINT)
 
 
+def load_result(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        advice = f"delete it, and --resume {path.parent} writes it again"
+        raise InputError(f"{path} is damaged; {advice}") from None
+
+
 def read_result(job: Job) -> dict | None:
     path = job.run_dir / "result.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return load_result(path) if path.is_file() else None
 
 
 def why_it_failed(output: str, exit_status: int) -> str:
@@ -529,12 +539,16 @@ def print_table(results: dict[Cell, list[dict]], seeds: int) -> None:
 
 
 def color_of(algorithm: str):
-    """MOMA-PPO is black; the others take turns on twenty colours, the strong ones first."""
+    """MOMA-PPO is black; the others take turns on twenty colours, the strong ones first.
+
+    So do variants, which the tables do not mix with other baselines than LOGO.
+    """
     if algorithm == "moma_ppo":
         return "black"
     colors = colormaps["tab20"].colors
-    others = [name for name in ALGORITHMS if name != "moma_ppo"]
-    return [*colors[::2], *colors[1::2]][others.index(algorithm) % len(colors)]
+    alike = VARIANTS if algorithm in VARIANTS else {*ALGORITHMS} - {*VARIANTS, "moma_ppo"}
+    place = [name for name in ALGORITHMS if name in alike].index(algorithm)
+    return [*colors[::2], *colors[1::2]][place % len(colors)]
 
 
 def learning_curve(results: list[dict]) -> list[tuple[int, float, float, float]]:
@@ -588,10 +602,10 @@ def plot_curves(results: dict[Cell, list[dict]], path: Path, over: str) -> None:
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(max(6, 4 * columns), 0.7 + 3.5 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, sharey=True, squeeze=False).flat
+    grid = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
     for axes, (task, own_results) in zip(grid, panels.items()):
         plot_panel(axes, task, own_results, over)
-    for axes in list(grid)[len(panels) :]:
+    for axes in grid[len(panels) :]:
         axes.remove()
     for axes in figure.axes:
         if axes.get_subplotspec().is_first_col():
@@ -603,7 +617,11 @@ def plot_curves(results: dict[Cell, list[dict]], path: Path, over: str) -> None:
     handles.append(Line2D([], [], **dotted, label="the paper's score (colour of its algorithm)"))
     handles.append(Line2D([], [], color="grey", linestyle="--", label="the dataset's mean"))
     handles.append(Patch(color="grey", alpha=0.2, label="standard error over seeds"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, 2 * columns + 1))
+    for ncols in range(5, 0, -1):  # as many columns as there is room for
+        legend = figure.legend(handles=handles, loc="outside lower center", ncols=ncols)
+        if legend.get_window_extent().width <= figure.bbox.width or ncols == 1:
+            break
+        legend.remove()
     figure.savefig(path, dpi=120)
 
 

@@ -223,6 +223,17 @@ def test_the_run_of_another_command_is_not_taken_for_this_one(options, message, 
     assert_refused(reproduce, args, message)
 
 
+def test_a_damaged_result_is_one_line(tmp_path):
+    run_dir = tmp_path / "ant-medium-fo__ibc__1"
+    made_up_run(run_dir, 1.0)
+    (run_dir / "result.json").write_text('{"score": 1')
+    cell = {"tasks": ("ant-medium-fo",), "algorithms": ("ibc",)}
+    args = reproduce.Args("4b", 1, **cell, folder=tmp_path, dry_run=True)
+    assert_refused(reproduce, args, "result.json is damaged; delete it", "--resume")
+    with pytest.raises(InputError, match="result.json is damaged"):
+        report.add_run(run_dir, tmp_path)
+
+
 def test_the_run_of_another_script_is_not_taken_for_this_one(tmp_path):
     """ITD3+BC and MATD3+BC have the same options."""
     made_up_run(tmp_path / "ant-medium-fo__matd3_bc__1", 1.0)
@@ -562,8 +573,28 @@ def test_a_variant_with_the_defaults_of_a_task_takes_its_runs():
     assert report.runs_of_variant("moma_ppo-k25", "ant-medium-fo", cells) == []
 
 
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_curves_have_a_panel_for_each_task_and_no_empty_one(count, tmp_path, monkeypatch):
+    figures, figure = [], reproduce.Figure
+    monkeypatch.setattr(
+        reproduce, "Figure", lambda **options: figures.append(figure(**options)) or figures[-1]
+    )
+    tasks = [name for name in mamujoco_envs.all_tasks() if name.startswith("ant-")][:count]
+    results = {
+        reproduce.Cell(algorithm, task): [made_up_result(0.5)]
+        for algorithm in reproduce.ABLATIONS["figure-8"]
+        for task in tasks
+    }
+    reproduce.plot_curves(results, tmp_path / "curves.png", "steps")
+    assert [axes.get_title() for axes in figures[0].axes] == tasks
+    (legend,) = figures[0].legends
+    assert legend.get_window_extent().width <= figures[0].bbox.width  # no name is cut off
+
+
 def test_every_algorithm_has_a_colour():
     assert all(reproduce.color_of(algorithm) for algorithm in reproduce.ALGORITHMS)
+    for compared in (*reproduce.ABLATIONS.values(), report.NAMES):
+        assert len({*map(reproduce.color_of, compared)}) == len(compared)
 
 
 def test_runs_of_games_beyond_the_paper_are_kept_short_and_drawn(tmp_path):
