@@ -335,8 +335,7 @@ class OnlineData:
         self.total_steps = args.total_steps
         message = f"{dataset.task.name} has no simulator that starts anywhere; leave out --finetune"
         require(dataset.task.continues_from_states, message)
-        message = "--rollout-every must be at most --total-steps, or there are no rollouts"
-        require(args.rollout_every <= args.total_steps, message)
+        check_range(args, 1, args.total_steps, "rollout_every")  # else there are no rollouts
         rollouts = math.ceil(dataset.size / args.rollout_length)
         at_once = math.ceil(rollouts * args.rollout_every / args.total_steps)
         advice = "lower --rollout-every or raise --total-steps"
