@@ -365,7 +365,7 @@ def train(args: Args) -> dict:
         if team.memory:
             groups.append({"params": team.memory.parameters(), "lr": args.memory_learning_rate})
         optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True)
-        targets = {k: v for k, v in team.named_parameters() if k.startswith("target_")}
+        targets = {name: p for name, p in team.named_parameters() if name.startswith("target_")}
         online = [team.get_parameter(name.removeprefix("target_")) for name in targets]
         schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)  # Deviation 1
         inputs = {"dataset": dataset.description}

@@ -277,10 +277,10 @@ def itd3_bc_losses(team: Team, batch: Batch, noise, args: Args, learn_policy: bo
     # Policies maximise lambda_i Q_i1(h_i, pi_i(h_i)) - (pi_i(h_i) - a_i)^2 (TD3+BC, Eq. 3) with
     # lambda_i = alpha / mean |Q_i1| (Eq. 5). Deviations 3, 4 and 6.
     actions = team.act(inputs)
-    q = team.first_q_values(inputs.detach(), actions)  # [agent, batch]
-    scale = args.alpha / q.abs().mean(-1).detach()  # [agent]
+    policy_q = team.first_q_values(inputs.detach(), actions)  # [agent, batch]
+    scale = args.alpha / policy_q.abs().mean(-1).detach()  # [agent]
     cloning = (actions - batch.actions).square().mean((0, 2))  # [agent]
-    return critic_loss, (cloning - scale * q.mean(-1)).sum()
+    return critic_loss, (cloning - scale * policy_q.mean(-1)).sum()
 
 
 def clip_each_agent(parameters, agents, max_norm):
@@ -309,7 +309,7 @@ def train(args: Args) -> dict:
         if team.memory:
             groups.append({"params": team.memory.parameters(), "lr": args.memory_learning_rate})
         optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True)
-        targets = {k: v for k, v in team.named_parameters() if k.startswith("target_")}
+        targets = {name: p for name, p in team.named_parameters() if name.startswith("target_")}
         online = [team.get_parameter(name.removeprefix("target_")) for name in targets]
         schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)  # Deviation 1
         inputs = {"dataset": dataset.description}

@@ -300,10 +300,10 @@ def matd3_bc_losses(team: Team, batch: Batch, noise, args: Args, learn_policy: b
     # Policies maximise lambda Q_1(s, pi(h)) - sum_i (pi_i(h_i) - a_i)^2 (TD3+BC, Eq. 3) with
     # lambda = alpha / mean |Q_1| (Eq. 5). Deviations 3, 4, 8 and 9.
     actions = team.act(inputs)
-    q = team.first_team_critic(inputs.detach(), batch.states, actions)  # [batch]
-    scale = args.alpha / q.abs().mean().detach()
+    policy_q = team.first_team_critic(inputs.detach(), batch.states, actions)  # [batch]
+    scale = args.alpha / policy_q.abs().mean().detach()
     cloning = (actions - batch.actions).square().mean((0, 2)).sum()
-    return critic_loss, cloning - scale * q.mean()
+    return critic_loss, cloning - scale * policy_q.mean()
 
 
 def train(args: Args) -> dict:
@@ -323,7 +323,7 @@ def train(args: Args) -> dict:
         if team.memory:
             groups.append({"params": team.memory.parameters(), "lr": args.memory_learning_rate})
         optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True)
-        targets = {k: v for k, v in team.named_parameters() if k.startswith("target_")}
+        targets = {name: p for name, p in team.named_parameters() if name.startswith("target_")}
         online = [team.get_parameter(name.removeprefix("target_")) for name in targets]
         schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)  # Deviation 1
         inputs = {"dataset": dataset.description}
