@@ -176,12 +176,9 @@ class HistoryEncoder(nn.Module):
 
 
 def observation_statistics(task: Task, states):
-    """Mean and standard deviation of what each agent observes in `states` [N, state]: [agent, obs].
-
-    The deviation of padding and of dimensions that never change is 1.
-    """
+    """Mean and standard deviation of what agents observe in `states` [N, state]: [agent, obs]."""
     mean, std = task.observe(states.mean(0)), task.observe(states.std(0))
-    return mean, torch.where(std < 1e-6, 1, std)
+    return mean, torch.where(std < 1e-6, 1, std)  # 1 for padding and for what never changes
 
 
 def make_memory(task: Task, memory: str, obs_mean, obs_std):
@@ -196,7 +193,7 @@ class Team(nn.Module):
     """Policies and history encoders of all agents."""
 
     def __init__(self, task: Task, states, args: Args):
-        """`states` [N, state]: their mean and standard deviation standardise observations."""
+        """The statistics of `states` [N, state] standardise observations (Deviation 2)."""
         super().__init__()
         self.task = task
         obs_mean, obs_std = observation_statistics(task, states)
@@ -206,13 +203,11 @@ class Team(nn.Module):
         memory_dim = 128 if self.memory else 0
         in_dims = [memory_dim + width for width in task.obs_dims]
         self.policy = MLP(in_dims, [256, 256], task.action_dim * (1 if task.discrete else 2))
-        # Deviation 4. Log standard deviations start well inside their clamp.
-        if not task.discrete:
+        if not task.discrete:  # log standard deviations start inside their clamp (Deviation 4)
             self.policy[-1].bias.data[..., task.action_dim :] = -1.5
 
     def inputs(self, observations, histories):
         """h_t^i, what agent i acts on: memory, then observation [agent, batch, memory + obs]."""
-        # Deviation 2.
         observations = ((observations - self.obs_mean) / self.obs_std).transpose(0, 1)
         if self.memory is None:
             return observations
@@ -269,9 +264,8 @@ def train(args: Args) -> dict:
             groups.append({"params": team.memory.parameters(), "lr": args.memory_learning_rate})
         optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True)
         schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)  # Deviation 1
-        run.restore(
-            {"dataset": dataset.description}, team=team, optimizer=optimizer, schedule=schedule
-        )
+        inputs = {"dataset": dataset.description}
+        run.restore(inputs, team=team, optimizer=optimizer, schedule=schedule)
         loss_function = compiled(cloning_loss, args, device)
 
         def evaluate_team(episodes):

@@ -196,12 +196,9 @@ class HistoryEncoder(nn.Module):
 
 
 def observation_statistics(task: Task, states):
-    """Mean and standard deviation of what each agent observes in `states` [N, state]: [agent, obs].
-
-    The deviation of padding and of dimensions that never change is 1.
-    """
+    """Mean and standard deviation of what agents observe in `states` [N, state]: [agent, obs]."""
     mean, std = task.observe(states.mean(0)), task.observe(states.std(0))
-    return mean, torch.where(std < 1e-6, 1, std)
+    return mean, torch.where(std < 1e-6, 1, std)  # 1 for padding and for what never changes
 
 
 def make_memory(task: Task, memory: str, obs_mean, obs_std):
@@ -223,7 +220,7 @@ class Team(nn.Module):
     """Policies and encoders, the data's frozen ones, and twin critics of state and own action."""
 
     def __init__(self, task: Task, states, args: Args):
-        """`states` [N, state]: their mean and standard deviation standardise observations."""
+        """The statistics of `states` [N, state] standardise inputs (Deviation 9)."""
         super().__init__()
         self.task = task
         obs_mean, obs_std = observation_statistics(task, states)
@@ -237,7 +234,7 @@ class Team(nn.Module):
         in_dims = [memory_dim + width for width in task.obs_dims]
         critic_dims = [task.state_dim + task.action_dim] * task.num_agents
         self.policy = MLP(in_dims, [256, 256], task.action_dim * (1 if task.discrete else 2))
-        if not task.discrete:  # log standard deviations start well inside their clamp
+        if not task.discrete:  # log standard deviations start inside their clamp
             self.policy[-1].bias.data[..., task.action_dim :] = -1.5
         # The first critics of all agents, then their twins, which start from other weights.
         self.critics = MLP(critic_dims * 2, [256, 256], 1)
@@ -307,8 +304,7 @@ class Team(nn.Module):
 
 
 def importance_weights(team: Team, batch: Batch, max_weight: float):
-    """prod_{k != i} pi_k(a_k | h_k) / mu_k(a_k | h_k), clipped, of each agent i: [batch, agent]
-    (Deviation 8)."""
+    """prod_{k != i} pi_k(a_k | h_k) / mu_k(a_k | h_k), clipped: [batch, agent i] (Deviation 8)."""
 
     def log_probs(behavior):
         inputs = team.inputs(batch.observations, batch.histories, behavior=behavior)
@@ -321,8 +317,7 @@ def importance_weights(team: Team, batch: Batch, max_weight: float):
 
 
 class Turns(nn.Module):
-    """When turns begin, their order, and the rows that whoever has its turn learns from
-    (Deviation 2)."""
+    """When turns begin, their order, and the pool of rows a turn learns from (Deviation 2)."""
 
     def __init__(self, agents, pool_size, cloning_steps=0):
         super().__init__()

@@ -220,12 +220,9 @@ class HistoryEncoder(nn.Module):
 
 
 def observation_statistics(task: Task, states):
-    """Mean and standard deviation of what each agent observes in `states` [N, state]: [agent, obs].
-
-    The deviation of padding and of dimensions that never change is 1.
-    """
+    """Mean and standard deviation of what agents observe in `states` [N, state]: [agent, obs]."""
     mean, std = task.observe(states.mean(0)), task.observe(states.std(0))
-    return mean, torch.where(std < 1e-6, 1, std)
+    return mean, torch.where(std < 1e-6, 1, std)  # 1 for padding and for what never changes
 
 
 def make_memory(task: Task, memory: str, obs_mean, obs_std):
@@ -256,14 +253,13 @@ class Team(nn.Module):
     """Policies, twin critics and history encoders of all agents, and a target of each."""
 
     def __init__(self, task: Task, states, args: Args):
-        """`states` [N, state]: their mean and standard deviation standardise observations."""
+        """The statistics of `states` [N, state] standardise observations (Deviation 2)."""
         super().__init__()
         self.task = task
         obs_mean, obs_std = observation_statistics(task, states)
         self.register_buffer("obs_mean", obs_mean)
         self.register_buffer("obs_std", obs_std)
-        # Deviation 5.
-        self.memory = make_memory(task, args.memory, obs_mean, obs_std)
+        self.memory = make_memory(task, args.memory, obs_mean, obs_std)  # Deviation 5
         memory_dim = 128 if self.memory else 0
         in_dims = [memory_dim + width for width in task.obs_dims]
         critic_dims = [memory_dim + width for width in task.pair_dims]
@@ -280,7 +276,6 @@ class Team(nn.Module):
 
     def inputs(self, observations, histories, target=False):
         """h_t^i, what agent i acts on: memory, then observation [agent, batch, memory + obs]."""
-        # Deviation 2.
         observations = ((observations - self.obs_mean) / self.obs_std).transpose(0, 1)
         if self.memory is None:
             return observations
@@ -417,12 +412,11 @@ def train(args: Args) -> dict:
         if team.memory:
             groups.append({"params": team.memory.parameters(), "lr": args.memory_learning_rate})
         optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True)
-        targets = {k: v for k, v in team.named_parameters() if k.startswith("target_")}
+        targets = {name: p for name, p in team.named_parameters() if name.startswith("target_")}
         online = [team.get_parameter(name.removeprefix("target_")) for name in targets]
         schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)  # Deviation 1
-        run.restore(
-            {"dataset": dataset.description}, team=team, optimizer=optimizer, schedule=schedule
-        )
+        inputs = {"dataset": dataset.description}
+        run.restore(inputs, team=team, optimizer=optimizer, schedule=schedule)
         loss_function = compiled(iomar_losses, args, device)
 
         def evaluate_team(episodes):

@@ -189,12 +189,9 @@ class HistoryEncoder(nn.Module):
 
 
 def observation_statistics(task: Task, states):
-    """Mean and standard deviation of what each agent observes in `states` [N, state]: [agent, obs].
-
-    The deviation of padding and of dimensions that never change is 1.
-    """
+    """Mean and standard deviation of what agents observe in `states` [N, state]: [agent, obs]."""
     mean, std = task.observe(states.mean(0)), task.observe(states.std(0))
-    return mean, torch.where(std < 1e-6, 1, std)
+    return mean, torch.where(std < 1e-6, 1, std)  # 1 for padding and for what never changes
 
 
 def make_memory(task: Task, memory: str, obs_mean, obs_std):
@@ -215,7 +212,7 @@ class Team(nn.Module):
     """Policy, value, twin critics and history encoder of the central learner, and targets."""
 
     def __init__(self, task: Task, states, args: Args):
-        """`task` is the agents' own. The statistics of `states` [N, state] standardise states."""
+        """`task` is the agents' own. Statistics of `states` standardise states (Deviation 1)."""
         super().__init__()
         if task.discrete:  # all joint actions, [option, agent * action]
             options = itertools.product(torch.eye(task.action_dim), repeat=task.num_agents)
@@ -227,11 +224,9 @@ class Team(nn.Module):
         self.register_buffer("obs_std", obs_std)
         self.memory = make_memory(task, args.memory, obs_mean, obs_std)  # Deviation 5
         width = task.state_dim + (128 if self.memory else 0)
-        self.policy = MLP(
-            [width], [256, 256], len(self.options) if task.discrete else 2 * task.action_dim
-        )
-        # Deviation 7. Log standard deviations start well inside their clamp.
-        if not task.discrete:
+        outputs = len(self.options) if task.discrete else 2 * task.action_dim
+        self.policy = MLP([width], [256, 256], outputs)
+        if not task.discrete:  # log standard deviations start inside their clamp (Deviation 7)
             self.policy[-1].bias.data[..., task.action_dim :] = -1.5
         self.value = MLP([width], [256, 256], 1)
         self.critics = MLP([task.action_dim + width] * 2, [256, 256], 1)
@@ -240,7 +235,6 @@ class Team(nn.Module):
 
     def inputs(self, observations, histories, target=False):
         """h_t, what the learner acts on: [memory, state] [1, batch, memory + state]."""
-        # Deviation 1.
         observations = ((observations - self.obs_mean) / self.obs_std).transpose(0, 1)
         if self.memory is None:
             return observations
@@ -282,12 +276,10 @@ class Team(nn.Module):
 
 def iql_losses(team: Team, batch: Batch, args: Args):
     """Losses of value, policy and critics (Deviation 4)."""
-    seen = batch.observations, batch.histories
-    inputs = team.inputs(*seen)
+    inputs = team.inputs(batch.observations, batch.histories)
     with torch.no_grad():
-        target_inputs = team.inputs(*seen, target=True) if team.memory else inputs
-        # Deviation 3.
-        next_inputs = team.inputs(batch.next_observations, batch.next_histories)
+        target_inputs = team.inputs(batch.observations, batch.histories, target=True)
+        next_inputs = team.inputs(batch.next_observations, batch.next_histories)  # Deviation 3
         td_targets = batch.rewards + args.gamma * batch.masks * team.state_value(next_inputs)
         target_q = team.q_values(target_inputs, batch.actions, target=True).amin(0)  # [batch]
 
@@ -335,12 +327,11 @@ def train(args: Args) -> dict:
         if team.memory:
             groups.append({"params": team.memory.parameters(), "lr": args.memory_learning_rate})
         optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True)
-        targets = {k: v for k, v in team.named_parameters() if k.startswith("target_")}
+        targets = {name: p for name, p in team.named_parameters() if name.startswith("target_")}
         online = [team.get_parameter(name.removeprefix("target_")) for name in targets]
         schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)  # Deviation 2
-        run.restore(
-            {"dataset": dataset.description}, team=team, optimizer=optimizer, schedule=schedule
-        )
+        inputs = {"dataset": dataset.description}
+        run.restore(inputs, team=team, optimizer=optimizer, schedule=schedule)
         loss_function = compiled(iql_losses, args, device)
 
         def evaluate_team(episodes):

@@ -254,12 +254,9 @@ class HistoryEncoder(nn.Module):
 
 
 def observation_statistics(task: Task, states):
-    """Mean and standard deviation of what each agent observes in `states` [N, state]: [agent, obs].
-
-    The deviation of padding and of dimensions that never change is 1.
-    """
+    """Mean and standard deviation of what agents observe in `states` [N, state]: [agent, obs]."""
     mean, std = task.observe(states.mean(0)), task.observe(states.std(0))
-    return mean, torch.where(std < 1e-6, 1, std)
+    return mean, torch.where(std < 1e-6, 1, std)  # 1 for padding and for what never changes
 
 
 def make_memory(task: Task, memory: str, obs_mean, obs_std):

@@ -195,12 +195,9 @@ class HistoryEncoder(nn.Module):
 
 
 def observation_statistics(task: Task, states):
-    """Mean and standard deviation of what each agent observes in `states` [N, state]: [agent, obs].
-
-    The deviation of padding and of dimensions that never change is 1.
-    """
+    """Mean and standard deviation of what agents observe in `states` [N, state]: [agent, obs]."""
     mean, std = task.observe(states.mean(0)), task.observe(states.std(0))
-    return mean, torch.where(std < 1e-6, 1, std)
+    return mean, torch.where(std < 1e-6, 1, std)  # 1 for padding and for what never changes
 
 
 def make_memory(task: Task, memory: str, obs_mean, obs_std):
@@ -230,7 +227,7 @@ class Team(nn.Module):
     """Policies, values, twin critics, mixers and history encoders of all agents, and targets."""
 
     def __init__(self, task: Task, states, args: Args):
-        """`states` [N, state]: their mean and standard deviation standardise observations."""
+        """The statistics of `states` [N, state] standardise observations (Deviation 1)."""
         super().__init__()
         self.task = task
         obs_mean, obs_std = observation_statistics(task, states)
@@ -244,8 +241,7 @@ class Team(nn.Module):
         critic_dims = [memory_dim + width for width in task.pair_dims]
         mixer_dim = task.state_dim + task.num_agents * task.action_dim  # Deviation 6
         self.policy = MLP(in_dims, [256, 256], task.action_dim * (1 if task.discrete else 2))
-        # Deviation 10. Log standard deviations start well inside their clamp.
-        if not task.discrete:
+        if not task.discrete:  # log standard deviations start inside their clamp (Deviation 10)
             self.policy[-1].bias.data[..., task.action_dim :] = -1.5
         self.value = MixedValues(in_dims, task.state_dim, task.num_agents)
         self.critics = MixedValues(critic_dims * 2, mixer_dim, task.num_agents)
@@ -254,7 +250,6 @@ class Team(nn.Module):
 
     def inputs(self, observations, histories, target=False):
         """h_t^i, what agent i acts on: memory, then observation [agent, batch, memory + obs]."""
-        # Deviation 1.
         observations = ((observations - self.obs_mean) / self.obs_std).transpose(0, 1)
         if self.memory is None:
             return observations
@@ -294,17 +289,14 @@ class Team(nn.Module):
 
 def maiql_losses(team: Team, batch: Batch, args: Args):
     """Losses of the values, the policies and the critics (Deviation 5)."""
-    seen = batch.observations, batch.histories
-    inputs = team.inputs(*seen)
+    inputs = team.inputs(batch.observations, batch.histories)
     with torch.no_grad():
-        target_inputs = team.inputs(*seen, target=True) if team.memory else inputs
-        # Deviation 4.
-        next_inputs = team.inputs(batch.next_observations, batch.next_histories)
+        target_inputs = team.inputs(batch.observations, batch.histories, target=True)
+        next_inputs = team.inputs(batch.next_observations, batch.next_histories)  # Deviation 4
         next_values = team.team_value(next_inputs, batch.next_states)
         td_targets = batch.rewards + args.gamma * batch.masks * next_values
-        # Deviation 2.
         target_q = team.team_critics(target_inputs, batch.states, batch.actions, target=True)
-        target_q = target_q.amin(0)  # [batch]
+        target_q = target_q.amin(0)  # [batch] (Deviation 2)
 
     # The team's value learns an expectile of the target critics (IQL, Eq. 5).
     advantages = target_q - team.team_value(inputs, batch.states)
@@ -343,8 +335,7 @@ class OnlineData:
         self.total_steps = args.total_steps
         message = f"{dataset.task.name} has no simulator that starts anywhere; leave out --finetune"
         require(dataset.task.continues_from_states, message)
-        message = "--rollout-every must be at most --total-steps, or there are no rollouts"
-        require(args.rollout_every <= args.total_steps, message)
+        check_range(args, 1, args.total_steps, "rollout_every")  # else there are no rollouts
         rollouts = math.ceil(dataset.size / args.rollout_length)
         at_once = math.ceil(rollouts * args.rollout_every / args.total_steps)
         advice = "lower --rollout-every or raise --total-steps"
@@ -422,7 +413,7 @@ def train(args: Args) -> dict:
         if team.memory:
             groups.append({"params": team.memory.parameters(), "lr": args.memory_learning_rate})
         optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True)
-        targets = {k: v for k, v in team.named_parameters() if k.startswith("target_")}
+        targets = {name: p for name, p in team.named_parameters() if name.startswith("target_")}
         online = [team.get_parameter(name.removeprefix("target_")) for name in targets]
         total_steps = 2 * args.total_steps if args.finetune else args.total_steps
         schedule = LambdaLR(optimizer, lambda step: 1 - step / total_steps)  # Deviation 3

@@ -184,12 +184,9 @@ class HistoryEncoder(nn.Module):
 
 
 def observation_statistics(task: Task, states):
-    """Mean and standard deviation of what each agent observes in `states` [N, state]: [agent, obs].
-
-    The deviation of padding and of dimensions that never change is 1.
-    """
+    """Mean and standard deviation of what agents observe in `states` [N, state]: [agent, obs]."""
     mean, std = task.observe(states.mean(0)), task.observe(states.std(0))
-    return mean, torch.where(std < 1e-6, 1, std)
+    return mean, torch.where(std < 1e-6, 1, std)  # 1 for padding and for what never changes
 
 
 def make_memory(task: Task, memory: str, obs_mean, obs_std):
@@ -219,7 +216,7 @@ class Team(nn.Module):
     """Policies, twin critics and history encoders of all agents, a mixer, and a target of each."""
 
     def __init__(self, task: Task, states, args: Args):
-        """`states` [N, state]: their mean and standard deviation standardise inputs."""
+        """The statistics of `states` [N, state] standardise inputs (Deviation 2)."""
         super().__init__()
         self.task = task
         obs_mean, obs_std = observation_statistics(task, states)
@@ -227,13 +224,11 @@ class Team(nn.Module):
         self.register_buffer("obs_std", obs_std)
         self.register_buffer("state_mean", states.mean(0))
         self.register_buffer("state_std", torch.where(states.std(0) < 1e-6, 1, states.std(0)))
-        # Deviation 7.
-        self.memory = make_memory(task, args.memory, obs_mean, obs_std)
+        self.memory = make_memory(task, args.memory, obs_mean, obs_std)  # Deviation 7
         memory_dim = 128 if self.memory else 0
         in_dims = [memory_dim + width for width in task.obs_dims]
         critic_dims = [memory_dim + width for width in task.pair_dims]
-        # Deviation 5.
-        mixer_dim = task.state_dim + task.num_agents * task.action_dim
+        mixer_dim = task.state_dim + task.num_agents * task.action_dim  # Deviation 5
         self.policy = MLP(in_dims, [256, 256], task.action_dim)
         # The first critics of all agents, then their twins, which start from other weights.
         self.critics = MixedValues(critic_dims * 2, mixer_dim, task.num_agents)
@@ -243,7 +238,6 @@ class Team(nn.Module):
 
     def inputs(self, observations, histories, target=False):
         """h_t^i, what agent i acts on: memory, then observation [agent, batch, memory + obs]."""
-        # Deviation 2.
         observations = ((observations - self.obs_mean) / self.obs_std).transpose(0, 1)
         if self.memory is None:
             return observations
@@ -306,10 +300,10 @@ def matd3_bc_losses(team: Team, batch: Batch, noise, args: Args, learn_policy: b
     # Policies maximise lambda Q_1(s, pi(h)) - sum_i (pi_i(h_i) - a_i)^2 (TD3+BC, Eq. 3) with
     # lambda = alpha / mean |Q_1| (Eq. 5). Deviations 3, 4, 8 and 9.
     actions = team.act(inputs)
-    q = team.first_team_critic(inputs.detach(), batch.states, actions)  # [batch]
-    scale = args.alpha / q.abs().mean().detach()
+    policy_q = team.first_team_critic(inputs.detach(), batch.states, actions)  # [batch]
+    scale = args.alpha / policy_q.abs().mean().detach()
     cloning = (actions - batch.actions).square().mean((0, 2)).sum()
-    return critic_loss, cloning - scale * q.mean()
+    return critic_loss, cloning - scale * policy_q.mean()
 
 
 def train(args: Args) -> dict:
@@ -329,12 +323,11 @@ def train(args: Args) -> dict:
         if team.memory:
             groups.append({"params": team.memory.parameters(), "lr": args.memory_learning_rate})
         optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True)
-        targets = {k: v for k, v in team.named_parameters() if k.startswith("target_")}
+        targets = {name: p for name, p in team.named_parameters() if name.startswith("target_")}
         online = [team.get_parameter(name.removeprefix("target_")) for name in targets]
         schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)  # Deviation 1
-        run.restore(
-            {"dataset": dataset.description}, team=team, optimizer=optimizer, schedule=schedule
-        )
+        inputs = {"dataset": dataset.description}
+        run.restore(inputs, team=team, optimizer=optimizer, schedule=schedule)
         loss_function = compiled(matd3_bc_losses, args, device)
 
         def evaluate_team(episodes):
