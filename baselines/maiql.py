@@ -354,10 +354,16 @@ class OnlineData:
         return self.rows[torch.randint(len(self.rows), (count,), device=self.rows.device)]
 
     @torch.no_grad()
-    def collect(self, team: Team) -> None:
-        """Records rollouts with sampled actions while there is room; they end at a terminal."""
+    def collect(self, team: Team, step: int) -> None:
+        """Records rollouts with sampled actions, evenly until the end; they end at a terminal.
+
+        `step` counts gradient steps, the offline ones included.
+        """
         dataset, rows = self.dataset, self.next_row + self.offsets  # [rollout, 10 + step]
-        if self.next_row + rows.numel() > len(dataset.states):
+        # Where one rollout at a time would fill the room too early, some collections are left out.
+        filled = self.next_row + rows.numel() - dataset.size
+        room = len(dataset.states) - dataset.size
+        if filled * self.total_steps > room * (step - self.total_steps):
             return
         self.next_row += rows.numel()
 
@@ -430,7 +436,7 @@ def train(args: Args) -> dict:
 
         for step in run.steps(evaluate_team, total_steps):
             if step > args.total_steps and step % args.rollout_every == 0:
-                data.collect(team)
+                data.collect(team, step)
             rows = data.sample_rows(args.batch_size)
             losses = loss_function(team, dataset.batch(rows, bool(team.memory)), args)
             optimizer.zero_grad()

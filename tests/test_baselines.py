@@ -324,8 +324,8 @@ def test_online_data_are_rollouts_in_the_true_simulator_with_their_histories(onl
     team, online = online_data
     dataset, task, simulator = online.dataset, team.task, team.task.simulator(team.task, 1)
     returns = dataset.episode_returns()
-    for _ in range(2):
-        online.collect(team)
+    for step in (6, 8):  # after four steps offline
+        online.collect(team, step)
     np.testing.assert_array_equal(dataset.episode_returns(), returns)
     assert dataset.size == 200
     recorded = online.rows[200:].sort().values
@@ -352,8 +352,21 @@ def test_online_data_are_rollouts_in_the_true_simulator_with_their_histories(onl
     assert len(dataset.actions[recorded].unique()) > 300  # sampled, not greedy
     assert set(online.sample_rows(20_000).tolist()) == {*range(200), *recorded.tolist()}
     full = online.next_row
-    online.collect(team)  # there is no more room
+    online.collect(team, 8)  # there is no more room
     assert online.next_row == full
+
+
+def test_online_data_grow_evenly_where_one_rollout_at_a_time_is_too_many():
+    dataset = OfflineDataset(REACHER, recorded_columns(REACHER))
+    args = maiql.Args(total_steps=100, rollout_every=1, rollout_length=5)
+    team = maiql.Team(REACHER, dataset.states, args)
+    online = maiql.OnlineData(dataset, args, 1.0)
+    counts = []
+    for step in range(101, 201):
+        online.collect(team, step)
+        counts.append(len(online.rows) - dataset.size)
+    assert counts[49] == 100
+    assert counts[-2] < counts[-1] == 200
 
 
 def test_online_data_end_at_a_terminal(online_data, monkeypatch):
@@ -366,7 +379,7 @@ def test_online_data_end_at_a_terminal(online_data, monkeypatch):
         return states, rewards, torch.isin(torch.arange(20), torch.tensor(next(ends))).float()
 
     monkeypatch.setattr(online.simulator, "step_from", step_with_terminals)
-    online.collect(team)
+    online.collect(team, 6)
     recorded = online.rows[200:]
     assert len(recorded) == 20 + 19 + 19 + 17 + 17
     assert (online.dataset.masks[recorded] == 0).sum() == 3
