@@ -288,25 +288,25 @@ class LocalToGlobal(nn.Module):
         super().__init__()
         self.task = task
         one_layer, two_layers = [args.model_width], [args.model_width] * 2
-        embedding = args.embedding
-        agents, observed = task.num_agents, max(task.obs_dims)
-        local_dims = [embedding + pair for pair in task.pair_dims]
-        joint_dim = agents * task.action_dim
+        embedding, agents = args.embedding, task.num_agents
+        widest = max(task.obs_dims)  # to which all observations are padded
         # The predictive model: from what agent i sees and does, and an embedding of the state, to
         # the change of what it sees.
         self.context = MLP([task.state_dim], two_layers, embedding, nn.SiLU)
-        self.local_encoder = MLP(local_dims, one_layer, embedding, nn.SiLU)
-        local_outputs = observed + task.action_dim + observed  # the change, and the pair again
+        local_inputs = [embedding + width for width in task.pair_dims]
+        self.local_encoder = MLP(local_inputs, one_layer, embedding, nn.SiLU)
+        local_outputs = widest + task.action_dim + widest  # the change, and the pair again
         self.local_decoder = MLP([embedding] * agents, one_layer, local_outputs, nn.SiLU)
         # The deductive model: from all agents' changes to that of the state, and to the reward; the
         # mask judges the next state.
-        deduced = task.state_dim + 1 + agents * observed  # change, r, agents' changes again
-        deductive_dim = agents * observed + embedding
-        self.deductive_encoder = MLP([deductive_dim], two_layers, embedding, nn.SiLU)
-        self.deductive_decoder = MLP([embedding], one_layer, deduced, nn.SiLU)
+        all_changes = agents * widest
+        deductive_outputs = task.state_dim + 1 + all_changes  # change, reward, the changes again
+        self.deductive_encoder = MLP([all_changes + embedding], two_layers, embedding, nn.SiLU)
+        self.deductive_decoder = MLP([embedding], one_layer, deductive_outputs, nn.SiLU)
         self.mask_network = MLP([task.state_dim], [128, 128], 1)
         # The auxiliary encoder: (s, a) to the deductive decoder, past the agents.
-        self.auxiliary_encoder = MLP([task.state_dim + joint_dim], two_layers, embedding, nn.SiLU)
+        joint_dim = task.state_dim + agents * task.action_dim
+        self.auxiliary_encoder = MLP([joint_dim], two_layers, embedding, nn.SiLU)
         # Statistics of the training rows, and the bounding box of all data. A change that never
         # varies has deviation 0: its mean is predicted.
         values = {
@@ -324,12 +324,14 @@ class LocalToGlobal(nn.Module):
             self.register_buffer(name, bound)
         self.register_buffer("uncertainty_scale", torch.ones(()))  # u's 0.99 quantile on data
 
-    def layers(self) -> dict[str, list[BatchedLinear]]:
-        """Those of each network, as they are named in the exported model."""
-        return {
-            name.removesuffix("_network"): [x for x in network if isinstance(x, BatchedLinear)]
-            for name, network in self.named_children()
-        }
+    def layers(self) -> dict[str, list[tuple]]:
+        """(Weight, bias) of every layer of each network, as the exported model has them."""
+        networks = {}
+        for name, network in self.named_children():
+            layers = [layer for layer in network if isinstance(layer, BatchedLinear)]
+            pairs = [(layer.weight.data, layer.bias.data) for layer in layers]
+            networks[name.removesuffix("_network")] = pairs
+        return networks
 
     def network_inputs(self, states, actions):
         """Standardised: states and actions [1, batch, state + joint], the states' embedding
@@ -344,21 +346,21 @@ class LocalToGlobal(nn.Module):
         """Changes of every agent's observation [agent, batch, obs], and the pairs reconstructed."""
         inputs = torch.cat([context.expand(len(pairs), -1, -1), pairs], dim=-1)
         outputs = self.local_decoder(self.local_encoder(inputs))
-        return outputs.split([outputs.shape[-1] - pairs.shape[-1], pairs.shape[-1]], dim=-1)
+        return outputs.tensor_split([max(self.task.obs_dims)], dim=-1)
 
     def deduce(self, context, changes):
         """Change of the state and reward [batch, state + 1], and `changes` again (item 3)."""
-        joint = changes.transpose(0, 1).flatten(1)[None]
-        embedding = self.deductive_encoder(torch.cat([joint, context], dim=-1))
+        all_changes = changes.transpose(0, 1).flatten(1)[None]
+        embedding = self.deductive_encoder(torch.cat([all_changes, context], dim=-1))
         outputs = self.deductive_decoder(embedding)[0]
-        deduced, reconstruction = outputs.split([len(self.state_mean) + 1, joint.shape[-1]], dim=-1)
+        deduced, reconstruction = outputs.tensor_split([self.task.state_dim + 1], dim=-1)
         return deduced, reconstruction.unflatten(1, (-1, changes.shape[-1])).transpose(0, 1)
 
     def predict_directly(self, joint):
         """Change of the state and reward [batch, state + 1], from the auxiliary encoder, which
         bypasses the agents."""
-        outputs = self.deductive_decoder(self.auxiliary_encoder(joint))[0]
-        return outputs[:, : len(self.state_mean) + 1]
+        outputs = self.deductive_decoder(self.auxiliary_encoder(joint))
+        return outputs[0, :, : self.task.state_dim + 1]
 
     def predict(self, states, actions):
         """(Next state, reward) as deduced and as predicted directly, each [batch, state + 1], and
@@ -608,18 +610,14 @@ class SyntheticData(nn.Module):
             setattr(self.buffer, name, getattr(self, name))
         self.register_buffer("weights", torch.zeros(self.rows.numel(), device=dataset.device))
 
-    def batch(self, size: int, with_histories: bool) -> Batch:
-        """Transitions, drawn with probabilities proportional to their weights."""
-        rows = torch.multinomial(self.weights, size, replacement=True)
-        return self.buffer.batch(rows, with_histories)
-
     def mixed_batch(self, with_histories: bool) -> Batch:
-        """Transitions of the data, then of rollouts."""
+        """Transitions of the data, then of rollouts, which are drawn in proportion to weights."""
         count = rows_of_data(self.args)
         batch = self.dataset.batch(self.dataset.sample_rows(count), with_histories)
-        if count == self.args.batch_size:
+        if self.args.synthetic_share == 0:
             return batch
-        pairs = zip(batch, self.batch(self.args.batch_size - count, with_histories))
+        rows = torch.multinomial(self.weights, self.args.batch_size - count, replacement=True)
+        pairs = zip(batch, self.buffer.batch(rows, with_histories))
         return Batch(*[x if x is None else torch.cat([x, y]) for x, y in pairs])
 
     def weigh(self, uncertainty, rewards, reward_std):
@@ -736,29 +734,31 @@ def macql_losses(team: Team, batch: Batch, args: Args, learn_policy: bool, clone
 
 def exported_model(model: LocalToGlobal, args: Args, dataset: OfflineDataset, errors: dict) -> dict:
     """The model in the form of world_model.py's, for moma_ppo.py --world-model."""
-    exported = {}
-    for name, layers in model.layers().items():
-        exported[name] = [(layer.weight.data, layer.bias.data) for layer in layers]
-    exported |= dict(model.named_buffers())
-    exported["input_mean"], exported["input_std"] = model.state_mean, model.state_std
+    description = {"target": "delta", "activation": "silu"}
+    description |= {"seed": args.seed, "total_steps": args.model_steps}
+    stride = math.ceil(len(dataset.first_rows) / 1000)
     # As in world_model.py, the penalty is a standard deviation of the reward at the 0.99 quantile.
     # There a rollout is cut at ten times that quantile. Its epsilon is quadratic in how far
     # predictions differ, and u is linear, so here it is cut at sqrt(10) times the quantile.
-    scale = model.uncertainty_scale.item()
-    cut = math.sqrt(10) * scale
-    exported |= {"lambda_g": model.reward_std.item() / scale, "l_epsilon": cut}
-    stride = math.ceil(len(dataset.first_rows) / 1000)
-    exported["first_states"] = dataset.states[dataset.first_rows[::stride]]
-    description = {"target": "delta", "activation": "silu"}
-    description |= {"seed": args.seed, "total_steps": args.model_steps}
-    exported |= {"dataset": dataset.description, "description": description}
-    exported["split"] = {"observed": model.task.observed, "driven": model.task.driven}
-    return exported | {"errors": errors}
+    quantile = model.uncertainty_scale.item()
+    return {
+        **model.layers(),
+        **dict(model.named_buffers()),
+        "input_mean": model.state_mean,
+        "input_std": model.state_std,
+        "lambda_g": model.reward_std.item() / quantile,
+        "l_epsilon": math.sqrt(10) * quantile,
+        "first_states": dataset.states[dataset.first_rows[::stride]],
+        "dataset": dataset.description,
+        "description": description,
+        "split": {"observed": model.task.observed, "driven": model.task.driven},
+        "errors": errors,
+    }
 
 
-def load_exported(model: LocalToGlobal, path: Path, device) -> None:
-    """Fills `model` with what an earlier run of this script exported to `path`."""
-    task = model.task
+def load_exported(model: LocalToGlobal, args: Args, device) -> None:
+    """Fills `model` with what an earlier run of this script exported to --world-model."""
+    task, path = model.task, args.world_model
     command = f"python baselines/logo.py --task {task.option}"
     advice = f"make one with: {command}"
 
@@ -766,16 +766,16 @@ def load_exported(model: LocalToGlobal, path: Path, device) -> None:
         require("local_encoder" in exported, f"{path} is not a model of this script; {advice}")
         same = exported.get("split") == {"observed": task.observed, "driven": task.driven}
         require(same, f"{path} was made for other agents than those of {task.name}; {advice}")
-        pairs = [(buffer, exported[name]) for name, buffer in model.named_buffers()]
-        for name, layers in model.layers().items():
-            for layer, (weight, bias) in zip(layers, exported[name], strict=True):
-                pairs += [(layer.weight.data, weight), (layer.bias.data, bias)]
         width, embedding = (exported["context"][layer][0].shape[-1] for layer in (0, -1))
+        fits = (width, embedding) == (args.model_width, args.embedding)
         sizes = f"--model-width {width} --embedding {embedding}"
-        fits = all(ours.shape == theirs.shape for ours, theirs in pairs)
         require(fits, f"{path} has networks of other sizes; give {sizes}")
-        for ours, theirs in pairs:
-            ours.copy_(theirs)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(exported[name])
+        for name, layers in model.layers().items():
+            for (weight, bias), theirs in zip(layers, exported[name], strict=True):
+                weight.copy_(theirs[0])
+                bias.copy_(theirs[1])
         model.description = {"dataset": exported["dataset"], **exported["description"]}
         return model
 
@@ -802,23 +802,19 @@ def check(args: Args) -> None:
     check_range(args, 2, 1000, "cql_points")
     check_range(args, 0, 0.999999, "gamma")
     check_range(args, 0, 1, "polyak", "synthetic_share", "exploration")
-    check_range(args, 0, 1e9, "reconstruction", "confidence", "cql_alpha", "alpha")
-    check_range(args, 0, 1e9, "cloning_steps")
+    check_range(args, 0, 1e9, "reconstruction", "confidence", "cql_alpha", "alpha", "cloning_steps")
     fits = args.batch_size % args.cql_batch_size == 0
     require(fits, "--batch-size must be a multiple of --cql-batch-size")
-    message = "no transition of a batch is the data's; use a smaller --synthetic-share"
-    require(rows_of_data(args) > 0, message)
-    alone = rows_of_data(args) == args.batch_size
-    message = "a batch has no room for rollouts; use a larger --synthetic-share, or 0 to do without"
-    require(args.synthetic_share == 0 or not alone, message)
-    message = "this --synthetic-share uses the data alone; leave --world-model out"
-    require(not (alone and args.world_model), message)
+    message = "a batch needs data and rollouts; use another --synthetic-share, or 0 for data alone"
+    require(args.synthetic_share == 0 or 0 < rows_of_data(args) < args.batch_size, message)
     if args.world_model:
-        message = f"no world model at {args.world_model}; without --world-model the run trains one"
-        require(args.world_model.is_file(), message)
+        message = "--synthetic-share 0 uses the data alone; leave --world-model out"
+        require(args.synthetic_share > 0, message)
+        advice = "put it back" if args.resume else "without --world-model the run trains one"
+        require(args.world_model.is_file(), f"no world model at {args.world_model}; {advice}")
     room = args.generations * args.rollouts * (HISTORY_LENGTH + args.horizon)
-    message = "--generations of --rollouts of --horizon steps are more than PyTorch can draw from"
-    require(room < 2**24, f"{message}; use a smaller one")
+    message = "--generations, --rollouts and --horizon make more steps than PyTorch can draw from"
+    require(room < 2**24, f"{message}; use smaller ones")
 
 
 def descend(losses, optimizer, schedule, max_grad_norm) -> None:
@@ -836,9 +832,8 @@ def reward_units(rewards, penalty_unit, args: Args):
     # So that --cql-alpha and --cql-temperature mean the same on every task.
     scale = (1 - args.gamma) / max(float(rewards.std()), 1e-3)
     lowest, highest = rewards.aminmax()
-    if args.uncertainty == "penalty":  # which takes at most ten units off a reward
-        lowest = lowest - 10 * penalty_unit
-    reward_range = torch.stack([lowest.clamp(max=0), highest.clamp(min=0)])
+    largest_penalty = 10 * penalty_unit if args.uncertainty == "penalty" else 0
+    reward_range = torch.stack([(lowest - largest_penalty).clamp(max=0), highest.clamp(min=0)])
     return scale, reward_range * scale / (1 - args.gamma)
 
 
@@ -852,13 +847,13 @@ def train(args: Args) -> dict:
         team = Team(task, dataset.states, args).to(device)
         model = LocalToGlobal(task, dataset, training_rows, args).to(device)
         synthetic = SyntheticData(dataset, args)
-        alone = rows_of_data(args) == args.batch_size  # without rollouts
+        data_alone = args.synthetic_share == 0
 
         # The world model, which is trained unless there is one or it is not needed.
         inputs = {"dataset": dataset.description}
-        last_model_step = 0 if alone or args.world_model else args.model_steps
+        last_model_step = 0 if data_alone or args.world_model else args.model_steps
         if args.world_model:
-            load_exported(model, args.world_model, device)
+            load_exported(model, args, device)
             inputs["world_model"] = model.description
             same = model.description["dataset"]["sha256"] == dataset.description["sha256"]
             if not same and (args.dataset or task.own_dataset):
@@ -894,7 +889,7 @@ def train(args: Args) -> dict:
         team.value_range.copy_(value_range)
 
         def update_team(step):
-            if not alone and (step - 1) % args.refresh_every == 0:
+            if not data_alone and (step - 1) % args.refresh_every == 0:
                 synthetic.add_rollouts(team, model, (step - 1) // args.refresh_every)
             batch = synthetic.mixed_batch(bool(team.memory))
             batch = batch._replace(rewards=reward_scale * batch.rewards)
@@ -918,7 +913,7 @@ def train(args: Args) -> dict:
             return evaluate(task, team.act_greedily, episodes, device=device)
 
         tracked = {"team": team, "optimizer": optimizer, "schedule": schedule}
-        if not alone:
+        if not data_alone:
             tracked |= {"model": model, "model_optimizer": model_optimizer}
             tracked |= {"model_schedule": model_schedule, "synthetic": synthetic}
         run.restore(inputs, **tracked)

@@ -233,16 +233,17 @@ def test_a_run_can_take_the_model_of_an_earlier_one(task, tmp_path):
     model, batch = made_up_model(task, torch.float32), made_up_batch(task)
     dataset = load_dataset(task) if task is GAME else OfflineDataset(task, recorded_columns(task))
     save(logo.exported_model(model, logo.Args(), dataset, {}), tmp_path / "model.pt")
-    args = logo.Args(model_width=16, embedding=5)
+    args = logo.Args(model_width=16, embedding=5, world_model=tmp_path / "model.pt")
     fresh = logo.LocalToGlobal(task, dataset, torch.arange(dataset.size), args)
-    logo.load_exported(fresh, tmp_path / "model.pt", "cpu")
+    logo.load_exported(fresh, args, "cpu")
     assert fresh.description["dataset"] == dataset.description
     inputs = batch.states, batch.actions
     for one, other in zip(fresh.step(*inputs), model.step(*inputs)):
         assert torch.equal(one, other)
-    wider = logo.LocalToGlobal(task, dataset, torch.arange(dataset.size), logo.Args())
+    args = logo.Args(world_model=tmp_path / "model.pt")
+    wider = logo.LocalToGlobal(task, dataset, torch.arange(dataset.size), args)
     with pytest.raises(InputError, match="of other sizes; give --model-width 16 --embedding 5"):
-        logo.load_exported(wider, tmp_path / "model.pt", "cpu")
+        logo.load_exported(wider, args, "cpu")
 
 
 # Synthetic data.
@@ -296,10 +297,12 @@ def test_what_has_weight_is_drawn_and_the_oldest_rollouts_go(synthetic):
     synthetic, team, model = synthetic
     synthetic.add_rollouts(team, model, 0)
     first = synthetic.buffer.states.clone()
-    batch = synthetic.batch(500, with_histories=True)
-    drawn = (batch.states[:, None] == first[synthetic.weights > 0]).all(-1)
+    synthetic.args.batch_size = 1000  # of which half are of rollouts
+    batch = synthetic.mixed_batch(with_histories=True)
+    drawn = (batch.states[500:, None] == first[synthetic.weights > 0]).all(-1)
     assert drawn.any(1).all() and drawn.any(0).sum() > 30  # of at most 48
-    assert batch.histories.shape[0] == 500
+    recorded = (batch.states[:500, None] == synthetic.dataset.states).all(-1)
+    assert recorded.any(1).all() and batch.histories.shape[0] == 1000
     synthetic.add_rollouts(team, model, 1)
     second = synthetic.buffer.states.clone()
     assert torch.equal(first[:128], second[:128]) and not torch.equal(first[128:], second[128:])

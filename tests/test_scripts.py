@@ -661,11 +661,15 @@ def test_logo_learns_in_the_model_of_an_earlier_run(run_tiny, run_script, world_
         (ensemble, "is not a model of this script; make one with: python baselines/logo.py"),
         (("--world-model", "no/model.pt"), "no world model at no/model.pt; without --world-model"),
         ((*model, "--synthetic-share", 0), "uses the data alone; leave --world-model out"),
-        (("--synthetic-share", 0.001), "a batch has no room for rollouts; use a larger"),
+        (("--synthetic-share", 0.001), "a batch needs data and rollouts; use another"),
     ):
         status, output, refused = run_tiny("logo", *options, name="refused")
         assert_one_line(status, message)
         assert not refused.exists()
+    # A run that is resumed cannot do without its model.
+    (first / "world_model.pt").unlink()
+    status, output = run_script(path_of("logo"), "--resume", second)
+    assert_one_line(status, "world_model.pt; put it back")
 
 
 @pytest.mark.parametrize("cloning_steps, policy_steps", [(0, 2), (2, 1)])
