@@ -168,6 +168,11 @@ def span(values) -> str:
     return " to ".join(f"{value:,}" for value in low_and_high)
 
 
+def median_seconds(finished: dict[str, list[dict]]) -> list[int]:
+    """Of a run on each task."""
+    return [round(statistics.median(run["seconds"] for run in runs)) for runs in finished.values()]
+
+
 def table_of_paper(prefix: str, cells) -> str:
     """A row for each algorithm, a column for each task, the paper's scores in brackets.
 
@@ -192,10 +197,11 @@ def table_of_paper(prefix: str, cells) -> str:
                 row.append(score(finished[task]) if task in finished else "-")
         runs = [run for task in finished for run in finished[task]]
         steps = span([run["steps"] for run in runs]) if runs else "-"
+        seconds = span(median_seconds(finished)) if runs else "-"
         seeds = span([len(finished[task]) for task in finished]) if runs else "-"
-        rows.append([name, steps, seeds, *row])
+        rows.append([name, steps, seconds, seeds, *row])
     views = [task.removeprefix(f"{prefix}-") for task in columns]
-    return markdown(["algorithm", "steps", "seeds", *views], rows)
+    return markdown(["algorithm", "steps", "seconds", "seeds", *views], rows)
 
 
 def table_of_algorithm(algorithm: str, cells) -> str:
@@ -221,9 +227,8 @@ def table_of_agreement(table: str, cells) -> str:
         finished = {task: cells[algorithm, task] for task in columns if (algorithm, task) in cells}
         if finished:
             seeds = span([len(runs) for runs in finished.values()])
-            seconds = [statistics.median(r["seconds"] for r in runs) for runs in finished.values()]
             scores = [score(finished.get(task, [])) for task in columns]
-            rows.append([NAMES[algorithm], seeds, *scores, span([round(x) for x in seconds])])
+            rows.append([NAMES[algorithm], seeds, *scores, span(median_seconds(finished))])
     if not rows:
         return "No run of this version yet."
     return markdown(["algorithm", "seeds", *(f"`{x}`" for x in columns), "seconds"], rows)
@@ -250,11 +255,14 @@ def difference(ours, theirs, axis=-1):
 
 
 def table_of_intervals(cells) -> str:
-    """Every cell of the paper's tasks with three seeds or more, and how far MOMA-PPO is above."""
+    """Every cell of the paper's tasks with three seeds or more, and how far MOMA-PPO is above.
+
+    Ablations, too.
+    """
     rows = []
     for task in PAPER_SCORES["moma_ppo"]:
         ours = [run["score"] for run in cells.get(("moma_ppo", task), [])]
-        for algorithm, name in NAMES.items():
+        for algorithm, name in VARIANT_NAMES.items():
             scores = [run["score"] for run in cells.get((algorithm, task), [])]
             if len(scores) < 3:
                 continue
@@ -364,7 +372,8 @@ def with_tables(text: str, cells) -> str:
 
 
 def draw_curves(cells, folder: Path) -> None:
-    """Learning curves of the kept runs, over time: docs/figures/curves-TABLE.png."""
+    """Learning curves of the kept runs, over time and over steps: docs/figures/curves-TABLE.png and
+    curves-TABLE-steps.png. Those of MOMA-PPO's ablations are over steps alone."""
     for prefix, table in (("reacher", "4a"), ("ant", "4b")):
         shown = {
             Cell(algorithm, task): runs
@@ -372,6 +381,17 @@ def draw_curves(cells, folder: Path) -> None:
             if task.startswith(prefix) and algorithm in NAMES
         }
         plot_curves(shown, folder / f"curves-{table}.png", "seconds of training")
+        plot_curves(shown, folder / f"curves-{table}-steps.png", "steps")
+    for table, variants in ABLATIONS.items():
+        shown = {
+            Cell(variant, task): runs_of_variant(variant, task, cells)
+            for task in COMPARED_ON[table]
+            for variant in variants
+        }
+        if table != "local-to-global" and any(
+            runs and cell.algorithm != "moma_ppo" for cell, runs in shown.items()
+        ):
+            plot_curves(shown, folder / f"curves-{table}.png", "steps")
 
 
 def compared_cells(table: str, cells: dict) -> dict:

@@ -494,8 +494,10 @@ def test_intervals_are_those_of_the_seeds():
     assert low < np.mean(scores) < high and high - low > 3
     task, runs = "reacher-leader-only", [{"score": score} for score in scores]
     cells = {("moma_ppo", task): runs[:3], ("ibc", task): runs[3:], ("iql", task): runs[:2]}
+    cells["moma_ppo-ground-truth", task] = runs[2:5]
     rows = report.table_of_intervals(cells).splitlines()[2:]
-    assert [row.split("|")[2].strip() for row in rows] == ["IBC", "MOMA-PPO"]  # of two seeds none
+    names = ["IBC", "MOMA-PPO", "rollouts in the true simulator"]  # IQL has two seeds only
+    assert [row.split("|")[2].strip() for row in rows] == names
 
 
 def test_time_is_summed_over_the_runs_of_each_part():
@@ -526,6 +528,8 @@ def test_a_variant_is_kept_apart_and_has_its_own_table(tmp_path):
     table = report.make_table("5", report.read_runs(tmp_path))
     row = "| rollouts in the true simulator | 1 | not run | 1.50 ± 0.10* (1.68 ± 0.03) |"
     assert row in table
+    report.draw_curves(report.read_runs(tmp_path), tmp_path)
+    assert [path.name for path in tmp_path.glob("*.png")] == ["curves-5.png"]
     assert set(report.VARIANT_NAMES) == {*report.NAMES, *reproduce.VARIANTS}
 
 
