@@ -32,7 +32,7 @@ from torch.func import functional_call
 from torch.optim.lr_scheduler import LambdaLR
 
 from data.offline_dataset import Batch, OfflineDataset, load_dataset
-from mamujoco_envs import ACTION_LIMIT, HISTORY_LENGTH, Task, evaluate, require
+from mamujoco_envs import ACTION_LIMIT, HISTORY_LENGTH, Task, command_line, evaluate, require
 from training_run import (
     FINAL_EPISODES,
     Run,
@@ -755,20 +755,20 @@ def exported_model(model: LocalToGlobal, args: Args, dataset: OfflineDataset, er
     description = {"target": "delta", "activation": "silu"}
     description |= {"seed": args.seed, "total_steps": args.model_steps}
     exported |= {"dataset": dataset.description, "description": description}
-    exported["split"] = {"observed": model.task.observed, "driven": model.task.driven}
+    exported["split"] = model.task.split
     return exported | {"errors": errors}
 
 
 def load_exported(model: LocalToGlobal, path: Path, device) -> None:
     """Fills `model` with what an earlier run of this script exported to `path`."""
     task = model.task
-    command = f"python baselines/logo.py --task {task.option}"
+    command = command_line("baselines/logo.py", "--task", task.option)
     advice = f"make one with: {command}"
 
     def fill(exported):
         require("local_encoder" in exported, f"{path} is not a model of this script; {advice}")
-        same = exported.get("split") == {"observed": task.observed, "driven": task.driven}
-        require(same, f"{path} was made for other agents than those of {task.name}; {advice}")
+        message = f"{path} was made for other agents than those of {task.name}; {advice}"
+        require(exported.get("split") == task.split, message)
         pairs = [(buffer, exported[name]) for name, buffer in model.named_buffers()]
         for name, layers in model.layers().items():
             for layer, (weight, bias) in zip(layers, exported[name], strict=True):
@@ -818,7 +818,7 @@ def check(args: Args) -> None:
     require(not (alone and args.world_model), message)
     if args.world_model:
         message = f"no world model at {args.world_model}; without --world-model the run trains one"
-        require(args.world_model.is_file(), message)
+        require(Path(args.world_model).is_file(), message)
     room = args.generations * args.rollouts * (HISTORY_LENGTH + args.horizon)
     message = "--generations of --rollouts of --horizon steps are more than PyTorch can draw from"
     require(room < 2**24, f"{message}; use a smaller one")
