@@ -23,6 +23,7 @@ import importlib
 import importlib.util
 import operator
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -58,6 +59,11 @@ def require(condition, message: str) -> None:
     """Raises `InputError` with this message unless the condition holds."""
     if not condition:
         raise InputError(message)
+
+
+def command_line(script: str, *words) -> str:
+    """What to type to run a script of this repository; paths may have spaces."""
+    return shlex.join(["python", script, *map(str, words)])
 
 
 # Tasks.
@@ -181,7 +187,7 @@ class Task:
             entropy_target = -float(sum(map(len, self.driven)))
         derived = {
             "state_dim": self.state_dim or state_width(self.environment) or widest,
-            "dataset": self.dataset or self.name,
+            "dataset": str(self.dataset or self.name),  # a Path would be in every checkpoint
             "entropy_target": entropy_target,
         }
         # Chosen again where `replace` has changed the environment.
@@ -257,6 +263,11 @@ class Task:
     def history_shape(self) -> tuple[int, int, int]:
         """Shape of all agents' histories: [agent, 10, pair]."""
         return self.num_agents, HISTORY_LENGTH, max(self.pair_dims)
+
+    @property
+    def split(self) -> dict:
+        """Who observes and drives what, by which files of other agents are told apart."""
+        return {"observed": self.observed, "driven": self.driven}
 
     @property
     def partially_observable(self) -> bool:
@@ -486,6 +497,7 @@ def find_task(name: str) -> Task:
 
     Raises `InputError` with the nearest names if there is none.
     """
+    require(isinstance(name, str), "a task is given by its name, or FILE.py:NAME of your own")
     if ".py:" in name:
         return own_task(*name.rsplit(":", 1))
     is_own = name.endswith(".py") or ":" in name
@@ -497,15 +509,19 @@ def find_task(name: str) -> Task:
     return tasks[name]
 
 
-OWN_TASKS: dict[str, Task] = {}
+OWN_TASKS: dict[tuple, Task] = {}
 
 
 def own_task(file: str, name: str) -> Task:
-    """The `Task` that the variable `name` of a Python file holds; the file is run once a name."""
+    """The `Task` that the variable `name` of a Python file holds.
+
+    The file is run once a name, and again when it has changed, as it may while a notebook runs.
+    """
     path = Path(file).resolve()
+    require(path.is_file(), f"no file {file} that defines the task {name}")
     option = f"{path}:{name}"
-    if option not in OWN_TASKS:
-        require(path.is_file(), f"no file {file} that defines the task {name}")
+    key = option, path.read_bytes()
+    if key not in OWN_TASKS:
         spec = importlib.util.spec_from_file_location(f"own_task_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # where dataclasses look for the module that they are in
@@ -524,8 +540,8 @@ def own_task(file: str, name: str) -> Task:
         message = f"{file} holds no Task called {name}; it has {', '.join(tasks) or 'none'}"
         require(name in tasks, message)
         own = tasks[name].name or name
-        OWN_TASKS[option] = replace(tasks[name], name=own, file=option)
-    return OWN_TASKS[option]
+        OWN_TASKS[key] = replace(tasks[name], name=own, file=option)
+    return OWN_TASKS[key]
 
 
 # Simulators.
@@ -790,7 +806,11 @@ class Simulator:
         before = self.moment
         self._read()
         rewards = self.environment.reward(before, joint, self.moment)
-        return self.states, rewards, self.environment.terminal(self.moment)
+        terminals = self.environment.terminal(self.moment)
+        shapes, name = (np.shape(rewards), np.shape(terminals)), self.task.environment_name
+        message = f"'reward' and 'terminal' of {name} must be one figure a copy, {joint.shape[:1]}"
+        require(shapes == (joint.shape[:1],) * 2, f"{message}; not {shapes[0]} and {shapes[1]}")
+        return self.states, rewards, terminals
 
     def step_from(self, states: torch.Tensor, actions: torch.Tensor) -> list[torch.Tensor]:
         """`step` on tensors, from `states` [B, state]; copies in another state are moved first."""
@@ -929,7 +949,7 @@ class WorldModelSimulator:
 
     def __init__(self, task: Task, num_envs: int):
         path = task.world_model_path
-        command = f"python world_model.py --task {task.option} --output {path}"
+        command = command_line("world_model.py", "--task", task.option, "--output", path)
         message = f"{task.name} has no environment, and no world model to evaluate in at {path}"
         require(path.is_file(), f"{message}; copy one there, or make it with: {command}")
         # Imported here, because moma_ppo.py imports this module.
@@ -985,19 +1005,20 @@ def state_width(environment: "str | type[MujocoEnvironment]") -> int:
 def largest_difference(task: Task, steps: int = 1000) -> dict[str, float]:
     """Largest difference of states and rewards between a task's `Simulator` and gymnasium.
 
-    Both take the same random actions; an episode that ends is followed by a new one.
+    Both take the same random actions; an episode that ends is followed by a new one. The simulator
+    has a second copy, whose actions are others, because a `reward` may mix up copies.
     """
-    env, simulator, rng = make_environment(task), Simulator(task, 1), np.random.default_rng(0)
+    env, simulator, rng = make_environment(task), Simulator(task, 2), np.random.default_rng(0)
     differences = {"states": 0.0, "rewards": 0.0, "terminals": 0.0}
     seed, ended = 0, True
     for _ in range(steps):
         if ended:
             state, _ = env.reset(seed=seed)
-            states = simulator.reset([np.random.default_rng(seed)])
+            states = simulator.reset([np.random.default_rng(seed), np.random.default_rng(seed + 1)])
             found = np.maximum(differences["states"], abs(states[0] - state).max())
             differences["states"] = float(found)  # unlike max, this keeps nan
             seed += 1
-        actions = rng.uniform(-1, 1, (1, task.num_agents, task.action_dim))
+        actions = rng.uniform(-1, 1, (2, task.num_agents, task.action_dim))
         joint = task.join_actions(torch.as_tensor(actions))[0].numpy()
         state, reward, terminated, truncated, _ = env.step(joint)
         ended = terminated or truncated

@@ -34,6 +34,7 @@ from mamujoco_envs import (
     HISTORY_LENGTH,
     Task,
     append_to_histories,
+    command_line,
     evaluate,
     require,
     with_model_errors,
@@ -461,9 +462,9 @@ def open_world_model(task: Task, path: Path, device, next_states="sample") -> Wo
     def make(exported):
         if "local_encoder" not in exported:
             return WorldModel(task, exported, next_states)
-        advice = f"make one with: python baselines/logo.py --task {task.option}"
-        same = exported.get("split") == {"observed": task.observed, "driven": task.driven}
-        require(same, f"{path} was made for other agents than those of {task.name}; {advice}")
+        advice = f"make one with: {command_line('baselines/logo.py', '--task', task.option)}"
+        message = f"{path} was made for other agents than those of {task.name}; {advice}"
+        require(exported.get("split") == task.split, message)
         return LocalToGlobalModel(task, exported, next_states)
 
     return load_world_model(make, task, path, device)
@@ -719,8 +720,8 @@ def find_world_model(args, task):
     if args.ground_truth or (task.columns and not args.world_model):
         return None
     path = args.world_model or task.world_model_path
-    data = f" --dataset {args.dataset}" if args.dataset else ""
-    command = f"python world_model.py --task {task.option}{data} --output {path}"
+    data = ("--dataset", args.dataset) if args.dataset else ()
+    command = command_line("world_model.py", "--task", task.option, *data, "--output", path)
     advice = f"name one with --world-model, or make it with: {command}"
     advice = "put it back" if args.resume else advice
     require(path.is_file(), f"no world model at {path}; {advice}")

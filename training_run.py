@@ -17,6 +17,7 @@ A run writes `runs/{task}__{script}__{seed}__{time}/`: TensorBoard events, `chec
 
 import ctypes
 import dataclasses
+import errno
 import hashlib
 import importlib
 import itertools
@@ -38,6 +39,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import filelock
+import numpy as np
 import torch
 import tyro
 from torch.optim.lr_scheduler import LambdaLR
@@ -45,7 +47,14 @@ from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from mamujoco_envs import Evaluation, InputError, available_cores, find_task, require
+from mamujoco_envs import (
+    Evaluation,
+    InputError,
+    available_cores,
+    command_line,
+    find_task,
+    require,
+)
 
 torch.distributions.Distribution.set_default_validate_args(False)  # checks would stall a GPU
 
@@ -139,6 +148,19 @@ def resumed_args(args_type: type, run_dir: Path, words: list[str]):
         if value is not None and Path in typing.get_args(fields[name]):
             saved[name] = Path(saved[name])
     return tyro.cli(args_type, args=words, default=args_type(**saved))
+
+
+def make_plain(args) -> None:
+    """Turns what a notebook may give into what the command line would: `Args` checks nothing."""
+    for field in dataclasses.fields(args):
+        value, options = getattr(args, field.name), typing.get_args(field.type)
+        if isinstance(value, np.generic):  # PyTorch would not read it from a checkpoint
+            setattr(args, field.name, value.item())
+        elif isinstance(value, str) and Path in options:
+            setattr(args, field.name, Path(value))
+        elif typing.get_origin(field.type) is typing.Literal:
+            names = ", ".join(map(str, options))
+            require(value in options, f"{field.name} must be one of {names}; it is {value}")
 
 
 def portable(value, run_dir: Path):
@@ -268,10 +290,10 @@ def load_world_model(make: Callable, task, path: Path, device, command: str = ""
 
     `command` makes such a file; by default the one of world_model.py.
     """
-    script = f"python world_model.py --task {task.option} --output"
-    message = f"no world model at {path}; make it with: {command or f'{script} {path}'}"
+    words = "world_model.py", "--task", task.option, "--output"
+    message = f"no world model at {path}; make it with: {command or command_line(*words, path)}"
     require(path.is_file(), message)
-    command = command or f"{script} NEW.pt"
+    command = command or command_line(*words, "NEW.pt")
     try:
         exported = load(path, device)
         exported["description"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -290,7 +312,8 @@ def load_world_model(make: Callable, task, path: Path, device, command: str = ""
         reason = f"is not a world model of {task.dataset} ({type(error).__name__})"
         raise InputError(f"{path} {reason}; make one with: {command}") from None
     message = f"{path} is a world model of {made_for}, not of {task.dataset}"
-    require(made_for == task.dataset, f"{message}; make one with: {command}")
+    same = Path(made_for).name == Path(task.dataset).name  # the folder of one's own may have moved
+    require(same, f"{message}; make one with: {command}")
     return model
 
 
@@ -313,6 +336,13 @@ def load_checkpoint(run_dir: Path) -> dict:
     return checkpoint
 
 
+def check_agents(checkpoint: dict, task, run_dir: Path) -> None:
+    """Raises `InputError` if a task of one's own has other agents than when a run of it started."""
+    same = checkpoint.get("split", task.split) == task.split  # older checkpoints do not say
+    message = f"agents of {task.option} observe or drive other dimensions than when {run_dir}"
+    require(same, f"{message} started; put the old ones back")
+
+
 def load_team(run_dir: Path, task: str | None = None, checkpoint: dict | None = None):
     """The trained team of any script's run, on the CPU; `team.task` is its task.
 
@@ -328,6 +358,7 @@ def load_team(run_dir: Path, task: str | None = None, checkpoint: dict | None = 
     module = importlib.import_module(script if script == "moma_ppo" else f"baselines.{script}")
     saved["task"] = task or restored(saved["task"], run_dir)
     task = find_task(saved["task"])
+    check_agents(checkpoint, task, run_dir)
     try:
         # The statistics that standardise observations come with the weights.
         team = module.Team(task, torch.zeros(2, task.state_dim), module.Args(**saved))
@@ -353,6 +384,7 @@ class Run:
 
     def __init__(self, args, script: str, log_every: int = 100):
         """Logged values are averaged over `log_every` steps."""
+        make_plain(args)
         check_range(args, 0, 2**32 - 1, "seed")
         if hasattr(args, "eval_episodes"):  # a simulator each
             check_range(args, 1, 10_000, "eval_episodes")
@@ -396,6 +428,8 @@ class Run:
             run_dir = Path(asked_for or f"{default}{suffix}")
             try:
                 run_dir.mkdir(parents=True, exist_ok=True)
+                if not os.access(run_dir, os.W_OK):  # a lock that is there could be had even so
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
                 lock = filelock.FileLock(run_dir / ".lock", blocking=False)
                 lock.acquire()
             except filelock.Timeout:
@@ -463,6 +497,7 @@ class Run:
         self.inputs, self.tracked = inputs, tracked
         resumed = self.checkpoint is not None
         if resumed:
+            check_agents(self.checkpoint, self.task, self.dir)
             for name, description in inputs.items():
                 before = self.checkpoint["inputs"].get(name, description)["sha256"]
                 name = name.replace("_", " ")
@@ -512,6 +547,7 @@ class Run:
         checkpoint = {
             "script": self.script,
             "algorithm": self.algorithm,
+            "split": self.task.split,
             "args": args | {"resume": None},
             "step": self.step,
             "seconds": self.seconds,

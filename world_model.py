@@ -331,15 +331,16 @@ def shuffled(rows):
     return rows[order.to(rows.device)]
 
 
-def open_loop_length(task: Task) -> int:
-    """Ten steps, or an episode where that is shorter."""
-    return min(OPEN_LOOP_STEPS, task.episode_length)
+def open_loop_length(dataset: OfflineDataset, rows) -> int:
+    """Ten steps, or what is left of the longest episode from `rows` on where that is shorter."""
+    last = dataset.last_rows[torch.searchsorted(dataset.last_rows, rows)]
+    return min(OPEN_LOOP_STEPS, 1 + int((last - rows).max()))
 
 
 def open_loop_starts(dataset: OfflineDataset, rows, start_states="any"):
-    """Those of `rows` from which an episode lasts for at least ten steps or its full length,
-    shuffled; with "first" only its first row."""
-    last = rows + open_loop_length(dataset.task) - 1
+    """Those of `rows` from which an episode lasts for at least ten steps, or for as many as the
+    longest has, shuffled; with "first" only its first row."""
+    last = rows + open_loop_length(dataset, rows) - 1
     rows, last = rows[last < dataset.size], last[last < dataset.size]
     rows = rows[dataset.episode_starts[rows] == dataset.episode_starts[last]]
     if start_states == "first":
@@ -364,7 +365,7 @@ def open_loop(ensemble, dataset: OfflineDataset, rows, scale, behavior) -> dict:
     model_return, true_return = torch.zeros(count), torch.zeros(count)
     alive = torch.ones(count, dtype=torch.bool)
     epsilons, errors = [], []
-    for t in range(open_loop_length(task)):
+    for t in range(open_loop_length(dataset, rows)):
         actions = disturb(task, dataset.actions[rows + t].cpu(), behavior, generator)
         joint_actions = task.join_actions(actions).to(device)
         next_states, rewards = ensemble.predict(states, joint_actions)
@@ -473,11 +474,12 @@ def check(args: Args) -> None:
     for widths in (args.hidden, args.reward_hidden, args.mask_hidden):
         require(widths and min(widths) > 0, message)
     if args.output and not args.resume:
-        require(args.output.suffix != ".json", "--output is a PyTorch file; name it *.pt")
-        message = f"{args.output} exists; give another --output, or move it away"
-        require(not args.output.exists(), message)
-        folder = args.output.absolute().parent
-        require(folder.is_dir(), f"no folder {folder} to write {args.output.name} to")
+        output = Path(args.output)
+        require(output.suffix != ".json", "--output is a PyTorch file; name it *.pt")
+        message = f"{output} exists; give another --output, or move it away"
+        require(not output.exists(), message)
+        folder = output.absolute().parent
+        require(folder.is_dir(), f"no folder {folder} to write {output.name} to")
         require(os.access(folder, os.W_OK), f"{folder} is not writable; give another --output")
 
 
@@ -491,8 +493,6 @@ def train(args: Args) -> dict:
         torch.manual_seed(args.seed)
         training_rows, held_out_rows = dataset.split()  # Deviation 6
         starts = open_loop_starts(dataset, held_out_rows, args.start_states)[:OPEN_LOOPS]
-        steps = open_loop_length(task)
-        require(len(starts), f"no held-out episode has {steps} steps; use more or longer episodes")
         if not task.continues_from_states:
             say(f"note: {task.name} has no simulator that starts anywhere, so the model is judged")
             say("on the data's own actions, and not on perturbed and random ones")

@@ -32,7 +32,7 @@ from torch.func import functional_call
 from torch.optim.lr_scheduler import LambdaLR
 
 from data.offline_dataset import Batch, OfflineDataset, load_dataset
-from mamujoco_envs import ACTION_LIMIT, HISTORY_LENGTH, Task, evaluate, require
+from mamujoco_envs import ACTION_LIMIT, HISTORY_LENGTH, Task, command_line, evaluate, require
 from training_run import (
     FINAL_EPISODES,
     Run,
@@ -751,7 +751,7 @@ def exported_model(model: LocalToGlobal, args: Args, dataset: OfflineDataset, er
         "first_states": dataset.states[dataset.first_rows[::stride]],
         "dataset": dataset.description,
         "description": description,
-        "split": {"observed": model.task.observed, "driven": model.task.driven},
+        "split": model.task.split,
         "errors": errors,
     }
 
@@ -759,13 +759,13 @@ def exported_model(model: LocalToGlobal, args: Args, dataset: OfflineDataset, er
 def load_exported(model: LocalToGlobal, args: Args, device) -> None:
     """Fills `model` with what an earlier run of this script exported to --world-model."""
     task, path = model.task, args.world_model
-    command = f"python baselines/logo.py --task {task.option}"
+    command = command_line("baselines/logo.py", "--task", task.option)
     advice = f"make one with: {command}"
 
     def fill(exported):
         require("local_encoder" in exported, f"{path} is not a model of this script; {advice}")
-        same = exported.get("split") == {"observed": task.observed, "driven": task.driven}
-        require(same, f"{path} was made for other agents than those of {task.name}; {advice}")
+        message = f"{path} was made for other agents than those of {task.name}; {advice}"
+        require(exported.get("split") == task.split, message)
         width, embedding = (exported["context"][layer][0].shape[-1] for layer in (0, -1))
         fits = (width, embedding) == (args.model_width, args.embedding)
         sizes = f"--model-width {width} --embedding {embedding}"
@@ -811,7 +811,8 @@ def check(args: Args) -> None:
         message = "--synthetic-share 0 uses the data alone; leave --world-model out"
         require(args.synthetic_share > 0, message)
         advice = "put it back" if args.resume else "without --world-model the run trains one"
-        require(args.world_model.is_file(), f"no world model at {args.world_model}; {advice}")
+        there = Path(args.world_model).is_file()
+        require(there, f"no world model at {args.world_model}; {advice}")
     room = args.generations * args.rollouts * (HISTORY_LENGTH + args.horizon)
     message = "--generations, --rollouts and --horizon make more steps than PyTorch can draw from"
     require(room < 2**24, f"{message}; use smaller ones")

@@ -282,6 +282,11 @@ def read_column(task: Task, path: Path, file: h5py.File, name: str) -> np.ndarra
     if name == "timeouts" and task.layout and name not in (*file, *task.layout):
         return np.zeros(size, dtype=bool)  # discontinuities end episodes, too
     parts = find_parts(task, path, file, name)
+    if task.discrete and name == "actions":
+        found = sum(int(np.prod(part.shape[1:])) for part in parts)
+        message = f"'{name}' in {path} has one figure an agent; {task.name} needs one-hot vectors, "
+        message += f"such as np.eye({task.action_dim})[actions].reshape({size}, {joint_dim})"
+        require(found != task.num_agents, message)
     if task.layout and name in task.layout:
         return as_column(join_parts(task, path, parts, shape), name, path)
     (column,) = parts
@@ -423,9 +428,10 @@ def check_columns(task: Task, path: Path, columns: dict[str, np.ndarray]) -> Non
     """Raises `InputError` where actions or episodes cannot be the task's."""
     size, actions = len(columns["observations"]), columns["actions"]
     require(size > 1, f"{path} has {size} transitions; record or download more")
-    fault = "is outside [-1, 1]; rescale the actions"
-    check_rows(actions, np.abs(actions) <= 1.001, "actions", path, fault)
-    if task.discrete:
+    if not task.discrete:
+        fault = "is outside [-1, 1]; rescale the actions"
+        check_rows(actions, np.abs(actions) <= 1.001, "actions", path, fault)
+    else:
         options = task.split_actions(torch.as_tensor(actions)).numpy()
         one_hot = (options.max(-1) == 1) & (np.abs(options).sum(-1) == 1)
         fault = "has an agent whose action is not one-hot"

@@ -80,11 +80,15 @@ def open_environment(task: Task) -> ParallelEnv:
             importlib.import_module(f"mujoco.{backend}").GLContext(64, 64).free()
             env = ParallelEnv(task, render_mode="rgb_array")
             env.reset()
-            env.render()
+            frame = env.render()
+    except InputError:  # of an environment that takes no render_mode, for example
+        raise
     except Exception as error:  # each backend fails in its own way
         reason = " ".join(str(error).split())
         advice = "install libegl1 and libegl-mesa0 and set MUJOCO_GL=egl, or libosmesa6 and osmesa"
         raise InputError(f"this machine cannot render ({reason}); {advice}") from None
+    message = f"{task.environment_name} gives no frame with render_mode='rgb_array'"
+    require(isinstance(frame, np.ndarray), message)
     return env
 
 
@@ -154,6 +158,7 @@ def check(args: Args, team=None):
         require(output.parent.is_dir(), f"no folder {output.parent} to write {output.name} to")
         require(not output.exists(), f"{output} exists; delete it or give another --output")
     team = team or load_team(args.run, args.task)
+    require(os.access(output.parent, os.W_OK), f"cannot write to {output.parent}; change its mode")
     open_environment(team.task).close()
     return team
 

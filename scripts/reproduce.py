@@ -660,7 +660,11 @@ def main(args: Args) -> None:
                 print(note, file=sys.stderr)
         return
 
-    args.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        args.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"cannot use {args.folder} ({error.strerror}); give another --folder"
+        raise InputError(message) from None
     for later in (False, True):
         now = [job for job in unfinished if needs_another_run(job.cell.algorithm) == later]
         for job in [job for job in now if missing_model(job)]:

@@ -293,6 +293,9 @@ def test_an_option_that_is_not_one_hot_is_named(tmp_path):
     load_dataset(task, write_dataset(tmp_path / "good.hdf5", columns))
     columns["actions"][7] = 0.5, 0.5, 1, 0
     assert_refused(task, write_dataset(tmp_path / "bad.hdf5", columns), "row 7", "not one-hot")
+    columns["actions"] = np.tile([0, 1], (rows, 1))
+    path = write_dataset(tmp_path / "numbers.hdf5", columns)
+    assert_refused(task, path, "one figure an agent", "np.eye(2)[actions].reshape(100, 4)")
 
 
 def test_a_dataset_of_another_task_is_refused(path):

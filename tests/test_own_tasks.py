@@ -191,6 +191,17 @@ def test_a_task_without_its_name_is_one_line(name):
     assert_refused(lambda: find_task(name), message)
 
 
+def test_a_changed_file_is_read_again(tmp_path):
+    path = tmp_path / "mine.py"
+    for length in (5, 16):
+        text = f"MINE = Task('', ((0, 1), (0,)), ((0,), (1,)), {length}, dataset=Path('a.hdf5'))"
+        path.write_text(f"from pathlib import Path\nfrom mamujoco_envs import Task\n{text}\n")
+        task = find_task(f"{path}:MINE")
+        assert task.episode_length == length and find_task(f"{path}:MINE") is task
+    assert type(task.dataset) is str  # checkpoints hold it, and cannot hold a Path
+    assert_refused(lambda: find_task(task), "given by its name")
+
+
 def test_a_replaced_environment_has_its_own_simulator():
     shipped = find_task("halfcheetah-2x3-medium-fo")
     logged = dataclasses.replace(shipped, environment="")
@@ -253,6 +264,21 @@ def test_actuators_of_a_class_take_what_agents_give():
     assert_refused(lambda: Pendulum(), "actuators of Pendulum must take [-1, 1]", "gymnasium id")
 
 
+def test_a_reward_that_mixes_up_copies_is_noticed():
+    class Mixed(HalfCheetah):
+        def reward(self, before, actions, after):
+            return super().reward(before, actions, after) - np.square(actions).sum()
+
+    class Column(HalfCheetah):
+        def reward(self, before, actions, after):
+            return after.qpos[:, :1] - before.qpos[:, :1]
+
+    task = find_task("halfcheetah-2x3-medium-fo")
+    mixed, column = (dataclasses.replace(task, environment=wrong) for wrong in (Mixed, Column))
+    assert largest_difference(mixed, 5)["rewards"] > 0
+    assert_refused(lambda: largest_difference(column, 5), "one figure a copy", "(2, 1)")
+
+
 @pytest.mark.parametrize(
     "name", ["halfcheetah-2x3-medium-fo", "hopper-3x1-medium-po", "walker2d-2x3-medium-fo", "PAIR"]
 )
@@ -304,6 +330,10 @@ def test_a_class_of_ones_own_from_data_to_a_score(run_own, run_script, folder, t
     moved = folder / "moved.py"
     moved.write_text((folder / "own.py").read_text())
     assert load_team(run_dir, f"{moved}:PAIR").task.file == f"{moved}:PAIR"
+    moved.write_text(
+        TASK_FILE.replace("Cheetah, ALL, blocks(3, 3)", "Cheetah, ALL, blocks(3, 3)[::-1]")
+    )
+    assert_refused(lambda: load_team(run_dir, f"{moved}:PAIR"), "drive other dimensions")
 
 
 def test_the_document_runs_as_written(run_script, monkeypatch, capsys):
@@ -313,11 +343,11 @@ def test_the_document_runs_as_written(run_script, monkeypatch, capsys):
     """
     short = dataclasses.replace(collect_mujoco.TASKS["halfcheetah"], episode_length=20)
     monkeypatch.setitem(collect_mujoco.TASKS, "halfcheetah", short)
-    task, swimmer, rule, logged, layout, act, sweep = documented_blocks("python")
+    task, swimmer, rule, logged, layout, act, train, sweep = documented_blocks("python")
     Path("pair.py").write_text(task.replace("episode_length=1000", "episode_length=20"))
     extra = TINY | {"baselines/matd3_bc.py": ["--batch-size", 16], "world_model.py": TINY_MODEL}
-    record, train, tables, loop = documented_blocks("")
-    for line in f"{record}{train}".strip().splitlines():
+    record, commands, tables, loop = documented_blocks("")
+    for line in f"{record}{commands}".strip().splitlines():
         _, script, *arguments = shlex.split(line)
         if script == "-m":
             script = f"{arguments.pop(0).replace('.', '/')}.py"
@@ -342,7 +372,7 @@ def test_the_document_runs_as_written(run_script, monkeypatch, capsys):
     for text in (logged, layout):
         exec(text, names)
     assert names["PLANT"].state_dim == 21 and "staticmethod" in rule
-    for text in (act, sweep):
+    for text in (act, train.replace("00", ""), sweep):
         exec(text, {})
     status, output = run_script("scripts/reproduce.py", *shlex.split(tables)[2:], "--dry-run")
     assert status == 0 and "--lambda-g" in loop
@@ -581,9 +611,13 @@ def test_inspecting_data(columns, tmp_path, capsys):
     assert "36 transitions, 3 episodes, 0 terminal states" in output
     assert "HalfCheetah-v4, Walker2d-v4" in output and "score" not in output
     assert "never change: [3]" in output and "2 episodes end without a flag" in output
+    assert "both flags" not in output
     assert picture.read_bytes().startswith(b"\x89PNG")
     data.inspect.main(data.inspect.Args(path, task="walker2d-2x3-random-fo"))
     assert "score:" in capsys.readouterr().out
+    columns["terminals"][11] = columns["timeouts"][11] = True
+    data.inspect.main(data.inspect.Args(write_dataset(tmp_path / "both.hdf5", columns)))
+    assert "1 rows have both flags" in capsys.readouterr().out
     for args, part in [
         (data.inspect.Args(tmp_path / "no.hdf5"), "no file at"),
         (data.inspect.Args(path, histogram=picture), "exists"),

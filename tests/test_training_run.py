@@ -406,6 +406,18 @@ def test_train_works_in_a_thread_and_leaves_signal_handlers_alone(args, whole):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
+def test_what_a_notebook_gives_is_kept_as_what_a_shell_gives(args, whole, reacher_file, tmp_path):
+    args = replace(args, seed=np.int64(1), learning_rate=np.float64(args.learning_rate))
+    args = replace(args, dataset=str(reacher_file), run_dir=str(tmp_path / "run"))
+    ibc.train(args)
+    assert_same_run(tmp_path / "run", whole)
+    (tmp_path / "run" / "result.json").unlink()
+    resume(tmp_path / "run")
+    for name, value in {"device": "cuda:1", "memory": "attentive"}.items():
+        with pytest.raises(InputError, match=f"{name} must be one of auto, .*; it is {value}"):
+            ibc.train(replace(args, run_dir=None, **{name: value}))
+
+
 def test_handlers_and_folder_are_free_again_after_an_error(args):
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(ZeroDivisionError):

@@ -220,6 +220,7 @@ LENGTHS = {"some end": [3, 10, 1, 11, 10], "none ends": [11] * 5, "all end": [2,
 def test_open_loop_against_a_loop_until_the_true_episodes_end(lengths):
     """Steps after a terminal belong to no episode; the last step of an episode does."""
     dataset, ensemble, scale = toy_dataset(), made_up_ensemble(), torch.rand(12) + 0.1
+    dataset.last_rows = torch.tensor([dataset.size - 1])  # so that only the simulator ends them
     rows, steps = torch.tensor([7, 100, 205, 3000, 4321]), torch.arange(1, 11)[:, None]
     true_states, true_rewards = 10 * torch.randn(10, 5, 11), torch.randn(10, 5)
     terminals = steps == torch.tensor(lengths)  # [step, row]
@@ -288,6 +289,7 @@ def test_open_loops_start_where_an_episode_lasts_ten_steps():
     assert torch.equal(starts, open_loop_starts(dataset, rows))
     assert sorted(open_loop_starts(dataset, rows[10:], "first").tolist()) == [20]
     assert sorted(open_loop_starts(dataset, rows, "first").tolist()) == [9, 20]
+    assert open_loop_starts(dataset, rows[:9]).tolist() == [0]  # where none does, the longest
 
 
 def test_open_loops_start_at_all_ages_of_equally_long_episodes():
