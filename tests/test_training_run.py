@@ -267,8 +267,9 @@ def test_stops_at_random_moments_change_nothing(args, whole, tmp_path):
     before = signal.signal(signal.SIGTERM, lambda *_: None)  # a stop may come after the run
     try:
         for _ in range(8):
-            if run_dir.exists() and not (run_dir / "checkpoint.pt").exists():
-                shutil.rmtree(run_dir)  # stopped before the first checkpoint
+            ended_too_soon = (run_dir / "result.json").exists() and not stops
+            if ended_too_soon or not (run_dir / "checkpoint.pt").exists():
+                shutil.rmtree(run_dir, ignore_errors=True)
             delay = rng.uniform(0, duration)
             timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGTERM))
             timer.start()
