@@ -516,7 +516,7 @@ def own_task(file: str, name: str) -> Task:
     The file is run once a name, and again when it has changed, as it may while a notebook runs.
     """
     path = Path(file).resolve()
-    require(path.is_file(), f"no file {file} that defines the task {name}")
+    require(path.is_file(), f"no file {file} of the task {name}; if it has moved, give --task")
     option = f"{path}:{name}"
     key = option, path.read_bytes()
     if key not in OWN_TASKS:
