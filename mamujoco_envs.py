@@ -526,13 +526,12 @@ def own_task(file: str, name: str) -> Task:
         sys.path.append(str(path.parent))  # for what the file imports from beside it
         try:
             spec.loader.exec_module(module)
-        except InputError as error:
-            raise InputError(f"{file}: {error}") from None
         except (Exception, SystemExit) as error:
             frames = traceback.extract_tb(error.__traceback__)
             lines = [frame.lineno for frame in frames if frame.filename == str(path)]
             place = f" in line {lines[-1]}" if lines else ""
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+            reason = " ".join(f"{kind}{error}".split())
             raise InputError(f"{file} fails{place}: {reason}") from None
         tasks = {key: value for key, value in vars(module).items() if isinstance(value, Task)}
         message = f"{file} holds no Task called {name}; it has {', '.join(tasks) or 'none'}"

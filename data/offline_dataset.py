@@ -248,7 +248,7 @@ def load_dataset(task: Task, path: Path | None = None, device="cpu") -> OfflineD
 
 def read_columns(task: Task, path: Path) -> tuple[dict[str, np.ndarray], str]:
     """The columns of an HDF5 file in D4RL's layout, checked against the task, and their source."""
-    advice = "give one with --dataset"
+    advice = "give one with --dataset, or name it in the task, with its suffix"
     if not task.file:
         advice = f"leave out --dataset to use {task.name}'s own"
     require(path.is_file(), f"no dataset at {path}; {advice}")
