@@ -518,7 +518,7 @@ def own_task(file: str, name: str) -> Task:
     The file is run once a name, and again when it has changed, as it may while a notebook runs.
     """
     path = Path(file).resolve()
-    require(path.is_file(), f"no file {file} that defines the task {name}")
+    require(path.is_file(), f"no file {file} of the task {name}; if it has moved, give --task")
     option = f"{path}:{name}"
     key = option, path.read_bytes()
     if key not in OWN_TASKS:
@@ -528,13 +528,12 @@ def own_task(file: str, name: str) -> Task:
         sys.path.append(str(path.parent))  # for what the file imports from beside it
         try:
             spec.loader.exec_module(module)
-        except InputError as error:
-            raise InputError(f"{file}: {error}") from None
         except (Exception, SystemExit) as error:
             frames = traceback.extract_tb(error.__traceback__)
             lines = [frame.lineno for frame in frames if frame.filename == str(path)]
             place = f" in line {lines[-1]}" if lines else ""
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+            reason = " ".join(f"{kind}{error}".split())
             raise InputError(f"{file} fails{place}: {reason}") from None
         tasks = {key: value for key, value in vars(module).items() if isinstance(value, Task)}
         message = f"{file} holds no Task called {name}; it has {', '.join(tasks) or 'none'}"

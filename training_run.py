@@ -127,16 +127,17 @@ def too_large(args, usual) -> str:
 
 
 def resumed_args(args_type: type, run_dir: Path, words: list[str]):
-    """The arguments of the run in `run_dir`; `words` may change its device and its total steps.
+    """The arguments of the run in `run_dir`; `words` may change its device and its total steps, and
+    say where the file of a task of one's own is now.
 
     From Python: `train(resumed_args(Args, RUN, ["--resume", str(RUN)]))`.
     """
     flags = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
-    others = flags - {"--resume", "--device", "--total-steps"}
-    others = ", ".join(sorted(others))
-    require(not others, f"--resume goes with --device and --total-steps only, not with {others}")
     checkpoint = load_checkpoint(run_dir)
     saved, started_by = checkpoint["args"], checkpoint["script"]
+    free = {"--resume", "--device", "--total-steps", *(["--task"] if ":" in saved["task"] else [])}
+    others = ", ".join(sorted(flags - free))
+    require(not others, f"--resume goes with --device and --total-steps only, not with {others}")
     script = Path(sys.modules[args_type.__module__].__file__).stem
     require(started_by == script, f"{run_dir} is a run of {started_by}.py, not of {script}.py")
     fields = {field.name: field.type for field in dataclasses.fields(args_type)}
@@ -404,6 +405,8 @@ class Run:
             free = "device", "total_steps", "run_dir", "resume"
             given = [(name, value) for name, value in vars(args).items() if name not in free]
             given = {name: portable(value, Path(args.resume)) for name, value in given}
+            for task in (given, saved):  # FILE:NAME, whose file may have moved
+                task["task"] = task["task"].rpartition(":")[2]
             changed = ", ".join(name for name in given if given[name] != saved.get(name))
             advice = "take those of training_run.resumed_args"
             require(not changed, f"{args.resume} was started with another {changed}; {advice}")

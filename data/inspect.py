@@ -166,7 +166,7 @@ def main(args: Args) -> OfflineDataset:
         fitting = ", ".join(fitting_environments(shapes)) or "none of this repository"
         print(f"environments with these widths: {fitting}")
     faults = find_faults(dataset)
-    if not is_minari and not task.layout:
+    if not task.layout and "timeouts" in shapes:
         with h5py.File(args.file, locking=False) as file:
             columns = {name: file[name][()] for name in COLUMNS}
         unflagged = find_unflagged_ends(columns)

@@ -248,7 +248,7 @@ def load_dataset(task: Task, path: Path | None = None, device="cpu") -> OfflineD
 
 def read_columns(task: Task, path: Path) -> tuple[dict[str, np.ndarray], str]:
     """The columns of an HDF5 file in D4RL's layout, checked against the task, and their source."""
-    advice = "give one with --dataset"
+    advice = "give one with --dataset, or name it in the task, with its suffix"
     if not task.file:
         advice = f"leave out --dataset to use {task.name}'s own"
     require(path.is_file(), f"no dataset at {path}; {advice}")
@@ -279,7 +279,8 @@ def read_column(task: Task, path: Path, file: h5py.File, name: str) -> np.ndarra
     first_shape = find_parts(task, path, file, "observations")[0].shape
     size = first_shape[0] if first_shape else 0  # a single number has no rows
     shape = (size, *widths.get(name, ()))
-    if name == "timeouts" and task.layout and name not in (*file, *task.layout):
+    is_own = task.layout or task.file
+    if name == "timeouts" and is_own and name not in (*file, *(task.layout or ())):
         return np.zeros(size, dtype=bool)  # discontinuities end episodes, too
     parts = find_parts(task, path, file, name)
     if task.discrete and name == "actions":

@@ -330,6 +330,11 @@ def test_a_class_of_ones_own_from_data_to_a_score(run_own, run_script, folder, t
     moved = folder / "moved.py"
     moved.write_text((folder / "own.py").read_text())
     assert load_team(run_dir, f"{moved}:PAIR").task.file == f"{moved}:PAIR"
+    again = "--resume", run_dir, "--total-steps", 4, "--task"
+    status, output = run_script("moma_ppo.py", *again, f"{moved}:SWIMMERS")
+    assert_one_line(status, "was started with another task")
+    status, output = run_script("moma_ppo.py", *again, f"{moved}:PAIR")
+    assert status == 0 and load_team(run_dir).task.file == f"{moved}:PAIR"
     moved.write_text(
         TASK_FILE.replace("Cheetah, ALL, blocks(3, 3)", "Cheetah, ALL, blocks(3, 3)[::-1]")
     )
@@ -600,6 +605,16 @@ def test_columns_of_other_names_are_joined_agent_by_agent(columns, tmp_path):
     assert_refused(lambda: load_dataset(narrow, path), "side by side", "(36, 18)")
     other = dataclasses.replace(task, layout=layout | {"rewards": "rew"})
     assert_refused(lambda: load_dataset(other, path), "has no 'rew'", "its own layout")
+
+
+def test_a_task_of_ones_own_needs_no_time_outs(folder, columns, tmp_path, capsys):
+    task = find_task(f"{folder}/own.py:PAIR")
+    expected = load_dataset(task, write_dataset(tmp_path / "flags.hdf5", columns))
+    del columns["timeouts"]
+    path = write_dataset(tmp_path / "none.hdf5", columns)
+    assert_same_rows(load_dataset(task, path), expected)
+    data.inspect.main(data.inspect.Args(path, task=task.option))
+    assert "36 transitions, 3 episodes" in capsys.readouterr().out
 
 
 def test_inspecting_data(columns, tmp_path, capsys):
