@@ -806,9 +806,11 @@ class Simulator:
         self._read()
         rewards = self.environment.reward(before, joint, self.moment)
         terminals = self.environment.terminal(self.moment)
-        shapes, name = (np.shape(rewards), np.shape(terminals)), self.task.environment_name
-        message = f"'reward' and 'terminal' of {name} must be one figure a copy, {joint.shape[:1]}"
-        require(shapes == (joint.shape[:1],) * 2, f"{message}; not {shapes[0]} and {shapes[1]}")
+        one_each = joint.shape[:1]  # [copy]
+        for method, figures in {"reward": rewards, "terminal": terminals}.items():
+            message = f"'{method}' of {self.task.environment_name} must be one figure a copy"
+            shape = np.shape(figures)
+            require(shape == one_each, f"{message}, {one_each}; it is {shape}")
         return self.states, rewards, terminals
 
     def step_from(self, states: torch.Tensor, actions: torch.Tensor) -> list[torch.Tensor]:

@@ -135,7 +135,9 @@ def resumed_args(args_type: type, run_dir: Path, words: list[str]):
     flags = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
     checkpoint = load_checkpoint(run_dir)
     saved, started_by = checkpoint["args"], checkpoint["script"]
-    free = {"--resume", "--device", "--total-steps", *(["--task"] if ":" in saved["task"] else [])}
+    free = {"--resume", "--device", "--total-steps"}
+    if ":" in saved["task"]:  # FILE:NAME, whose file may have moved
+        free.add("--task")
     others = ", ".join(sorted(flags - free))
     require(not others, f"--resume goes with --device and --total-steps only, not with {others}")
     script = Path(sys.modules[args_type.__module__].__file__).stem

@@ -255,10 +255,7 @@ def difference(ours, theirs, axis=-1):
 
 
 def table_of_intervals(cells) -> str:
-    """Every cell of the paper's tasks with three seeds or more, and how far MOMA-PPO is above.
-
-    Ablations, too.
-    """
+    """Cells and ablations with three seeds or more, and how far MOMA-PPO is above."""
     rows = []
     for task in PAPER_SCORES["moma_ppo"]:
         ours = [run["score"] for run in cells.get(("moma_ppo", task), [])]
