@@ -156,7 +156,7 @@ def check(args: Args, team=None):
     require(0 <= args.seed < 2**32, f"--seed must be from 0 to {2**32 - 1}; it is {args.seed}")
     if args.output:
         require(output.parent.is_dir(), f"no folder {output.parent} to write {output.name} to")
-        require(not output.exists(), f"{output} exists; delete it or give another --output")
+    require(not output.exists(), f"{output} exists; rename or delete it")
     team = team or load_team(args.run, args.task)
     require(os.access(output.parent, os.W_OK), f"cannot write to {output.parent}; change its mode")
     open_environment(team.task).close()

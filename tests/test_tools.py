@@ -143,6 +143,9 @@ def test_bad_input_of_filming(make_run, tmp_path):
     assert_refused(render, dataclasses.replace(args, output=tmp_path / "film.png"), "exists")
     make_run("ibc", "coordination-neutral")
     assert_refused(render, args, "coordination-neutral cannot be filmed")
+    (tmp_path / "film.gif").write_text("precious")
+    assert_refused(render, args, "film.gif exists")
+    assert_refused(evaluate, evaluate.Args(tmp_path, video=True), "film.gif exists")
 
 
 # Tables.
