@@ -248,7 +248,9 @@ def main(args: Args) -> None:
         require(not unknown, f"cannot time {unknown}; take one of {', '.join(known)}")
     if args.output:
         require(args.output.suffix == ".json", f"--output must end in .json; it is {args.output}")
-        require(args.output.absolute().parent.is_dir(), f"no folder {args.output.parent}")
+        folder = args.output.absolute().parent
+        require(folder.is_dir(), f"no folder {folder} to write to")
+        require(os.access(folder, os.W_OK), f"cannot write to {folder}; give another --output")
         require(not args.output.exists(), f"{args.output} exists; give another --output")
     before = {"machine": {}, "times": {}}
     if args.baseline:

@@ -148,6 +148,24 @@ def test_bad_input_of_filming(make_run, tmp_path):
     assert_refused(evaluate, evaluate.Args(tmp_path, video=True), "film.gif exists")
 
 
+# Timing.
+
+
+def test_bad_input_of_timing(tmp_path):
+    (tmp_path / "old.json").write_text('{"machine": {}}')
+    for options, part in [
+        ({"rounds": 0}, "--rounds"),
+        ({"updates": 5}, "--updates must be a multiple of 6"),
+        ({"scripts": ("nothing",)}, "cannot time nothing"),
+        ({"output": tmp_path / "new.txt"}, "--output must end in .json"),
+        ({"output": tmp_path / "nowhere" / "new.json"}, "no folder"),
+        ({"output": tmp_path / "old.json"}, "exists"),
+        ({"baseline": tmp_path / "nothing.json"}, "no file"),
+        ({"baseline": tmp_path / "old.json"}, "is not what this script's --output writes"),
+    ]:
+        assert_refused(benchmark, benchmark.Args(**options), part)
+
+
 # Tables.
 
 
