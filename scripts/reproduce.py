@@ -353,6 +353,24 @@ def check_folder(job: Job) -> None:
 # Running it.
 
 
+def check_cluster(args: Args) -> None:
+    """Raises `InputError` where runs could not be submitted as `args` say."""
+    check_positive(args, "hours")
+    require(args.gpus >= 0, f"--gpus must not be negative; it is {args.gpus}")
+    wrong = ", ".join(option for option in args.slurm if "=" not in option)
+    require(not wrong, f"--slurm takes NAME=VALUE; it has {wrong}")
+    if args.cluster == "local":
+        message = "--gpus and --slurm are for the jobs of --cluster slurm"
+        require(not args.gpus and not args.slurm, message)
+    elif not args.dry_run:  # which submits nothing
+        try:
+            import_module("submitit")
+        except ImportError:
+            raise InputError("--cluster slurm needs submitit: pip install submitit") from None
+        advice = "run this on a machine of the cluster, or use --dry-run"
+        require(shutil.which("sbatch"), f"--cluster slurm finds no sbatch; {advice}")
+
+
 def ignore_usr2() -> None:
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
@@ -391,15 +409,8 @@ class SlurmJob:
 
 def run_on_slurm(jobs: list[Job], args: Args, options: list[str]) -> None:
     """Submits an array of jobs and waits for all; says how each ended."""
-    try:
-        import submitit
-    except ImportError:
-        raise InputError("--cluster slurm needs submitit: pip install submitit") from None
-    advice = "run this on a machine of the cluster, or use --dry-run"
-    require(shutil.which("sbatch"), f"--cluster slurm finds no sbatch; {advice}")
-    check_positive(args, "hours")
-    wrong = ", ".join(option for option in args.slurm if "=" not in option)
-    require(not wrong, f"--slurm takes NAME=VALUE; it has {wrong}")
+    import submitit
+
     if not jobs:
         return
     logs = args.folder / "slurm" / "%j"
@@ -627,6 +638,7 @@ def plot_curves(results: dict[Cell, list[dict]], path: Path, over: str) -> None:
 
 def main(args: Args) -> None:
     check_positive(args, "workers")
+    check_cluster(args)
     table = TABLES[args.table]
     seeds = table.seeds if args.seeds is None else args.seeds
     require(seeds > 0, f"--seeds must be above 0; it is {seeds}")

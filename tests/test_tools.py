@@ -307,6 +307,10 @@ def test_bad_input_of_tables(tmp_path):
         ({"tasks": ("ant-medium-po",), "algorithms": ("iql",)}, "table 4b has none"),
         ({"seeds": 0}, "--seeds"),
         ({"workers": 0}, "--workers"),
+        ({"hours": 0.0, "dry_run": True}, "--hours"),
+        ({"gpus": -1, "dry_run": True}, "--gpus"),
+        ({"slurm": ("gpu",), "dry_run": True}, "--slurm takes NAME=VALUE"),
+        ({"slurm": ("mem=4G",), "dry_run": True}, "for the jobs of --cluster slurm"),
     ]:
         assert_refused(reproduce, dataclasses.replace(args, **options), part)
 
@@ -380,7 +384,6 @@ def test_a_table_runs_on_slurm(stub, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "submitit", mock.Mock(AutoExecutor=FakeExecutor))
     assert_refused(reproduce, args, "finds no sbatch")
     monkeypatch.setattr(reproduce.shutil, "which", lambda name: f"/bin/{name}")
-    assert_refused(reproduce, dataclasses.replace(args, slurm=("gpu",)), "--slurm takes NAME=VALUE")
     assert_refused(reproduce, args, "1 of 2 runs failed")
     output = capsys.readouterr().out
     assert "seed 1: score 0.500" in output and "seed 2: error: no luck" in output
