@@ -422,8 +422,12 @@ def run_on_slurm(jobs: list[Job], args: Args, options: list[str]) -> None:
         gpus_per_node=args.gpus,
         slurm_additional_parameters=dict(option.split("=", 1) for option in args.slurm),
     )
-    with executor.batch():  # one array of jobs
-        submitted = [(executor.submit(SlurmJob(job, options)), job) for job in jobs]
+    try:
+        with executor.batch():  # one array of jobs
+            submitted = [(executor.submit(SlurmJob(job, options)), job) for job in jobs]
+    except submitit.core.utils.FailedJobError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"Slurm refuses these jobs ({reason}); change --slurm or --gpus") from None
     say(f"{len(jobs)} jobs, {submitted[0][0].job_id} and on; logs are in {logs.parent}")
     waiting = dict(submitted)
     try:

@@ -392,6 +392,19 @@ def test_a_table_runs_on_slurm(stub, tmp_path, monkeypatch, capsys):
     assert parameters["slurm_additional_parameters"] == {"partition": "gpu", "mem": "2G"}
 
 
+def test_jobs_that_slurm_refuses_are_one_line(tmp_path, monkeypatch):
+    class RefusingExecutor(FakeExecutor):
+        def submit(self, function):
+            raise OSError("sbatch: error: no such partition\nsbatch: error: failed")
+
+    submitit = mock.Mock(AutoExecutor=RefusingExecutor)
+    submitit.core.utils.FailedJobError = OSError
+    monkeypatch.setitem(sys.modules, "submitit", submitit)
+    monkeypatch.setattr(reproduce.shutil, "which", lambda name: f"/bin/{name}")
+    args = reproduce.Args("3", 1, folder=tmp_path, cluster="slurm", slurm=("partition=x",))
+    assert_refused(reproduce, args, "no such partition", "change --slurm")
+
+
 def test_a_slurm_job_that_is_told_to_stop_waits_for_its_end(stub, tmp_path, monkeypatch):
     """Ending by itself it would count as failed, and not be requeued."""
     stub("import sys\nsys.exit(128 + 15)\n")
