@@ -446,8 +446,12 @@ def run_on_slurm(jobs: list[Job], args: Args, options: list[str]) -> None:
 
 def load_result(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("script", "score", "steps", "seconds"):
+            result[name]
+        result["args"]["task"], result["args"]["seed"]
+        return result
+    except (ValueError, LookupError, TypeError):
         advice = f"delete it, and --resume {path.parent} writes it again"
         raise InputError(f"{path} is damaged; {advice}") from None
 

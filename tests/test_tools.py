@@ -172,6 +172,7 @@ def test_bad_input_of_timing(tmp_path):
 def made_up_result(score, seconds=2.0):
     curve = [{"step": 0, "seconds": 0.0, "score": 0.1}, {"step": 5, "seconds": 1.0, "score": 0.2}]
     result = {"score": score, "score_stderr": 0.1, "seconds": seconds, "steps": 10}
+    result |= {"script": "ibc", "args": {"task": "ant-medium-fo", "seed": 1}}
     return result | {"evaluations": curve, "dataset": {"mean_return": 4.0}}
 
 
@@ -244,10 +245,11 @@ def test_the_run_of_another_command_is_not_taken_for_this_one(options, message, 
     assert_refused(reproduce, args, message)
 
 
-def test_a_damaged_result_is_one_line(tmp_path):
+@pytest.mark.parametrize("text", ['{"score": 1', '{"score": 1}', "[]", '{"args": 1}'])
+def test_a_damaged_result_is_one_line(text, tmp_path):
     run_dir = tmp_path / "ant-medium-fo__ibc__1"
     made_up_run(run_dir, 1.0)
-    (run_dir / "result.json").write_text('{"score": 1')
+    (run_dir / "result.json").write_text(text)
     cell = {"tasks": ("ant-medium-fo",), "algorithms": ("ibc",)}
     args = reproduce.Args("4b", 1, **cell, folder=tmp_path, dry_run=True)
     assert_refused(reproduce, args, "result.json is damaged; delete it", "--resume")
