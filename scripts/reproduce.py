@@ -58,6 +58,7 @@ from matplotlib.patches import Patch
 from mamujoco_envs import PAPER_SCORES, InputError, all_tasks, available_cores, find_task, require
 from training_run import (
     REPOSITORY,
+    check_agents,
     check_positive,
     default_args,
     find_compiler,
@@ -348,6 +349,24 @@ def check_folder(job: Job) -> None:
     changed = other or changed_options(job.cell.algorithm, job.cell.task, rounded(saved))
     message = f"{job.run_dir} holds a run {other or f'with {changed}'}"
     require(not changed, f"{message}; move it away, or give another --folder")
+    check_task(job, run)
+
+
+def check_task(job: Job, run: dict) -> None:
+    """Raises `InputError` if a task of one's own has changed since a run of it.
+
+    What is noticed: who observes and drives what, and the returns that scores 0 and 1 stand for.
+    """
+    task, advice = find_task(job.cell.task), "move it away, or give another --folder"
+    if not task.file:
+        return
+    if (job.run_dir / "checkpoint.pt").is_file():
+        check_agents(load_checkpoint(job.run_dir), task, job.run_dir)
+    if "return" in run:  # it has finished
+        score = task.normalized_score(run["return"])
+        same = math.isclose(score, run["score"], rel_tol=1e-6, abs_tol=1e-6)
+        message = f"{job.run_dir} was scored by another random_return or expert_return"
+        require(same, f"{message} than {task.option} has now; {advice}")
 
 
 # Running it.

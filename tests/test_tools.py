@@ -257,6 +257,28 @@ def test_a_damaged_result_is_one_line(text, tmp_path):
         report.add_run(run_dir, tmp_path)
 
 
+def test_a_task_that_has_changed_since_its_run_is_noticed(tmp_path):
+    file, run_dir = tmp_path / "own.py", tmp_path / "runs" / "PAIR__ibc__1"
+    text = "from mamujoco_envs import Task, blocks\n"
+    text += 'PAIR = Task("Swimmer-v5", ((0, 1), (2, 3)), blocks(1, 1), 9, expert_return=4.0)\n'
+    file.write_text(text)
+    task = find_task(f"{file}:PAIR")
+    args = reproduce.default_options("ibc", task.option) | {"task": task.option, "seed": 1}
+    args = json.loads(json.dumps(args, default=str))
+    run_dir.mkdir(parents=True)
+    result = made_up_result(0.5) | {"return": 2.0, "args": args}
+    (run_dir / "result.json").write_text(json.dumps(result))
+    names = ("script", "step", "seconds", "evaluations", "inputs", "random_states", "state")
+    save(dict.fromkeys(names) | {"args": args, "split": task.split}, run_dir / "checkpoint.pt")
+    cell = {"tasks": (task.option,), "algorithms": ("ibc",)}
+    args = reproduce.Args("other", 1, **cell, folder=run_dir.parent, dry_run=True)
+    reproduce.main(args)
+    file.write_text(text.replace("4.0", "5.0"))
+    assert_refused(reproduce, args, "another random_return or expert_return", "move it away")
+    file.write_text(text.replace("(2, 3)", "(3, 2)"))
+    assert_refused(reproduce, args, "observe or drive other dimensions")
+
+
 def test_the_run_of_another_script_is_not_taken_for_this_one(tmp_path):
     """ITD3+BC and MATD3+BC have the same options."""
     made_up_run(tmp_path / "ant-medium-fo__matd3_bc__1", 1.0)
