@@ -453,7 +453,8 @@ def run_on_slurm(jobs: list[Job], args: Args, options: list[str]) -> None:
         while waiting:
             for ended in [job for job in waiting if job.done()]:
                 output = f"{ended.stdout() or ''}\n{ended.stderr() or ''}"
-                job, status = waiting.pop(ended), int(ended.exception() is not None)
+                job = waiting.pop(ended)
+                status = int(ended.exception() is not None)
                 report(job, StringIO(output), status, f"{len(waiting)} to go")
             time.sleep(1)
     except KeyboardInterrupt:
@@ -671,7 +672,8 @@ def main(args: Args) -> None:
     require(seeds > 0, f"--seeds must be above 0; it is {seeds}")
     args.tasks = tuple(dict.fromkeys(args.tasks))  # each once
     args.algorithms = tuple(dict.fromkeys(args.algorithms))
-    cells, started = table_cells(args), time.perf_counter()
+    cells = table_cells(args)
+    started = time.perf_counter()
     jobs = [
         Job(cell, seed, args.folder / f"{find_task(cell.task).name}__{cell.algorithm}__{seed}")
         for cell in cells
