@@ -445,12 +445,15 @@ def model_losses(model: LocalToGlobal, batch: Batch, mask_batch: Batch, reconstr
 
 
 def with_rare(rows, rare_rows):
-    """`rows` [member, batch], of which one in sixteen gives way to one of `rare_rows`, if any."""
+    """`rows` [member, batch], of which one in sixteen gives way to one of `rare_rows`, if any.
+
+    Fewer than sixteen stay as they are: rare rows would be too large a share of them.
+    """
     if len(rare_rows) == 0:
         return rows
     rows = rows.clone()
-    picks = torch.randint(len(rare_rows), rows[:, ::16].shape, device=rows.device)
-    rows[:, ::16] = rare_rows[picks]
+    replaced = rows[:, : rows.shape[1] // 16 * 16 : 16]
+    replaced.copy_(rare_rows[torch.randint(len(rare_rows), replaced.shape, device=rows.device)])
     return rows
 
 

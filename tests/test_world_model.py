@@ -392,6 +392,12 @@ def test_one_row_in_sixteen_is_rare():
     assert ((mixed > 0).sum(dim=1) == 4).all()
 
 
+@pytest.mark.parametrize("size, rare", [(1, 0), (15, 0), (16, 1), (17, 1), (33, 2)])
+def test_no_more_than_one_row_in_sixteen_is_rare(size, rare):
+    mixed = world_model.with_rare(torch.zeros(3, size, dtype=torch.long), torch.tensor([5]))
+    assert ((mixed > 0).sum(dim=1) == rare).all()
+
+
 def test_an_output_named_as_json_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"name it \*\.pt"):
         world_model.train(Args(output=tmp_path / "model.json"))
