@@ -749,8 +749,9 @@ def make_model(path, dataset, args, run):
 
 def check(args):
     """Ends with one clear line if an argument makes no sense."""
-    check_positive(args, "total_steps", "eval_every", "eval_episodes", "transitions", "epochs")
+    check_positive(args, "total_steps", "eval_every", "eval_episodes", "epochs")
     check_positive(args, "rollout_length", "minibatch_size", "learning_rate", "max_grad_norm")
+    check_range(args, 2, 1e9, "transitions")  # a single advantage has no deviation
     check_range(args, 0, 1e9, "lambda_r", "lambda_g", "lambda_a", "cloning_steps", "clip")
     check_range(args, 0, 1e9, "critic_coefficient", "entropy_coefficient", "action_penalty")
     check_range(args, 0, 0.999999, "gamma")

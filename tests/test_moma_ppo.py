@@ -355,6 +355,13 @@ def test_an_aleatoric_penalty_needs_variances():
         check(Args(ground_truth=True, penalty="aleatoric"))
 
 
+def test_advantages_need_two_transitions_to_be_standardised():
+    with pytest.raises(InputError, match="--transitions must be from 2 to 1000000000; it is 1"):
+        check(Args(transitions=1, rollout_length=1, minibatch_size=1))
+    check(Args(transitions=2, rollout_length=1, minibatch_size=1))
+    check(Args(transitions=2, rollout_length=2, minibatch_size=1))
+
+
 def test_a_world_model_of_another_dataset_or_none_is_one_line(saved, tmp_path):
     saved["dataset"]["name"] = "ant-expert"
     with pytest.raises(InputError, match="of ant-expert, not of reacher-expert-mix; make one with"):
