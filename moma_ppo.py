@@ -26,7 +26,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributions import Independent, Normal, OneHotCategorical
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
 
 import coordination_game
 from data.offline_dataset import load_dataset
@@ -47,6 +46,7 @@ from training_run import (
     compiled,
     load_world_model,
     main,
+    progress,
     say,
 )
 
@@ -685,12 +685,11 @@ def cloning_and_value_loss(team, batch, returns):
 
 def clone(team, dataset, args, reward_scale):
     """Deviation 6. Clones the data's behaviour, and regresses values onto the data's returns."""
-    say("behavioural cloning")
     returns = reward_scale * dataset.discounted_returns(args.gamma)
     optimizer = torch.optim.Adam(team.parameters(), lr=1e-3, fused=True)
     schedule = LambdaLR(optimizer, lambda step: 1 - step / args.cloning_steps)
     loss_function = compiled(cloning_and_value_loss, args, dataset.device)
-    for _ in tqdm(range(args.cloning_steps), disable=None):
+    for _ in progress(args.cloning_steps, "behavioural cloning"):
         rows = dataset.sample_rows(args.minibatch_size)
         batch = dataset.batch(rows, with_histories=bool(team.memory))
         optimizer.zero_grad()

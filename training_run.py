@@ -382,6 +382,17 @@ def say(text: str) -> None:
         sys.stdout = open(os.devnull, "w")
 
 
+def progress(total: int, work: str) -> Iterator[int]:
+    """Yields 0, 1, ...; a terminal shows a bar, redirected output a line every half minute."""
+    interactive, last_said = sys.stderr.isatty(), -math.inf
+    for step in tqdm(range(total), work, unit="step", disable=not interactive):
+        now = time.perf_counter()
+        if not interactive and now - last_said > 30:
+            say(f"{work}: step {step} of {total}")
+            last_said = now
+        yield step
+
+
 class Run:
     """One training run: its folder, which no other process can use meanwhile, and its progress."""
 

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -438,6 +439,15 @@ def test_output_without_a_reader_does_not_end_training(args, environment):
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("\n") == 1 and "Traceback" not in finished.stderr
     assert (args.run_dir / "result.json").exists()
+
+
+def test_long_work_says_every_half_minute_how_far_it_is(monkeypatch, capsys):
+    seconds = itertools.count(step=10)
+    clock = SimpleNamespace(perf_counter=lambda: next(seconds))
+    monkeypatch.setattr(training_run, "time", clock)
+    assert list(training_run.progress(10, "cloning")) == list(range(10))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"cloning: step {step} of 10" for step in (0, 4, 8)]
 
 
 def test_a_terminal_of_ascii_characters(args, monkeypatch):
