@@ -50,7 +50,7 @@ class Args:
     run_dir: Path | None = None
     """run folder; by default runs/TASK__itd3_bc__SEED__TIME"""
     resume: Path | None = None
-    """run folder to resume; only --device and --total-steps may be given with it"""
+    """run folder to resume; takes only --device, --total-steps and, if FILE has moved, --task"""
     compile: bool = False
     """use the fastest form of the loss on this device: torch.compile, CUDA graphs on a GPU"""
     dataset: Path | None = None

@@ -45,6 +45,13 @@ def test_the_same_option_has_the_same_type_everywhere():
     assert not {name: found for name, found in types.items() if len(found) > 1}
 
 
+def test_resuming_is_explained_alike_everywhere():
+    field = "    resume: Path | None = None\n"
+    texts = [path.read_text() for path in SCRIPTS]
+    helps = {text.split(field)[1].split("\n")[0] for text in texts if field in text}
+    assert len(helps) == 1, helps
+
+
 def test_scripts_import_only_helpers_of_the_project():
     for path in SCRIPTS:
         own = {name for name in imports_of(path) if name.split(".")[0] in PROJECT}
