@@ -95,8 +95,8 @@ class Args:
     lambda_g: float | None = None
     """weight of eps_g; by default the value calibrated with the world model"""
     lambda_a: float = 1.0
-    """weight of eps_a, the aleatoric uncertainty in variances of the data, which has no upper limit
-    (MOPO); only with --penalty aleatoric"""
+    """weight of eps_a, the aleatoric uncertainty (MOPO) in units of the data's variance, which has
+    no upper limit; only with --penalty aleatoric"""
     max_uncertainty: float | None = None
     """l_eps: a rollout ends when eps_g reaches it, and eps_r and eps_g count at most this much in
     the penalty; by default calibrated, inf means never"""
@@ -279,7 +279,8 @@ class Team(nn.Module):
         memory_dim = 128 if self.memory else 0
         in_dims = [memory_dim + width for width in task.obs_dims]
         outputs = task.action_dim * (1 if task.discrete else 2)
-        self.policy, self.value = MLP(in_dims, [256, 256], outputs), MLP(in_dims, [256, 256], 1)
+        self.policy = MLP(in_dims, [256, 256], outputs)
+        self.value = MLP(in_dims, [256, 256], 1)
         self.mixer = MLP([task.state_dim], [256, 256], task.num_agents + 1)
         # Deviation 5. At first the networks ignore the history embedding, which is noise.
         for network in (self.policy, self.value):
@@ -387,19 +388,19 @@ class WorldModel:
     def transition(self, states, actions, generator):
         """`step`, at the heading of the data."""
         means, stds = self.predict(states, actions)
-        m, count, device = self.model, len(states), states.device
+        scale, device = self.model["scale"], states.device
 
         # eps_g = ||cov||_F over members = ||X X^T||_F / (N - 1) for centred predictions X.
-        centred = ((means - means.mean(0)) / m["scale"]).transpose(0, 1)
+        centred = ((means - means.mean(0)) / scale).transpose(0, 1)
         gram = centred @ centred.transpose(1, 2)  # [batch, member, member]
         epsilon_g = gram.square().sum((1, 2)).sqrt() / (self.members - 1)
 
         # eps_a = max over members of ||diag(sigma^2)||_F (MOPO).
-        epsilon_a = (stds / m["scale"]).pow(4).sum(-1).sqrt().amax(0)
+        epsilon_a = (stds / scale).pow(4).sum(-1).sqrt().amax(0)
 
         # A random member gives each next state, all members the reward (Deviations 11 and 12).
-        member = torch.randint(self.members, (count,), device=device, generator=generator)
-        row = torch.arange(count, device=device)
+        member = torch.randint(self.members, states.shape[:1], device=device, generator=generator)
+        row = torch.arange(len(states), device=device)
         next_states, rewards = means[member, row, :-1], means[..., -1]
         if self.next_states == "sample":
             noise = torch.randn(states.shape, device=device, generator=generator)
@@ -426,13 +427,17 @@ class LocalToGlobalModel(WorldModel):
         x = (states - m["state_mean"]) / m["state_std"]
         actions = (actions.clamp(-1, 1) - m["action_mean"]) / m["action_std"]
         context = self.network("context", x[None], F.silu)
+
+        # Each agent's network predicts its observation's change, from its own pair and the context.
         pairs = torch.cat([actions, self.task.observe(x)], dim=-1).transpose(0, 1)
         inputs = torch.cat([context.expand(len(pairs), -1, -1), pairs], dim=-1)
         local = self.network("local_decoder", self.network("local_encoder", inputs, F.silu), F.silu)
         changes = local[..., : max(self.task.obs_dims)].transpose(0, 1).flatten(1)[None]
-        seen = torch.cat([changes, context], dim=-1)
+
+        # One decoder reads both encodings: of all agents' changes, and of the joint action.
+        deduced = torch.cat([changes, context], dim=-1)
+        deduced = self.network("deductive_encoder", deduced, F.silu)
         joint = torch.cat([x, actions.flatten(1)], dim=-1)[None]
-        deduced = self.network("deductive_encoder", seen, F.silu)
         direct = self.network("auxiliary_encoder", joint, F.silu)
         both = torch.cat([deduced, direct], dim=1)
         both = self.network("deductive_decoder", both, F.silu)[0, :, : self.task.state_dim + 1]
@@ -574,8 +579,9 @@ def rollout_step(team, model, dataset, args, states, histories, age):
 def generate_rollouts(step_function, team, model, dataset, args):
     """Algorithm 1, "generate synthetic data": rollouts, at most --transitions steps in all."""
     count = args.transitions // args.rollout_length
+    states, histories = new_rollouts(team, dataset, args, count)
     age = torch.zeros(count, device=dataset.device)  # steps since a rollout began
-    carry = *new_rollouts(team, dataset, args, count), age
+    carry = states, histories, age
     transitions, reports = [], []
     for _ in range(args.rollout_length):
         transition, report, carry = step_function(team, model, dataset, args, *carry)
@@ -583,7 +589,8 @@ def generate_rollouts(step_function, team, model, dataset, args):
         reports.append(report)
     rollouts = Rollouts(*[None if x[0] is None else torch.stack(x) for x in zip(*transitions)])
     rollouts.time_out_masks[-1] = 0  # those that began on the way are cut here, too
-    return rollouts, {name: sum(r[name] for r in reports) / len(reports) for name in reports[0]}
+    means = {name: sum(report[name] for report in reports) / len(reports) for name in reports[0]}
+    return rollouts, means
 
 
 def generalized_advantages(rewards, values, next_values, masks, time_out_masks, gamma, gae_lambda):
@@ -676,7 +683,7 @@ def ppo_loss(team, batch, args):
 
 
 def cloning_and_value_loss(team, batch, returns):
-    """Behavioural-cloning loss plus value regression onto the data's returns."""
+    """Behavioural-cloning loss plus squared error of the value against the data's returns."""
     inputs = team.inputs(batch.observations, batch.histories)
     value_error = team.team_value(inputs, batch.states) - returns
     log_probs = team.distribution(inputs).log_prob(batch.actions)
@@ -684,7 +691,7 @@ def cloning_and_value_loss(team, batch, returns):
 
 
 def clone(team, dataset, args, reward_scale):
-    """Deviation 6. Clones the data's behaviour, and regresses values onto the data's returns."""
+    """Clones the data's behaviour, and fits values to the data's returns (Deviation 6)."""
     returns = reward_scale * dataset.discounted_returns(args.gamma)
     optimizer = torch.optim.Adam(team.parameters(), lr=1e-3, fused=True)
     schedule = LambdaLR(optimizer, lambda step: 1 - step / args.cloning_steps)
@@ -707,7 +714,7 @@ def clone(team, dataset, args, reward_scale):
 def surrogate_gain(team, batch):
     """How much an update raised the surrogate objective, E[(ratio - 1) A].
 
-    On rollouts that were held out it shows how much of the update is not overfitting.
+    On held-out rollouts, this is the part of the gain that is not overfitting.
     """
     distribution = team.distribution(team.inputs(batch.observations, batch.histories))
     ratio = (distribution.log_prob(batch.actions) - batch.log_probs).clamp(max=10).exp()
@@ -715,7 +722,7 @@ def surrogate_gain(team, batch):
 
 
 def find_world_model(args, task):
-    """Its file, or None where the true simulator or a model of the run's own takes its place."""
+    """The model's file; None if the true simulator or a model trained in this run replaces it."""
     if args.ground_truth or (task.columns and not args.world_model):
         return None
     path = args.world_model or task.world_model_path
@@ -728,7 +735,7 @@ def find_world_model(args, task):
 
 
 def make_model(path, dataset, args, run):
-    """The world model at `path`, or what takes its place, to roll out in."""
+    """What rollouts run in: the world model at `path`, or what replaces it."""
     task = dataset.task
     if args.ground_truth:
         message = f"--ground-truth needs a simulator of {task.name} that starts anywhere"
@@ -774,7 +781,8 @@ def train(args: Args) -> dict:
         path = find_world_model(args, task)  # before minutes of recording a missing dataset
         dataset = load_dataset(task, args.dataset, device)
         model = make_model(path, dataset, args, run)
-        if args.lambda_g is None:  # Deviation 8. Both are calibrated with the world model.
+        # Deviation 8. Both are calibrated with the world model.
+        if args.lambda_g is None:
             args = replace(args, lambda_g=model.lambda_g)
         if args.max_uncertainty is None:
             args = replace(args, max_uncertainty=model.max_uncertainty)
@@ -789,7 +797,7 @@ def train(args: Args) -> dict:
         inputs = {"dataset": dataset.description, "world_model": model.description}
         run.restore(inputs, team=team, optimizer=optimizer, schedule=schedule)
 
-        # Deviation 7. The data's values are about 1 in size: clipping lets them move by only 0.2.
+        # Deviation 7. Clipping lets a value move by only 0.2, so values should be about 1 in size.
         reward_scale = (1 - args.gamma) / max(float(dataset.rewards.abs().mean()), 1e-3)
         if args.cloning_steps and not team.cloned:
             clone(team, dataset, args, reward_scale)

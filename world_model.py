@@ -313,7 +313,7 @@ def held_out_errors(ensemble, dataset: OfflineDataset, rows, scale) -> dict:
 
 
 def disturb(task: Task, actions, behavior, generator):
-    """Actions [batch, agent, action] of the data as they are, perturbed, or uniformly random."""
+    """The data's actions [batch, agent, action] as they are, perturbed, or uniformly random."""
     if behavior == "on_data":
         return actions
     if task.discrete:  # perturbed: three in ten are random
@@ -335,14 +335,14 @@ def shuffled(rows):
 
 
 def open_loop_length(dataset: OfflineDataset, rows) -> int:
-    """Ten steps, or what is left of the longest episode from `rows` on where that is shorter."""
+    """Ten steps, or fewer if no episode goes on for that long from any of `rows`."""
     last = dataset.last_rows[torch.searchsorted(dataset.last_rows, rows)]
     return min(OPEN_LOOP_STEPS, 1 + int((last - rows).max()))
 
 
 def open_loop_starts(dataset: OfflineDataset, rows, start_states="any"):
-    """Those of `rows` from which an episode lasts for at least ten steps, or for as many as the
-    longest has, shuffled; with "first" only its first row."""
+    """Those of `rows` from which the episode lasts ten steps, or as many as the longest does,
+    shuffled; with "first" only first rows of episodes."""
     last = rows + open_loop_length(dataset, rows) - 1
     rows, last = rows[last < dataset.size], last[last < dataset.size]
     rows = rows[dataset.episode_starts[rows] == dataset.episode_starts[last]]
@@ -378,7 +378,7 @@ def open_loop(ensemble, dataset: OfflineDataset, rows, scale, behavior) -> dict:
 
         if task.continues_from_states:
             truth = simulator.step(actions.numpy())
-        else:  # the data go on from `rows`, with these actions
+        else:  # these are the data's own actions, so the data say what follows
             row = rows + t
             truth = dataset.next_states[row], dataset.rewards[row], dataset.masks[row] == 0
         true_states, true_rewards, terminals = (torch.as_tensor(x, device="cpu") for x in truth)
@@ -445,7 +445,8 @@ def calibrate(record: dict, scale) -> dict:
 
 def export(ensemble, args: Args, dataset: OfflineDataset, record: dict, scale, seconds) -> dict:
     """What inference needs: the elites' layers, normaliser, bounding box and calibration."""
-    best, networks = ensemble.select(record["elites"]), {}
+    best = ensemble.select(record["elites"])
+    networks = {}
     for name in ("state", "reward", "mask"):
         layers = [layer for layer in getattr(best, name) if isinstance(layer, BatchedLinear)]
         networks[name] = [(layer.weight.data, layer.bias.data) for layer in layers]
@@ -509,9 +510,11 @@ def train(args: Args) -> dict:
         scale = torch.cat([dataset.states, dataset.rewards[:, None]], dim=1).std(0)
         scale = torch.where(scale < 1e-6, 1, scale)
 
-        networks = ensemble.state, ensemble.reward, ensemble.mask
-        groups = [{"params": network.parameters()} for network in networks]
-        groups[1]["weight_decay"] = args.reward_weight_decay
+        groups = [
+            {"params": ensemble.state.parameters()},
+            {"params": ensemble.reward.parameters(), "weight_decay": args.reward_weight_decay},
+            {"params": ensemble.mask.parameters()},
+        ]
         optimizer = torch.optim.AdamW(groups, args.learning_rate, weight_decay=0.0, fused=True)
 
         def rate(step):
