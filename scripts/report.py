@@ -386,7 +386,7 @@ def draw_curves(cells, folder: Path) -> None:
             for variant in variants
         }
         if table != "local-to-global" and any(
-            runs and cell.algorithm != "moma_ppo" for cell, runs in shown.items()
+            runs and cell.algorithm not in ("moma_ppo", "maiql") for cell, runs in shown.items()
         ):
             plot_curves(shown, folder / f"curves-{table}.png", "steps")
 

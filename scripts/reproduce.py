@@ -10,6 +10,7 @@
     python scripts/reproduce.py --table figure-8   # penalty and cuts, Figure 8
     python scripts/reproduce.py --table figure-4   # epistemic or aleatoric penalty, Figure 4
     python scripts/reproduce.py --table figure-9   # rollout length, Figure 9
+    python scripts/reproduce.py --table finetuning # MAIQL before and after online fine-tuning
     python scripts/reproduce.py --table local-to-global    # LOGO-style and its variants
     python scripts/reproduce.py --table 4b --tasks ant-medium-fo --algorithms ibc moma_ppo --seeds 1
     python scripts/reproduce.py --table other --tasks halfcheetah-2x3-medium-fo --algorithms ibc
@@ -104,9 +105,10 @@ VARIANTS = {
 ALGORITHMS |= {
     name: ALGORITHMS[name.partition("-")[0]] + options for name, options in VARIANTS.items()
 }
-# The rows of Table 5 and of the figures, and where they are compared.
+# The rows of Table 5, of the figures and of comparisons of ours, and where they are compared.
 ABLATIONS = {
     "5": ("moma_ppo", "moma_ppo-ground-truth"),
+    "finetuning": ("maiql", "maiql_ft"),
     "figure-4": ("moma_ppo", "moma_ppo-aleatoric", "moma_ppo-aleatoric-no-cuts"),
     "figure-8": ("moma_ppo", "moma_ppo-no-penalty", "moma_ppo-no-cuts", "moma_ppo-neither"),
     "figure-9": tuple(f"moma_ppo-k{k}" for k in (5, 10, 25, 50)),
@@ -147,7 +149,7 @@ FREE = ("task", "seed", "device", "run_dir", "resume", "compile")
 @dataclass
 class Args:
     table: Literal[
-        "3", "4a", "4b", "5", "figure-4", "figure-8", "figure-9",
+        "3", "4a", "4b", "5", "finetuning", "figure-4", "figure-8", "figure-9",
         "scaling", "continuous", "climbing", "local-to-global", "other",
     ] = "3"  # fmt: skip
     """table of the paper, or one of the last five, which go beyond it; "other" is any tasks"""
