@@ -197,7 +197,8 @@ class Task:
         for field, value in derived.items():
             object.__setattr__(self, field, value)
         message = f"an agent of {self.name or 'the task'} observes dimension {widest - 1}"
-        require(widest <= self.state_dim, f"{message} of a state of {self.state_dim}")
+        known = f"the state has dimensions 0 to {self.state_dim - 1}"
+        require(widest <= self.state_dim, f"{message}; {known}")
 
     @property
     def environment_name(self) -> str:
@@ -326,10 +327,9 @@ def check_split(task: Task) -> None:
 
 def check_reference(task: Task) -> None:
     """Raises `InputError` unless returns can be scored between those of scores 0 and 1."""
-    difference = task.expert_return - task.random_return
-    name = task.name or "the task"
-    message = f"'random_return' and 'expert_return' of {name} must be two numbers"
-    require(np.isfinite(difference) and difference, message)
+    low, high = task.random_return, task.expert_return
+    message = f"'random_return' of {task.name or 'the task'} must be below 'expert_return'"
+    require(low < high and np.isfinite(high - low), f"{message}; they are {low} and {high}")
 
 
 # The state: 0 cos(theta1), 1 cos(theta2), 2 sin(theta1), 3 sin(theta2), 4-5 target, 6-7 angular
@@ -518,7 +518,8 @@ def own_task(file: str, name: str) -> Task:
     The file is run once a name, and again when it has changed, as it may while a notebook runs.
     """
     path = Path(file).resolve()
-    require(path.is_file(), f"no file {file} of the task {name}; if it has moved, give --task")
+    message = f"no file {path} of the task {name}; give --task with the path of the file"
+    require(path.is_file(), message)
     option = f"{path}:{name}"
     key = option, path.read_bytes()
     if key not in OWN_TASKS:
@@ -841,8 +842,8 @@ class Simulator:
 def check_widths(task: Task, state_dim: int, actuators: int) -> None:
     """Raises `InputError` unless a task has its environment's states and actions."""
     name, environment = task.name or "the task", task.environment_name
-    message = f"{name} has states of {task.state_dim}; those of {environment} have {state_dim}"
-    require(task.state_dim == state_dim, message)
+    message = f"states of {name} have {task.state_dim} dimensions"
+    require(task.state_dim == state_dim, f"{message}; those of {environment} have {state_dim}")
     driven = task.num_agents * task.action_dim
     message = f"agents of {name} drive {driven} actions; {environment} has {actuators}"
     require(driven == actuators, message)

@@ -26,6 +26,7 @@ from mamujoco_envs import (
     HISTORY_LENGTH,
     InputError,
     Task,
+    all_tasks,
     append_to_histories,
     require,
 )
@@ -248,10 +249,8 @@ def load_dataset(task: Task, path: Path | None = None, device="cpu") -> OfflineD
 
 def read_columns(task: Task, path: Path) -> tuple[dict[str, np.ndarray], str]:
     """The columns of an HDF5 file in D4RL's layout, checked against the task, and their source."""
-    advice = "give one with --dataset, or name it in the task, with its suffix"
-    if not task.file:
-        advice = f"leave out --dataset to use {task.name}'s own"
-    require(path.is_file(), f"no dataset at {path}; {advice}")
+    if not path.is_file():
+        raise InputError(f"no dataset at {path}; {advice_on_missing(task, path)}")
     try:
         with h5py.File(path, locking=False) as file:
             source = str(file.attrs.get("source", path.name))
@@ -269,6 +268,16 @@ def read_columns(task: Task, path: Path) -> tuple[dict[str, np.ndarray], str]:
     columns["rewards"] += alive_bonus * columns["terminals"]
     check_columns(task, path, columns)
     return columns, source
+
+
+def advice_on_missing(task: Task, path: Path) -> str:
+    """What to do where there is no dataset at `path`."""
+    if not task.file:
+        return f"leave out --dataset to use {task.name}'s own"
+    shipped = {known.dataset: known.recorder for known in all_tasks().values()}
+    if shipped.get(task.dataset) and path == dataset_path(task):
+        return f'recorder="{shipped[task.dataset]}" in the task records it'
+    return "give one with --dataset, or name it in the task, with its suffix"
 
 
 def read_column(task: Task, path: Path, file: h5py.File, name: str) -> np.ndarray:
@@ -412,9 +421,9 @@ def check_environment(task: Task, path: Path, recorded: str) -> np.float32:
         other = differs and recorded.replace("-v4", "-v5") == known
         require(not other, f"{path} was recorded in {recorded}, not in {known}, which differs")
         return np.float32(0)
-    why = OTHER_IN_V5.get(recorded, "which is another environment")
+    why = f": {OTHER_IN_V5[recorded]}" if recorded in OTHER_IN_V5 else ""
     same = recorded in SAME_IN_V5 and recorded.removesuffix("-v5") == known.removesuffix("-v4")
-    require(same, f"{path} was recorded in {recorded}, not in {known}: {why}")
+    require(same, f"{path} was recorded in {recorded}, not in {known}{why}")
     return np.float32(SAME_IN_V5[recorded])
 
 

@@ -145,13 +145,17 @@ def test_defaults_are_those_of_the_environment_or_of_one_like_it(folder):
 
 
 BAD_TASKS = {
-    "missing file": (None, "no file"),
+    "missing file": (None, "give --task with the path of the file"),
     "missing name": ("NOTHING = 1", "holds no Task called MINE; it has none"),
     "a mistake": ("import nothing_at_all", "fails in line 3: ModuleNotFoundError"),
     "a negative index": ("MINE = Task('', ((0, -1), (1,)), ((0,), (1,)), 5)", "from 0 on; not -1"),
     "one return for two scores": (
         "MINE = Task('', A, ((0,), (1,)), 5, expert_return=0.0)",
-        "must be two numbers",
+        "must be below 'expert_return'; they are 0.0 and 0.0",
+    ),
+    "only one of two returns": (
+        "MINE = Task('', A, ((0,), (1,)), 5, random_return=7.5)",
+        "must be below 'expert_return'; they are 7.5 and 1.0",
     ),
     "an action twice": ("MINE = Task('', A, ((0,), (0,)), 5)", "must drive each action once"),
     "uneven": ("MINE = Task('', A, ((0, 1), (2,)), 5)", "different numbers of actions"),
@@ -159,7 +163,7 @@ BAD_TASKS = {
     "nobody": ("MINE = Task('', (), (), 5)", "needs agents"),
     "beyond the state": (
         "MINE = Task('', A, ((0,), (1,)), 5, state_dim=2)",
-        "observes dimension 2",
+        "observes dimension 2; the state has dimensions 0 to 1",
     ),
     "blind": ("MINE = Task('', ((0,), ()), ((0,), (1,)), 5)", "must observe and drive at least"),
     "no whole number": (
@@ -189,6 +193,18 @@ def test_a_bad_task_is_one_line(text, part, tmp_path):
 def test_a_task_without_its_name_is_one_line(name):
     message = f"'{name}' is no task; one of your own is FILE.py:NAME"
     assert_refused(lambda: find_task(name), message)
+
+
+def test_a_missing_dataset_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.offline_dataset.FOLDER", tmp_path)
+    names = {"ANT": ("ant-medium", 'recorder="data.collect_mujoco" in the task records it')}
+    names["LOG"] = ("log.hdf5", "give one with --dataset")
+    lines = [f"{key} = Task('', A, A, 5, dataset='{name}')" for key, (name, _) in names.items()]
+    lines = ["from mamujoco_envs import Task", "A = (0,), (1,)", *lines]
+    (tmp_path / "own.py").write_text("\n".join(lines))
+    for key, (_, advice) in names.items():
+        task = find_task(f"{tmp_path}/own.py:{key}")
+        assert_refused(lambda task=task: load_dataset(task), "no dataset at", advice)
 
 
 def test_a_changed_file_is_read_again(tmp_path):
@@ -222,8 +238,8 @@ def test_environments_that_do_not_fit_are_one_line():
     assert_refused(lambda: Simulator(body, 1), "drive 4 actions; HalfCheetah-v4 has 6")
     assert_refused(lambda: parallel_env(body), "drive 4 actions; HalfCheetah-v4 has 6")
     wide = Task(HalfCheetah, (range(17),) * 2, blocks(3, 3), 5, name="wide", state_dim=20)
-    assert_refused(lambda: Simulator(wide, 1), "states of 20; those of HalfCheetah-v4 have 17")
-    assert_refused(lambda: parallel_env(wide), "states of 20; those of HalfCheetah-v4 have 17")
+    assert_refused(lambda: Simulator(wide, 1), "have 20 dimensions", "HalfCheetah-v4 have 17")
+    assert_refused(lambda: parallel_env(wide), "have 20 dimensions", "HalfCheetah-v4 have 17")
 
 
 # Simulators.
@@ -502,7 +518,7 @@ def test_minari_datasets_load_row_for_row(minari, columns, tmp_path, monkeypatch
     assert_same_rows(dataset, load_dataset(task, path))
     assert dataset.description["source"] == "Minari's cheetah/made-up-v0"
     assert_refused(lambda: load_dataset(task, "minari:other"), "cannot load other (ValueError: no")
-    for recorded, part in {"Walker2d-v5": "friction", "Pusher-v5": "another environment"}.items():
+    for recorded, part in {"Walker2d-v5": "friction", "Pusher-v5": "not in HalfCheetah-v4"}.items():
         minari.environment = recorded
         assert_refused(lambda: load_dataset(task, "minari:cheetah/made-up-v0"), recorded, part)
     minari.environment = "HalfCheetah-v5"
