@@ -808,9 +808,9 @@ class Simulator:
         rewards = self.environment.reward(before, joint, self.moment)
         terminals = self.environment.terminal(self.moment)
         one_each = joint.shape[:1]  # [copy]
-        for method, figures in {"reward": rewards, "terminal": terminals}.items():
-            message = f"'{method}' of {self.task.environment_name} must be one figure a copy"
-            shape = np.shape(figures)
+        for method, values in {"reward": rewards, "terminal": terminals}.items():
+            message = f"'{method}' of {self.task.environment_name} must be one number per copy"
+            shape = np.shape(values)
             require(shape == one_each, f"{message}, {one_each}; it is {shape}")
         return self.states, rewards, terminals
 

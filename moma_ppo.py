@@ -91,12 +91,12 @@ class Args:
     penalty: Literal["epistemic", "aleatoric", "none"] = "epistemic"
     """uncertainty penalty subtracted from the reward (Figures 4 and 8)"""
     lambda_r: float = 0.05
-    """weight of eps_r, the ensemble's variance of the reward"""
+    """weight of eps_r, the ensemble's variance of the reward; with --penalty epistemic"""
     lambda_g: float | None = None
-    """weight of eps_g; by default the value calibrated with the world model"""
+    """weight of eps_g, with --penalty epistemic; by default calibrated with the world model"""
     lambda_a: float = 1.0
     """weight of eps_a, the aleatoric uncertainty (MOPO) in units of the data's variance, which has
-    no upper limit; only with --penalty aleatoric"""
+    no upper limit; with --penalty aleatoric"""
     max_uncertainty: float | None = None
     """l_eps: a rollout ends when eps_g reaches it, and eps_r and eps_g count at most this much in
     the penalty; by default calibrated, inf means never"""

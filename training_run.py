@@ -135,11 +135,11 @@ def resumed_args(args_type: type, run_dir: Path, words: list[str]):
     flags = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
     checkpoint = load_checkpoint(run_dir)
     saved, started_by = checkpoint["args"], checkpoint["script"]
-    free = {"--resume", "--device", "--total-steps"}
+    free = ["--device", "--total-steps"]
     if ":" in saved["task"]:  # FILE:NAME, whose file may have moved
-        free.add("--task")
-    others = ", ".join(sorted(flags - free))
-    require(not others, f"--resume goes with --device and --total-steps only, not with {others}")
+        free.append("--task")
+    others = ", ".join(sorted(flags - {"--resume", *free}))
+    require(not others, f"--resume goes with {', '.join(free)} only, not with {others}")
     script = Path(sys.modules[args_type.__module__].__file__).stem
     require(started_by == script, f"{run_dir} is a run of {started_by}.py, not of {script}.py")
     fields = {field.name: field.type for field in dataclasses.fields(args_type)}
@@ -343,7 +343,7 @@ def check_agents(checkpoint: dict, task, run_dir: Path) -> None:
     """Raises `InputError` if a task of one's own has other agents than when a run of it started."""
     same = checkpoint.get("split", task.split) == task.split  # older checkpoints do not say
     message = f"agents of {task.option} observe or drive other dimensions than when {run_dir}"
-    require(same, f"{message} started; put the old ones back")
+    require(same, f"{message} started; put the old ones back, or start another run")
 
 
 def load_team(run_dir: Path, task: str | None = None, checkpoint: dict | None = None):

@@ -136,7 +136,7 @@ def plot_returns(dataset: OfflineDataset, path: Path) -> None:
     axes.hist(returns, bins=min(50, max(5, len(returns) // 5)))
     axes.axvline(returns.mean(), color="black", linestyle="--", label=f"mean {returns.mean():.4g}")
     axes.set(xlabel="return of an episode", ylabel="episodes", title=dataset.task.name)
-    axes.legend()
+    axes.legend(loc="upper left")
     figure.savefig(path, dpi=120)
 
 

@@ -184,7 +184,10 @@ class OfflineDataset:
         held_out[order[: max(1, episodes // 10)]] = True
         lengths = (self.last_rows - self.first_rows + 1).cpu().numpy()
         held_out = torch.as_tensor(np.repeat(held_out, lengths), device=self.device)
-        return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+        training_rows, held_out_rows = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+        message = "the dataset has a single transition to learn from; record more"
+        require(len(training_rows) > 1, message)
+        return training_rows, held_out_rows
 
 
 def episode_ends(columns: dict[str, np.ndarray]) -> np.ndarray:
@@ -294,7 +297,9 @@ def read_column(task: Task, path: Path, file: h5py.File, name: str) -> np.ndarra
     parts = find_parts(task, path, file, name)
     if task.discrete and name == "actions":
         found = sum(int(np.prod(part.shape[1:])) for part in parts)
-        message = f"'{name}' in {path} has one figure an agent; {task.name} needs one-hot vectors, "
+        message = (
+            f"'{name}' in {path} has one number per agent; {task.name} needs one-hot vectors, "
+        )
         message += f"such as np.eye({task.action_dim})[actions].reshape({size}, {joint_dim})"
         require(found != task.num_agents, message)
     if task.layout and name in task.layout:
@@ -342,13 +347,13 @@ def join_parts(task: Task, path: Path, parts: list[h5py.Dataset], shape: tuple) 
 def as_column(values: np.ndarray, name: str, path: Path) -> np.ndarray:
     """Values as float32, or bool for flags; raises `InputError` with the first bad row."""
     if name in ("terminals", "timeouts"):
-        check_rows(
-            values, (values == 0) | (values == 1), name, path, "is a flag other than 0 and 1"
-        )
+        is_flag = (values == 0) | (values == 1)
+        check_rows(values, is_flag, name, path, "is a flag other than 0 and 1")
         return values.astype(bool)
     with np.errstate(over="ignore"):
         values = values.astype(np.float32)
-    check_rows(values, np.isfinite(values), name, path, "is not finite as a 32-bit float")
+    fault, advice = "is not finite in 32 bits", "leave its episode out"
+    check_rows(values, np.isfinite(values), name, path, fault, advice)
     return values
 
 
@@ -421,17 +426,19 @@ def check_environment(task: Task, path: Path, recorded: str) -> np.float32:
         other = differs and recorded.replace("-v4", "-v5") == known
         require(not other, f"{path} was recorded in {recorded}, not in {known}, which differs")
         return np.float32(0)
-    why = f": {OTHER_IN_V5[recorded]}" if recorded in OTHER_IN_V5 else ""
-    same = recorded in SAME_IN_V5 and recorded.removesuffix("-v5") == known.removesuffix("-v4")
+    same_body = recorded.removesuffix("-v5") == known.removesuffix("-v4")
+    why = f": {OTHER_IN_V5[recorded]}" if same_body and recorded in OTHER_IN_V5 else ""
+    same = same_body and recorded in SAME_IN_V5
     require(same, f"{path} was recorded in {recorded}, not in {known}{why}")
     return np.float32(SAME_IN_V5[recorded])
 
 
-def check_rows(values: np.ndarray, good: np.ndarray, name: str, path: Path, fault: str) -> None:
+def check_rows(values, good, name: str, path: Path, fault: str, advice: str = "") -> None:
     """Raises `InputError` with the first row of `values` that is not `good`."""
     if not good.all():
         index = tuple(np.argwhere(~good)[0])
-        raise InputError(f"row {index[0]} of '{name}' in {path} {fault}: {values[index]}")
+        message = f"row {index[0]} of '{name}' in {path} {fault}: {values[index]}"
+        raise InputError(f"{message}; {advice}" if advice else message)
 
 
 def check_columns(task: Task, path: Path, columns: dict[str, np.ndarray]) -> None:
@@ -439,8 +446,8 @@ def check_columns(task: Task, path: Path, columns: dict[str, np.ndarray]) -> Non
     size, actions = len(columns["observations"]), columns["actions"]
     require(size > 1, f"{path} has {size} transitions; record or download more")
     if not task.discrete:
-        fault = "is outside [-1, 1]; rescale the actions"
-        check_rows(actions, np.abs(actions) <= 1.001, "actions", path, fault)
+        within = np.abs(actions) <= 1.001
+        check_rows(actions, within, "actions", path, "is outside [-1, 1]", "rescale the actions")
     else:
         options = task.split_actions(torch.as_tensor(actions)).numpy()
         one_hot = (options.max(-1) == 1) & (np.abs(options).sum(-1) == 1)
@@ -450,7 +457,9 @@ def check_columns(task: Task, path: Path, columns: dict[str, np.ndarray]) -> Non
     lengths = np.diff(np.concatenate([[-1], last]))
     if lengths.max() > task.episode_length:
         row = int(last[lengths.argmax()])
-        limit = f"{task.name}'s have at most {task.episode_length}: flag its 'timeouts'"
-        raise InputError(
-            f"the episode that ends at row {row} of {path} has {lengths.max()} steps; {limit}"
-        )
+        message = f"the episode that ends at row {row} of {path} has {lengths.max()} steps"
+        limit = f"{task.name}'s have at most {task.episode_length}"
+        advice = "flag every episode's end in 'timeouts'"
+        if task.file:
+            advice += ", or raise the task's episode_length"
+        raise InputError(f"{message}; {limit}: {advice}")

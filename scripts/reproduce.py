@@ -410,9 +410,10 @@ class SlurmJob:
             command, env=os.environ | JOB_ENVIRONMENT, preexec_fn=ignore_usr2
         )
         status = self.process.wait()
-        if status == 128 + signal.SIGTERM:
-            # Slurm has told the run to stop, and it has saved. Now Slurm ends this process, too; if
-            # it ended by itself, it would count as failed and not as requeued.
+        if status in (128 + signal.SIGTERM, -signal.SIGTERM):
+            # Slurm has told the run to stop, and it has saved, unless it had hardly begun. Now
+            # Slurm ends this process, too; if it ended by itself, it would count as failed and not
+            # as requeued.
             time.sleep(3600)
         if status:
             raise subprocess.CalledProcessError(status, command)
@@ -473,6 +474,8 @@ def load_result(path: Path) -> dict:
             result[name]
         result["args"]["task"], result["args"]["seed"]
         return result
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); change its mode") from None
     except (ValueError, LookupError, TypeError):
         advice = f"delete it, and --resume {path.parent} writes it again"
         raise InputError(f"{path} is damaged; {advice}") from None

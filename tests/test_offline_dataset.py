@@ -166,6 +166,14 @@ def test_held_out_data_are_whole_episodes_and_always_the_same(path):
         assert torch.equal(again, first)
 
 
+def test_one_transition_is_too_few_to_learn_from(tmp_path, columns):
+    two = {name: column[:2].copy() for name, column in columns.items()}
+    two["terminals"][:] = True  # two episodes, one of which is held out
+    dataset = load_dataset(REACHER, write_dataset(tmp_path / "two.hdf5", two))
+    with pytest.raises(InputError, match="a single transition to learn from; record more"):
+        dataset.split()
+
+
 def test_a_tenth_of_the_episodes_is_held_out():
     dataset = load_dataset(GAME)
     train, held_out = dataset.split()
@@ -295,7 +303,7 @@ def test_an_option_that_is_not_one_hot_is_named(tmp_path):
     assert_refused(task, write_dataset(tmp_path / "bad.hdf5", columns), "row 7", "not one-hot")
     columns["actions"] = np.tile([0, 1], (rows, 1))
     path = write_dataset(tmp_path / "numbers.hdf5", columns)
-    assert_refused(task, path, "one figure an agent", "np.eye(2)[actions].reshape(100, 4)")
+    assert_refused(task, path, "one number per agent", "np.eye(2)[actions].reshape(100, 4)")
 
 
 def test_a_dataset_of_another_task_is_refused(path):

@@ -292,7 +292,7 @@ def test_a_reward_that_mixes_up_copies_is_noticed():
     task = find_task("halfcheetah-2x3-medium-fo")
     mixed, column = (dataclasses.replace(task, environment=wrong) for wrong in (Mixed, Column))
     assert largest_difference(mixed, 5)["rewards"] > 0
-    assert_refused(lambda: largest_difference(column, 5), "one figure a copy", "(2, 1)")
+    assert_refused(lambda: largest_difference(column, 5), "one number per copy", "(2, 1)")
 
 
 @pytest.mark.parametrize(
@@ -518,9 +518,9 @@ def test_minari_datasets_load_row_for_row(minari, columns, tmp_path, monkeypatch
     assert_same_rows(dataset, load_dataset(task, path))
     assert dataset.description["source"] == "Minari's cheetah/made-up-v0"
     assert_refused(lambda: load_dataset(task, "minari:other"), "cannot load other (ValueError: no")
-    for recorded, part in {"Walker2d-v5": "friction", "Pusher-v5": "not in HalfCheetah-v4"}.items():
+    for recorded in ("Walker2d-v5", "Pusher-v5"):
         minari.environment = recorded
-        assert_refused(lambda: load_dataset(task, "minari:cheetah/made-up-v0"), recorded, part)
+        assert_refused(lambda: load_dataset(task, "minari:cheetah/made-up-v0"), recorded, "not in")
     minari.environment = "HalfCheetah-v5"
     hopper = find_task("hopper-3x1-medium-po")
     assert_refused(lambda: load_dataset(hopper, "minari:cheetah/made-up-v0"), "not in Hopper-v4")
