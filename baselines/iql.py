@@ -86,7 +86,7 @@ class Args:
 
 DEFAULTS = {
     None: Args(),
-    "Ant-v4": Args(eval_episodes=10),
+    "Ant-v4": Args(total_steps=40_000, eval_every=4000, eval_episodes=10),
     "coordination": Args(total_steps=500, eval_every=100, gamma=0.5),
 }
 
