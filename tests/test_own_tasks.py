@@ -60,6 +60,7 @@ PAIR = Task(Cheetah, ALL, blocks(3, 3), episode_length=12, dataset="cheetah.hdf5
 SWIMMERS = Task("Swimmer-v5", (tuple(range(8)), (0, 1, 3)), blocks(1, 1), 12, dataset="swim.hdf5")
 LOGGED = Task("", ALL, blocks(3, 3), episode_length=12, dataset="cheetah.hdf5")
 UNSEEN = Task("", ALL, blocks(3, 3), episode_length=12, dataset="unseen.hdf5")
+FEW = Task("HalfCheetah-v4", ALL, blocks(2, 2), episode_length=12, dataset="cheetah.hdf5")
 """
 TINY_MODEL = ["--hidden", 16, "--reward-hidden", 16, "--mask-hidden", 16, "--batch-size", 32]
 TINY_MODEL += ["--total-steps", 4, "--eval-every", 4]
@@ -226,6 +227,11 @@ def test_a_replaced_environment_has_its_own_simulator():
     assert newer.has_environment and not newer.continues_from_states
     given = dataclasses.replace(shipped, simulator=GymnasiumSimulator)
     assert given.simulator is GymnasiumSimulator
+
+
+def test_agents_that_do_not_fit_are_told_before_data_are_read(run_own):
+    status, _, _ = run_own("baselines/ibc.py", "FEW")
+    assert_one_line(status, "agents of FEW drive 4 actions; HalfCheetah-v4 has 6")
 
 
 def test_environments_that_do_not_fit_are_one_line():
