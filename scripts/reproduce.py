@@ -711,6 +711,8 @@ def main(args: Args) -> None:
     except OSError as error:
         message = f"cannot use {args.folder} ({error.strerror}); give another --folder"
         raise InputError(message) from None
+    writable = os.access(args.folder, os.W_OK)
+    require(writable, f"cannot write to {args.folder}; give another --folder")
     for later in (False, True):
         now = [job for job in unfinished if needs_another_run(job.cell.algorithm) == later]
         for job in [job for job in now if missing_model(job)]:

@@ -323,6 +323,12 @@ def test_the_cells_of_the_tables_are_those_with_a_figure():
             assert beyond or cell.task in mamujoco_envs.PAPER_SCORES[algorithm]
 
 
+def test_a_folder_that_cannot_be_written_to_is_told_before_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce.os, "access", lambda path, mode: False)
+    args = reproduce.Args("4b", 1, tasks=("ant-medium-fo",), algorithms=("ibc",), folder=tmp_path)
+    assert_refused(reproduce, args, "cannot write to")
+
+
 def test_bad_input_of_tables(tmp_path):
     args = reproduce.Args("4b", folder=tmp_path)
     for options, part in [
