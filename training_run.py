@@ -75,9 +75,9 @@ class Selection:
 
 
 def default_args(defaults: dict, task: str):
-    """The `Args` of a task: those of its dataset, its environment, or one like it."""
+    """The `Args` of a task: those of its environment, or of one like it."""
     found = find_task(task)
-    keys = (found.dataset, found.environment_name, found.defaults, None)
+    keys = (found.environment_name, found.defaults, None)
     known = next(key for key in keys if key in defaults)
     return dataclasses.replace(defaults[known], task=task)
 
@@ -85,7 +85,7 @@ def default_args(defaults: dict, task: str):
 def main(train: Callable, defaults: dict) -> None:
     """Runs `train` on the command line's arguments; bad input ends with one clear line.
 
-    `defaults` maps a dataset or an environment to its `Args`; None stands for all others.
+    `defaults` maps an environment to its `Args`; None stands for all others.
     """
     args = None
     try:
@@ -139,7 +139,7 @@ def resumed_args(args_type: type, run_dir: Path, words: list[str]):
     if ":" in saved["task"]:  # FILE:NAME, whose file may have moved
         free.append("--task")
     others = ", ".join(sorted(flags - {"--resume", *free}))
-    require(not others, f"--resume goes with {', '.join(free)} only, not with {others}")
+    require(not others, f"--resume goes with {' and '.join(free)} only, not with {others}")
     script = Path(sys.modules[args_type.__module__].__file__).stem
     require(started_by == script, f"{run_dir} is a run of {started_by}.py, not of {script}.py")
     fields = {field.name: field.type for field in dataclasses.fields(args_type)}
