@@ -406,8 +406,8 @@ class Run:
         self.log_every = log_every
         self.algorithm = script  # as PAPER_SCORES names it
         self.task = find_task(args.task)
-        is_own = self.task.file or not self.task.continues_from_states
-        if hasattr(args, "eval_episodes") and is_own:
+        is_shipped = self.task.continues_from_states and not self.task.file
+        if hasattr(args, "eval_episodes") and not is_shipped:
             self.task.simulator(self.task, 1)  # what it lacks is said before any long work
         self.checkpoint = load_checkpoint(args.resume) if args.resume else None
         self.step, self.seconds, self.evaluations = 0, 0.0, []

@@ -452,7 +452,8 @@ def with_rare(rows, rare_rows):
     if len(rare_rows) == 0:
         return rows
     rows = rows.clone()
-    replaced = rows[:, : rows.shape[1] // 16 * 16 : 16]
+    sixteens = rows.shape[1] // 16
+    replaced = rows[:, : 16 * sixteens : 16]
     replaced.copy_(rare_rows[torch.randint(len(rare_rows), replaced.shape, device=rows.device)])
     return rows
 

@@ -470,15 +470,15 @@ def run_on_slurm(jobs: list[Job], args: Args, options: list[str]) -> None:
 def load_result(path: Path) -> dict:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        for name in ("script", "score", "steps", "seconds"):
-            result[name]
-        result["args"]["task"], result["args"]["seed"]
-        return result
+        has_results = {"script", "score", "steps", "seconds"} <= result.keys()
+        is_whole = has_results and {"task", "seed"} <= result["args"].keys()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); change its mode") from None
-    except (ValueError, LookupError, TypeError):
-        advice = f"delete it, and --resume {path.parent} writes it again"
-        raise InputError(f"{path} is damaged; {advice}") from None
+    except (ValueError, LookupError, AttributeError):
+        is_whole = False
+    advice = f"delete it, and --resume {path.parent} writes it again"
+    require(is_whole, f"{path} is damaged; {advice}")
+    return result
 
 
 def read_result(job: Job) -> dict | None:
