@@ -243,6 +243,8 @@ def print_times(times: dict[str, dict], before: dict[str, dict]) -> None:
 def main(args: Args) -> None:
     check_positive(args, "rounds", "updates")
     require(args.updates % 6 == 0, f"--updates must be a multiple of 6; it is {args.updates}")
+    for name in ("tasks", "scripts", "modes"):
+        require(getattr(args, name), f"--{name} needs at least one name; leave it out for all")
     for names, known in ((args.scripts, SCRIPTS), (args.modes, MODES)):
         unknown = ", ".join(name for name in names if name not in known)
         require(not unknown, f"cannot time {unknown}; take one of {', '.join(known)}")

@@ -105,6 +105,14 @@ def write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def read_table(path: Path) -> dict[str, dict]:
+    """The runs of one file of docs/results/."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise InputError(f"{path} is damaged; get it back with: git restore {path}") from None
+
+
 def add_run(run_dir: Path, folder: Path = RESULTS) -> None:
     """Adds a run to its table's file, in the place of an older one of its task and seed."""
     path = run_dir / "result.json"
@@ -120,7 +128,7 @@ def add_run(run_dir: Path, folder: Path = RESULTS) -> None:
     columns = KEPT_OF_GAMES if is_game else KEPT
     name = "table-games" if is_game else FILES[task.split("-")[0]]
     table = folder / f"{'table-ablations' if algorithm in VARIANTS else name}.json"
-    runs = json.loads(table.read_text(encoding="utf-8")) if table.is_file() else {}
+    runs = read_table(table) if table.is_file() else {}
     result = load_result(path)
     result["args"].pop("run_dir", None)  # a place on somebody's machine
     if result["args"].get("world_model"):  # of another run: without the place where it is
@@ -141,7 +149,7 @@ def read_runs(folder: Path = RESULTS) -> dict[tuple[str, str], list[dict]]:
     """All runs that are kept and have today's defaults, by algorithm and task."""
     cells = {}
     for path in sorted(folder.glob("table-*.json")):
-        for run in json.loads(path.read_text(encoding="utf-8")).values():
+        for run in read_table(path).values():
             if not changed_options(run["algorithm"], run["task"], run.get("args", {})):
                 cells.setdefault((run["algorithm"], run["task"]), []).append(run)
     return cells

@@ -156,6 +156,7 @@ def test_bad_input_of_timing(tmp_path):
     for options, part in [
         ({"rounds": 0}, "--rounds"),
         ({"updates": 5}, "--updates must be a multiple of 6"),
+        ({"scripts": ()}, "--scripts needs at least one name"),
         ({"scripts": ("nothing",)}, "cannot time nothing"),
         ({"output": tmp_path / "new.txt"}, "--output must end in .json"),
         ({"output": tmp_path / "nowhere" / "new.json"}, "no folder"),
@@ -550,6 +551,9 @@ def test_tables_are_of_runs_with_todays_defaults(tmp_path):
     assert not report.read_runs(tmp_path)
     with pytest.raises(InputError, match="must be named TASK__ALGORITHM__SEED"):
         report.add_run(run_dir.rename(tmp_path / "ant-medium-fo__moma_ppo__7__2026"), tmp_path)
+    (tmp_path / "table-4b.json").write_text(text[:-9])
+    with pytest.raises(InputError, match="table-4b.json is damaged; get it back with: git restore"):
+        report.read_runs(tmp_path)
 
 
 def test_intervals_are_those_of_the_seeds():
