@@ -95,19 +95,19 @@ class Args:
     lambda_g: float | None = None
     """weight of eps_g, with --penalty epistemic; by default calibrated with the world model"""
     lambda_a: float = 1.0
-    """weight of eps_a, the aleatoric uncertainty (MOPO) in units of the data's variance, which has
-    no upper limit; with --penalty aleatoric"""
+    """with --penalty aleatoric: weight of eps_a, the aleatoric uncertainty (MOPO), in units of the
+    data's variance; l_eps does not limit it"""
     max_uncertainty: float | None = None
     """l_eps: a rollout ends when eps_g reaches it, and eps_r and eps_g count at most this much in
     the penalty; by default calibrated, inf means never"""
     cloning_steps: int = 0
     """gradient steps of behavioural cloning before the first learning step (the paper: 0)"""
     transitions: int = 2000
-    """transitions per learning step, of which nine tenths are trained on (Deviation 16)"""
+    """transitions per learning step; a tenth of their rollouts is held out (Deviation 16)"""
     epochs: int = 2
     """passes over these transitions (the paper: 5)"""
     minibatch_size: int = 256
-    """transitions per gradient step; a smaller remainder of an epoch is left out"""
+    """transitions per gradient step, also of cloning; a smaller rest of an epoch is left out"""
     learning_rate: float = 1e-3
     """Adam; decays linearly to zero (the paper: 5e-5, memory 1e-4, constant)"""
     gamma: float = 0.97
@@ -568,11 +568,11 @@ def rollout_step(team, model, dataset, args, states, histories, age):
     # never change (Deviation 3).
     ended = time_out | (step.masks == 0)
     new_states, new_histories = new_rollouts(team, dataset, args, len(states))
-    next_states = torch.where(ended[:, None], new_states, step.next_states)
+    states = torch.where(ended[:, None], new_states, step.next_states)
     if team.memory:
         histories = append_to_histories(histories, observations, actions)
         histories = torch.where(ended[:, None, None, None], new_histories, histories)
-    return transition, report, (next_states, histories, torch.where(ended, 0, age))
+    return transition, report, (states, histories, torch.where(ended, 0, age))
 
 
 @torch.no_grad()
@@ -596,7 +596,8 @@ def generate_rollouts(step_function, team, model, dataset, args):
 def generalized_advantages(rewards, values, next_values, masks, time_out_masks, gamma, gae_lambda):
     """Returns and advantages [time, column] (Appendix A.1).
 
-    A terminal (mask 0) stops the bootstrap, a time-out does not.
+    Returns are discounted sums of rewards up to a bootstrapped value, not lambda-returns: lambda
+    counts in the advantages alone. A terminal (mask 0) stops the bootstrap, a time-out does not.
     """
     returns, advantages = torch.empty_like(rewards), torch.empty_like(rewards)
     running_return, running_advantage = next_values[-1], torch.zeros_like(rewards[0])
@@ -797,7 +798,7 @@ def train(args: Args) -> dict:
         inputs = {"dataset": dataset.description, "world_model": model.description}
         run.restore(inputs, team=team, optimizer=optimizer, schedule=schedule)
 
-        # Deviation 7. Clipping lets a value move by only 0.2, so values should be about 1 in size.
+        # Deviation 7. The critic's clip range is in units of the value, which should be about 1.
         reward_scale = (1 - args.gamma) / max(float(dataset.rewards.abs().mean()), 1e-3)
         if args.cloning_steps and not team.cloned:
             clone(team, dataset, args, reward_scale)

@@ -96,7 +96,8 @@ class Args:
 
 DEFAULTS = {
     None: Args(),
-    # Deviation 3. Members differ only on an episode's first steps, where Reacher's experts act.
+    # Learning rate and beta: Deviation 3. Reacher's experts act, and members disagree, only in an
+    # episode's first steps.
     "Reacher-v4": Args(learning_rate=1e-3, beta=0.0, start_states="first"),
     "Ant-v4": Args(total_steps=27_000, eval_every=3000),
     "coordination": Args(
@@ -438,7 +439,7 @@ def calibrate(record: dict, scale) -> dict:
     """lambda_g and l_eps by one rule for every dataset, from q, eps_g's 0.99 quantile on data.
 
     Deviation 8 of docs/moma_ppo.md. lambda_g makes the penalty one standard deviation of the reward
-    at q; l_eps is 10 q, where a rollout is cut: members disagree there as they never do on data.
+    at q; l_eps is 10 q, where a rollout is cut: members hardly ever disagree like that on data.
     """
     quantile = max(record["on_data/epsilon_g_0.99"], 1e-6)
     return {"lambda_g": float(scale[-1]) / quantile, "l_epsilon": 10 * quantile}
