@@ -26,6 +26,7 @@ import os
 import shlex
 import sys
 import traceback
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -115,6 +116,10 @@ class Symmetry(NamedTuple):
         return answer._replace(next_states=next_states, rewards=rewards)
 
 
+# The columns of a dataset in D4RL's layout.
+COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
+
+
 @dataclass(frozen=True)
 class Task:
     """One environment, one dataset, and what each agent observes and drives.
@@ -155,8 +160,8 @@ class Task:
     model_errors: Callable | None = None
     """`model_errors(predict, states)`: diagnostics of a world model, particular to this task"""
     layout: dict[str, str | tuple[str, ...]] | None = None
-    """the file's own names for D4RL's columns; where a column has several, they are concatenated,
-    such as the agents' observations into the state"""
+    """the file's own names for D4RL's columns (COLUMNS); where a column has several, they are
+    concatenated, such as the agents' observations into the state"""
     columns: Callable | None = None
     """`columns(task)`: the dataset itself, where it is generated in memory"""
     discrete: bool = False
@@ -181,6 +186,7 @@ class Task:
         require(isinstance(self.environment, (str, type)), message)
         check_split(self)
         check_reference(self)
+        check_layout(self)
         widest = 1 + max(index for seen in self.observed for index in seen)
         entropy_target = self.entropy_target
         if entropy_target is None:
@@ -230,13 +236,20 @@ class Task:
 
     @property
     def own_dataset(self) -> Path | None:
-        """The dataset beside the file that defines the task, if the task names one."""
-        is_file = self.file and Path(self.dataset).suffix
-        return Path(self.file).parent / self.dataset if is_file else None
+        """The dataset beside the file that defines the task, or Minari's, if the task names one."""
+        if not self.file:
+            return None
+        if self.dataset.startswith("minari:"):
+            return Path(self.dataset)
+        path = Path(self.file).parent / self.dataset
+        return path if path.suffix or (path / "data").is_dir() else None
 
     @property
     def world_model_path(self) -> Path:
-        """The shipped world model, or the file beside an own dataset, with the suffix .pt."""
+        """The shipped world model, or a file beside an own dataset (of Minari's: beside the task's
+        file), with its name and the suffix .pt."""
+        if self.dataset.startswith("minari:") and self.file:
+            return Path(self.file).parent / f"{self.own_dataset.name}.pt"
         if self.own_dataset:
             return self.own_dataset.with_suffix(".pt")
         return Path(__file__).resolve().parent / "data" / "weights" / f"{self.dataset}.pt"
@@ -269,6 +282,11 @@ class Task:
     def split(self) -> dict:
         """Who observes and drives what, by which files of other agents are told apart."""
         return {"observed": self.observed, "driven": self.driven}
+
+    @property
+    def scale(self) -> tuple[float, float, int]:
+        """What turns returns into scores, and how long episodes are."""
+        return self.random_return, self.expert_return, self.episode_length
 
     @property
     def partially_observable(self) -> bool:
@@ -330,6 +348,17 @@ def check_reference(task: Task) -> None:
     low, high = task.random_return, task.expert_return
     message = f"'random_return' of {task.name or 'the task'} must be below 'expert_return'"
     require(low < high and np.isfinite(high - low), f"{message}; they are {low} and {high}")
+
+
+def check_layout(task: Task) -> None:
+    """Raises `InputError` unless the layout gives names of its own to D4RL's columns."""
+    name, layout = task.name or "the task", task.layout or {}
+    require(isinstance(layout, dict), f"layout of {name} must be a dict from D4RL's columns")
+    unknown = ", ".join(column for column in layout if column not in COLUMNS)
+    message = f"layout of {name} has {unknown}; D4RL's columns are {', '.join(COLUMNS)}"
+    require(not unknown, message)
+    empty = ", ".join(column for column, names in layout.items() if not names)
+    require(not empty, f"layout of {name} has no name for {empty}")
 
 
 # The state: 0 cos(theta1), 1 cos(theta2), 2 sin(theta1), 3 sin(theta2), 4-5 target, 6-7 angular
@@ -509,39 +538,46 @@ def find_task(name: str) -> Task:
     return tasks[name]
 
 
-OWN_TASKS: dict[tuple, Task] = {}
+OWN_TASKS: dict[tuple, dict[str, Task]] = {}
 
 
 def own_task(file: str, name: str) -> Task:
     """The `Task` that the variable `name` of a Python file holds.
 
-    The file is run once a name, and again when it has changed, as it may while a notebook runs.
+    The file is run once, and again when it has changed, as it may while a notebook runs.
     """
     path = Path(file).resolve()
     message = f"no file {path} of the task {name}; give --task with the path of the file"
     require(path.is_file(), message)
-    option = f"{path}:{name}"
-    key = option, path.read_bytes()
+    key = path, path.read_bytes()
     if key not in OWN_TASKS:
-        spec = importlib.util.spec_from_file_location(f"own_task_{path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # where dataclasses look for the module that they are in
-        sys.path.append(str(path.parent))  # for what the file imports from beside it
-        try:
-            spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-            place = f" in line {lines[-1]}" if lines else ""
-            kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-            reason = " ".join(f"{kind}{error}".split())
-            raise InputError(f"{file} fails{place}: {reason}") from None
-        tasks = {key: value for key, value in vars(module).items() if isinstance(value, Task)}
-        message = f"{file} holds no Task called {name}; it has {', '.join(tasks) or 'none'}"
-        require(name in tasks, message)
-        own = tasks[name].name or name
-        OWN_TASKS[key] = replace(tasks[name], name=own, file=option)
-    return OWN_TASKS[key]
+        OWN_TASKS[key] = tasks_of(path)
+    tasks = OWN_TASKS[key]
+    known = ", ".join(tasks) or "none"
+    require(name in tasks, f"{file} holds no Task called {name}; it has {known}")
+    return tasks[name]
+
+
+def tasks_of(path: Path) -> dict[str, Task]:
+    """Runs a Python file; returns the tasks that its variables hold, by their names."""
+    spec = importlib.util.spec_from_file_location(f"own_task_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for the module that they are in
+    sys.path.append(str(path.parent))  # for what the file imports from beside it
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        place = f" in line {lines[-1]}" if lines else ""
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        reason = " ".join(f"{kind}{error}".split())
+        raise InputError(f"{path} fails{place}: {reason}") from None
+    return {
+        name: replace(task, name=task.name or name, file=f"{path}:{name}")
+        for name, task in vars(module).items()
+        if isinstance(task, Task)
+    }
 
 
 # Simulators.
@@ -858,6 +894,7 @@ class GymnasiumSimulator:
     def __init__(self, task: Task, num_envs: int):
         self.task = task
         self.copies = SyncVectorEnv([lambda: make_environment(task)] * num_envs)
+        weakref.finalize(self, self.copies.close)  # they may hold files or processes
 
     def reset(self, generators: list) -> np.ndarray:
         """States [B, state] of the episodes that the generators' seeds start in gymnasium."""

@@ -727,8 +727,10 @@ def find_world_model(args, task):
     if args.ground_truth or (task.columns and not args.world_model):
         return None
     path = args.world_model or task.world_model_path
-    data = ("--dataset", args.dataset) if args.dataset else ()
-    command = command_line("world_model.py", "--task", task.option, *data, "--output", path)
+    data, output = (), path
+    if args.dataset and not args.world_model:  # data that are not the task's own
+        data, output = ("--dataset", args.dataset), f"{task.name}.pt"
+    command = command_line("world_model.py", "--task", task.option, *data, "--output", output)
     advice = f"name one with --world-model, or make it with: {command}"
     advice = "put it back" if args.resume else advice
     require(path.is_file(), f"no world model at {path}; {advice}")
@@ -752,6 +754,16 @@ def make_model(path, dataset, args, run):
     if not same and (args.dataset or task.own_dataset):
         say(f"note: {path} was trained on other data than these")
     return model
+
+
+def compare_lengths(args, task):
+    """Says where rollouts do not suit the episodes of a task of one's own."""
+    rollout, episode = args.rollout_length, task.episode_length
+    if task.file and rollout > episode:
+        say(f"note: rollouts have {rollout} steps, episodes {episode}; give --rollout-length")
+    if task.file and rollout < episode and args.start_states == "first":
+        message = f"rollouts from first states never see what follows step {rollout} of {episode}"
+        say(f"note: {message}; give --start-states any, or the task defaults='Ant-v4'")
 
 
 def check(args):
@@ -782,6 +794,7 @@ def train(args: Args) -> dict:
         path = find_world_model(args, task)  # before minutes of recording a missing dataset
         dataset = load_dataset(task, args.dataset, device)
         model = make_model(path, dataset, args, run)
+        compare_lengths(args, task)
         # Deviation 8. Both are calibrated with the world model.
         if args.lambda_g is None:
             args = replace(args, lambda_g=model.lambda_g)

@@ -346,6 +346,13 @@ def check_agents(checkpoint: dict, task, run_dir: Path) -> None:
     require(same, f"{message} started; put the old ones back, or start another run")
 
 
+def check_scale(checkpoint: dict, task, run_dir: Path) -> None:
+    """Raises `InputError` if a task of one's own is scored otherwise than when a run started."""
+    same = checkpoint.get("scale", task.scale) == task.scale  # older checkpoints do not say
+    message = f"returns or episode_length of {task.option} are not what they were when {run_dir}"
+    require(same, f"{message} started; put the old ones back, or start another run")
+
+
 def load_team(run_dir: Path, task: str | None = None, checkpoint: dict | None = None):
     """The trained team of any script's run, on the CPU; `team.task` is its task.
 
@@ -409,6 +416,9 @@ class Run:
         is_shipped = self.task.continues_from_states and not self.task.file
         if hasattr(args, "eval_episodes") and not is_shipped:
             self.task.simulator(self.task, 1)  # what it lacks is said before any long work
+            message = f"{self.task.name} has no environment, so its data are those beside the model"
+            has_environment = self.task.has_environment or not args.dataset
+            require(has_environment, f"{message}; name them in the task, not with --dataset")
         self.checkpoint = load_checkpoint(args.resume) if args.resume else None
         self.step, self.seconds, self.evaluations = 0, 0.0, []
         self.tracked, self.inputs, self.sums, self.counts = {}, {}, {}, {}
@@ -509,12 +519,16 @@ class Run:
         `inputs` describes dataset and world model, whose "sha256" must be as when the run started.
         """
         if hasattr(self.args, "eval_episodes") and not self.task.has_environment:
-            model = self.task.world_model_path.read_bytes()
-            inputs = inputs | {"evaluation_model": {"sha256": hashlib.sha256(model).hexdigest()}}
+            path = self.task.world_model_path
+            model = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+            inputs = inputs | {"evaluation_model": model}
+            if load(path)["dataset"]["sha256"] != inputs["dataset"]["sha256"]:
+                say(f"note: {path}, in which teams are scored, was trained on other data")
         self.inputs, self.tracked = inputs, tracked
         resumed = self.checkpoint is not None
         if resumed:
             check_agents(self.checkpoint, self.task, self.dir)
+            check_scale(self.checkpoint, self.task, self.dir)
             for name, description in inputs.items():
                 before = self.checkpoint["inputs"].get(name, description)["sha256"]
                 name = name.replace("_", " ")
@@ -565,6 +579,7 @@ class Run:
             "script": self.script,
             "algorithm": self.algorithm,
             "split": self.task.split,
+            "scale": self.task.scale,
             "args": args | {"resume": None},
             "step": self.step,
             "seconds": self.seconds,

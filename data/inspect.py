@@ -24,8 +24,8 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from data.offline_dataset import COLUMNS, OfflineDataset, episode_ends, load_dataset
-from mamujoco_envs import InputError, Task, all_tasks, blocks, find_task, require
+from data.offline_dataset import OfflineDataset, episode_ends, load_dataset
+from mamujoco_envs import COLUMNS, InputError, Task, all_tasks, blocks, find_task, require
 
 
 @dataclass
@@ -63,6 +63,8 @@ def stand_in(path: Path, shapes: dict[str, tuple]) -> Task:
     """A task with the widths of the file and one agent, for files whose task is not given."""
     missing = ", ".join(name for name in COLUMNS if name not in shapes)
     advice = "name your columns in a Task's layout and give it with --task"
+    if missing == "timeouts":
+        advice = "give a task of your own with --task, whose files need none"
     require(not missing, f"{path} has no {missing}, so it is not in D4RL's layout; {advice}")
     two_axes = len(shapes["observations"]) == len(shapes["actions"]) == 2
     require(two_axes, f"'observations' and 'actions' in {path} must be [rows, width]; {advice}")
@@ -115,6 +117,9 @@ def find_faults(dataset: OfflineDataset) -> list[str]:
     absorbing = (dataset.masks[dataset.last_rows] == 0).numpy()
     if absorbing.sum() > 1 and (lengths[absorbing] == lengths.max()).all():
         faults.append("all terminals come at the longest episodes' ends: are they time-outs?")
+    if len(lengths) > 1 and np.median(lengths) == 1 and dataset.task.episode_length > 1:
+        faults.append("most episodes have one row: are rows shuffled, or those of several copies")
+        faults[-1] += " by turns? Write one episode after the other"
     if len(lengths) == 1:
         faults.append("there is one episode, and a world model needs some to be held out")
     elif len(lengths) < 10:

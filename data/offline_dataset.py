@@ -22,6 +22,7 @@ import torch
 
 from mamujoco_envs import (
     ACTION_LIMIT,
+    COLUMNS,
     ENVIRONMENTS,
     HISTORY_LENGTH,
     InputError,
@@ -34,7 +35,6 @@ from mamujoco_envs import (
 FOLDER = Path(__file__).resolve().parent
 WEIGHTS = FOLDER / "weights"  # the small files that ship
 SPLIT_SEED = 12345  # the paper's release splits by one fixed permutation, too
-COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 
 # gymnasium's v5 environments whose states and dynamics are those of v4, and how their rewards
 # differ: v4's hopper earns 1 for being alive even as it falls.
@@ -256,8 +256,8 @@ def read_columns(task: Task, path: Path) -> tuple[dict[str, np.ndarray], str]:
         raise InputError(f"no dataset at {path}; {advice_on_missing(task, path)}")
     try:
         with h5py.File(path, locking=False) as file:
-            source = str(file.attrs.get("source", path.name))
-            recorded = str(file.attrs.get("environment", ""))
+            source = as_text(file.attrs.get("source", path.name))
+            recorded = as_text(file.attrs.get("environment", ""))
             alive_bonus = check_environment(task, path, recorded)
             columns = {name: read_column(task, path, file, name) for name in COLUMNS}
     except (OSError, RuntimeError, KeyError) as error:  # h5py's errors
@@ -271,6 +271,11 @@ def read_columns(task: Task, path: Path) -> tuple[dict[str, np.ndarray], str]:
     columns["rewards"] += alive_bonus * columns["terminals"]
     check_columns(task, path, columns)
     return columns, source
+
+
+def as_text(attribute) -> str:
+    """An attribute of an HDF5 file, which programs other than h5py may store as bytes."""
+    return attribute.decode(errors="replace") if isinstance(attribute, bytes) else str(attribute)
 
 
 def advice_on_missing(task: Task, path: Path) -> str:
@@ -365,8 +370,8 @@ def read_minari(task: Task, path: Path) -> tuple[dict[str, np.ndarray], str]:
     try:
         import minari
     except ImportError:
-        message = f"{path} is a Minari dataset; install Minari to read it: pip install minari[hdf5]"
-        raise InputError(message) from None
+        message = f"{path} is a Minari dataset; install Minari to read it"
+        raise InputError(f'{message}: pip install "minari[hdf5,hf]"') from None
     name = str(path).removeprefix("minari:")
     try:
         if name == str(path):

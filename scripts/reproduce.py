@@ -436,12 +436,14 @@ def run_on_slurm(jobs: list[Job], args: Args, options: list[str]) -> None:
     if not jobs:
         return
     logs = args.folder / "slurm" / "%j"
+    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     executor = submitit.AutoExecutor(logs, cluster="slurm")
     executor.update_parameters(
         name=f"table-{args.table}",
         timeout_min=max(1, round(60 * args.hours)),
         cpus_per_task=1,
         gpus_per_node=args.gpus,
+        slurm_setup=[f"export PYTHONPATH={shlex.quote(path)}"],  # jobs import this script's modules
         slurm_additional_parameters=dict(option.split("=", 1) for option in args.slurm),
     )
     try:

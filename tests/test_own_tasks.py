@@ -132,6 +132,9 @@ def test_what_a_task_derives(folder):
     logged = find_task(f"{folder}/own.py:LOGGED")
     assert logged.state_dim == 17 and not logged.has_environment
     named = Task("", blocks(2, 1), blocks(1, 1), 5, name="mine")
+    minari = dataclasses.replace(swimmers, dataset="minari:me/swim-v0")
+    assert str(minari.own_dataset) == "minari:me/swim-v0"
+    assert minari.world_model_path == folder / "swim-v0.pt"
     assert named.dataset == "mine" and named.state_dim == 3 and named.observed == ((0, 1), (2,))
 
 
@@ -178,6 +181,18 @@ BAD_TASKS = {
         "defaults of the task are 'Hopper-v4'; take Ant-v4 or Reacher-v4",
     ),
     "no environment": ("MINE = Task(None, A, ((0,), (1,)), 5)", "environment must be a class"),
+    "an unknown column": (
+        "MINE = Task('', A, ((0,), (1,)), 5, layout={'timeout': 'cut'})",
+        "layout of the task has timeout; D4RL's columns are observations, actions",
+    ),
+    "no column": (
+        "MINE = Task('', A, ((0,), (1,)), 5, layout={'timeouts': ()})",
+        "layout of the task has no name for timeouts",
+    ),
+    "no dictionary": (
+        "MINE = Task('', A, ((0,), (1,)), 5, layout=(('timeouts', 'cut'),))",
+        "layout of the task must be a dict",
+    ),
     "unknown id": ("MINE = Task('Nowhere-v0', A, ((0,), (1,)), 5)", "cannot make 'Nowhere-v0'"),
 }
 
@@ -265,12 +280,20 @@ class Short(gymnasium.Env):
         self.steps += 1
         return np.zeros(2), 1.0, False, self.steps == 5, {}
 
+    def close(self):
+        closed.append(self)
+
+
+closed = []
+
 
 def test_a_time_out_of_the_environments_own_ends_an_episode():
     gymnasium.register("Short-v0", Short)
     task = Task("Short-v0", ((0, 1), (0, 1)), blocks(1, 1), 20, name="short")
+    closed.clear()
     evaluation = evaluate(task, lambda observations, _: torch.zeros(len(observations), 2, 1), 3)
     assert evaluation.returns.tolist() == evaluation.lengths.tolist() == [5] * 3
+    assert len(closed) == 3  # environments may hold files or processes
     env = parallel_env(task)
     env.reset(seed=0)
     for _ in range(5):
@@ -357,10 +380,37 @@ def test_a_class_of_ones_own_from_data_to_a_score(run_own, run_script, folder, t
     assert_one_line(status, "was started with another task")
     status, output = run_script("moma_ppo.py", *again, f"{moved}:PAIR")
     assert status == 0 and load_team(run_dir).task.file == f"{moved}:PAIR"
+    assert "note: rollouts have" not in output
+    moved.write_text(TASK_FILE.replace("length=12", "length=12, expert_return=9.0", 1))
+    status, output = run_script("moma_ppo.py", *again[:3], 5, "--task", f"{moved}:PAIR")
+    assert_one_line(status, "returns or episode_length of", "are not what they were when")
     moved.write_text(
         TASK_FILE.replace("Cheetah, ALL, blocks(3, 3)", "Cheetah, ALL, blocks(3, 3)[::-1]")
     )
     assert_refused(lambda: load_team(run_dir, f"{moved}:PAIR"), "drive other dimensions")
+
+
+POINTS = """
+class my_parallel_env:
+    possible_agents = ["left", "right"]
+
+    def each(self, value):
+        return dict.fromkeys(self.possible_agents, value)
+
+    def reset(self, seed=None):
+        self.steps = 0
+        return self.each(np.zeros(2)), {}
+
+    def step(self, actions):
+        self.steps += 1
+        ends = self.each(self.steps == 5), self.each(False)
+        return self.each(np.zeros(2)), self.each(1.0), *ends, {}
+
+    def close(self):
+        pass
+
+
+"""
 
 
 def test_the_document_runs_as_written(run_script, monkeypatch, capsys):
@@ -370,7 +420,7 @@ def test_the_document_runs_as_written(run_script, monkeypatch, capsys):
     """
     short = dataclasses.replace(collect_mujoco.TASKS["halfcheetah"], episode_length=20)
     monkeypatch.setitem(collect_mujoco.TASKS, "halfcheetah", short)
-    task, swimmer, rule, logged, layout, act, train, sweep = documented_blocks("python")
+    task, swimmer, rule, joint, logged, layout, act, train, sweep = documented_blocks("python")
     Path("pair.py").write_text(task.replace("episode_length=1000", "episode_length=20"))
     extra = TINY | {"baselines/matd3_bc.py": ["--batch-size", 16], "world_model.py": TINY_MODEL}
     record, commands, tables, loop = documented_blocks("")
@@ -395,6 +445,9 @@ def test_the_document_runs_as_written(run_script, monkeypatch, capsys):
     Path("swimmers.py").write_text(swimmer)
     task = find_task("swimmers.py:SWIMMERS")
     assert set(largest_difference(task, 50).values()) == {0.0}
+    Path("joint.py").write_text(f"{POINTS}{joint}")
+    still = evaluate(find_task("joint.py:JOINT"), lambda x, _: torch.zeros(len(x), 2, 1), 2)
+    assert still.returns.tolist() == [5] * 2 and still.lengths.tolist() == [5] * 2
     names = {"Task": Task, "blocks": blocks}
     for text in (logged, layout):
         exec(text, names)
@@ -437,6 +490,8 @@ def test_logged_data_are_scored_in_the_world_model_alone(run_own, folder, run_sc
     assert_one_line(status, "no environment, and no world model", "python world_model.py --task")
     status, output, result = run_own("world_model.py", "UNSEEN", "--output", folder / "unseen.pt")
     assert status == 0, output
+    status, *_ = run_own("baselines/ibc.py", "UNSEEN", "--dataset", folder / "cheetah.hdf5")
+    assert_one_line(status, "UNSEEN has no environment", "not with --dataset")
     # The data say what the simulator would have said.
     status, output, simulated = run_own("world_model.py", "PAIR")
     for name in ("one_step_error", "ten_step_error", "return_error", "epsilon_g_0.9"):
@@ -537,7 +592,7 @@ def test_minari_datasets_load_row_for_row(minari, columns, tmp_path, monkeypatch
     minari.environment, newer = "Hopper-v4", dataclasses.replace(hopper, environment="Hopper-v5")
     assert_refused(lambda: load_dataset(newer, "minari:cheetah/made-up-v0"), "not in Hopper-v5")
     monkeypatch.setitem(sys.modules, "minari", None)
-    assert_refused(lambda: load_dataset(task, "minari:x"), "pip install minari")
+    assert_refused(lambda: load_dataset(task, "minari:x"), "pip install")
 
 
 def test_minaris_own_files(columns, tmp_path, monkeypatch):
@@ -655,6 +710,10 @@ def test_inspecting_data(columns, tmp_path, capsys):
     columns["terminals"][11] = columns["timeouts"][11] = True
     data.inspect.main(data.inspect.Args(write_dataset(tmp_path / "both.hdf5", columns)))
     assert "1 rows have both flags" in capsys.readouterr().out
+    by_turns = np.arange(36).reshape(3, 12).T.flatten()  # rows of three copies, step by step
+    turns = {name: column[by_turns] for name, column in columns.items()}
+    data.inspect.main(data.inspect.Args(write_dataset(tmp_path / "turns.hdf5", turns)))
+    assert "most episodes have one row" in capsys.readouterr().out
     for args, part in [
         (data.inspect.Args(tmp_path / "no.hdf5"), "no file at"),
         (data.inspect.Args(path, histogram=picture), "exists"),
@@ -663,6 +722,9 @@ def test_inspecting_data(columns, tmp_path, capsys):
         (data.inspect.Args(tmp_path), "needs --task"),
     ]:
         assert_refused(lambda args=args: data.inspect.main(args), part)
+    del columns["timeouts"]
+    other = write_dataset(tmp_path / "z.hdf5", columns)
+    assert_refused(lambda: data.inspect.main(data.inspect.Args(other)), "files need none")
     del columns["rewards"]
     other = write_dataset(tmp_path / "y.hdf5", columns)
     assert_refused(lambda: data.inspect.main(data.inspect.Args(other)), "has no rewards", "layout")

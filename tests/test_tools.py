@@ -421,6 +421,12 @@ def test_a_table_runs_on_slurm(stub, tmp_path, monkeypatch, capsys):
     parameters = FakeExecutor.parameters
     assert parameters["timeout_min"] == 720 and parameters["gpus_per_node"] == 1
     assert parameters["slurm_additional_parameters"] == {"partition": "gpu", "mem": "2G"}
+    # Whatever folder the command was started in, a job finds the modules of this repository.
+    (setup,) = parameters["slurm_setup"]
+    assert (
+        setup.startswith("export PYTHONPATH=")
+        and str(mamujoco_envs.__file__).rpartition("/")[0] in setup
+    )
 
 
 def test_jobs_that_slurm_refuses_are_one_line(tmp_path, monkeypatch):
