@@ -156,7 +156,7 @@ class Task:
     plot: Callable | None = None
     """`plot(evaluation, path)` draws what a team agreed on"""
     symmetry: Symmetry | None = None
-    """a symmetry of the dynamics, by which a world model is asked where the data are"""
+    """a symmetry of the dynamics, by which a world model is asked at heading 0 alone"""
     model_errors: Callable | None = None
     """`model_errors(predict, states)`: diagnostics of a world model, particular to this task"""
     layout: dict[str, str | tuple[str, ...]] | None = None

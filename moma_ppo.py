@@ -381,12 +381,12 @@ class WorldModel:
     @torch.no_grad()
     def step(self, states, actions, generator=None):
         """One step from [batch, state] and [batch, agent, action] (Section 3.1)."""
-        if self.task.symmetry:  # Deviation 15: an Ant is turned to heading 0, where the data are
+        if self.task.symmetry:  # Deviation 15: an Ant is turned to heading 0, and back
             return self.task.symmetry.at_heading_zero(self.transition, states, actions, generator)
         return self.transition(states, actions, generator)
 
     def transition(self, states, actions, generator):
-        """`step`, at the heading of the data."""
+        """`step`, without turning."""
         means, stds = self.predict(states, actions)
         scale, device = self.model["scale"], states.device
 
@@ -451,7 +451,7 @@ class LocalToGlobalModel(WorldModel):
         return means, torch.zeros_like(means)
 
     def transition(self, states, actions, generator):
-        """`step`, at the heading of the data; it has no randomness."""
+        """`step`, without turning; it has no randomness."""
         deduced, direct = self.both_ways(states, actions)
         uncertainty = ((direct - deduced)[:, :-1] / self.model["state_std"]).norm(dim=-1)
         zeros = torch.zeros_like(uncertainty)

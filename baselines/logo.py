@@ -386,12 +386,12 @@ class LocalToGlobal(nn.Module):
     @torch.no_grad()
     def step(self, states, actions):
         """A `ModelStep` from [batch, state] and [batch, agent, action]."""
-        if self.task.symmetry:  # an Ant is turned to heading 0, where the data are, and back
+        if self.task.symmetry:  # an Ant is turned to heading 0, and back
             return self.task.symmetry.at_heading_zero(self.transition, states, actions)
         return self.transition(states, actions)
 
     def transition(self, states, actions):
-        """`step`, at the heading of the data."""
+        """`step`, without turning."""
         deduced, _, uncertainty = self.predict(states, actions)
         masks = (self.mask_logits(deduced[:, :-1]) > 0).float()
         next_states = self.clip(deduced[:, :-1], "state")
