@@ -665,27 +665,26 @@ def test_inspo_losses_equal_the_equations_sample_by_sample(task, phase, float64)
     torch.testing.assert_close(list(got), expected, rtol=1e-4, atol=1e-6)
 
 
-@each(REACHER, GAME)
+@each(REACHER, ANT, GAME)
 @torch.no_grad()
 def test_importance_weights_are_the_others_ratios(task, float64):
     team, batch = made_up_team(inspo, task), made_up_batch(task)
     team.freeze_behavior()
-    ones = torch.ones(len(batch.rewards), task.num_agents)
+    agents, size = range(task.num_agents), len(batch.rewards)
+    ones = torch.ones(size, task.num_agents)
     torch.testing.assert_close(inspo.importance_weights(team, batch, 100.0), ones)
-    before = all_literal_inputs(team, batch.observations, batch.histories)
-    old = [
-        [literal_log_prob(team, i, before[i][b], batch.actions[b, i]) for b in range(7)]
-        for i in (0, 1)
-    ]
+    inputs = all_literal_inputs(team, batch.observations, batch.histories)
+
+    def log_probs(b):
+        return [literal_log_prob(team, i, inputs[i][b], batch.actions[b, i]) for i in agents]
+
+    old = [log_probs(b) for b in range(size)]
     scramble(team.policy)
-    new = [
-        [literal_log_prob(team, i, before[i][b], batch.actions[b, i]) for b in range(7)]
-        for i in (0, 1)
-    ]
-    got = inspo.importance_weights(team, batch, 1.5)
-    ratios = (torch.tensor(new) - torch.tensor(old)).exp().clamp(max=1.5)
-    torch.testing.assert_close(got, ratios.flip(0).T)  # of two agents each sees the other's
-    assert (ratios < 1.5).any()
+    ratios = [[math.exp(x - y) for x, y in zip(log_probs(b), old[b])] for b in range(size)]
+    others = [[math.prod(row[:i] + row[i + 1 :]) for i in agents] for row in ratios]
+    expected = torch.tensor(others).clamp(1e-6, 1.5)
+    torch.testing.assert_close(inspo.importance_weights(team, batch, 1.5), expected)
+    assert (expected < 1.5).any()
 
 
 def test_a_turn_resamples_the_data_as_the_others_act_now():
@@ -713,6 +712,8 @@ def test_an_agent_rests_while_it_is_not_its_turn(tmp_path):
     def begin_and_look(self, turn, team, *others):
         begin(self, turn, team, *others)
         seen[:] = [team, int(self.order[0]), {n: p.clone() for n, p in team.named_parameters()}]
+        for mine, datas in zip(team.policy.parameters(), team.behavior.parameters()):
+            assert torch.equal(mine, datas)  # as cloned
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(inspo.Turns, "begin", begin_and_look)

@@ -12,7 +12,14 @@ from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
 from data import collect_mujoco, collect_reacher
 from data.collect_mujoco import TASKS, critic_loss, policy_loss, sample_actions
-from data.collect_reacher import Dataset, Experience, load_experts, mappo_terms, record_dataset
+from data.collect_reacher import (
+    Dataset,
+    Experience,
+    collect_experience,
+    load_experts,
+    mappo_terms,
+    record_dataset,
+)
 from data.offline_dataset import load_dataset
 from mamujoco_envs import InputError, Simulator, evaluate, find_task
 
@@ -335,3 +342,52 @@ def test_snapshots_are_saved_and_record_a_dataset(tmp_path, monkeypatch):
         "ant", "full-replay", 20, snapshots=path, output=tmp_path / "ant.hdf5"
     )
     collect_mujoco.record_dataset(args)
+
+
+def test_experience_is_whole_episodes_whose_last_values_bootstrap():
+    team, simulator = collect_reacher.Team(), Simulator(collect_reacher.TASK, 3)
+    generators = [np.random.default_rng(seed) for seed in range(3)]
+    experience, mean_return = collect_experience(team, simulator, generators)
+    simulator.reset([np.random.default_rng(seed) for seed in range(3)])
+    columns = [x.unflatten(0, (50, 3)) for x in experience]
+    states, actions, log_probs, values, returns, advantages = columns
+    rewards, next_values = torch.zeros(2, 50, 3)
+    for t in range(50):
+        torch.testing.assert_close(states[t], torch.as_tensor(simulator.states).float())
+        next_states, reward, _ = simulator.step(actions[t].numpy())
+        rewards[t] = torch.as_tensor(reward)
+        next_values[t] = team.team_value(torch.as_tensor(next_states).float()).detach()
+    assert mean_return == pytest.approx(rewards.sum(0).mean().item())
+    expected, following, last = torch.zeros(50, 3), next_values[-1], 0
+    for t in reversed(range(50)):
+        following = rewards[t] + 0.97 * following
+        torch.testing.assert_close(returns[t], following, rtol=1e-4, atol=1e-4)
+        last = rewards[t] + 0.97 * next_values[t] - values[t] + 0.97 * 0.95 * last
+        expected[t] = last
+    expected = (expected - expected.mean()) / (expected.std() + 1e-3)
+    torch.testing.assert_close(advantages, expected, rtol=1e-3, atol=1e-3)
+    density = team.distribution(states.flatten(0, 1)).log_prob(actions.flatten(0, 1)).sum((1, 2))
+    torch.testing.assert_close(log_probs.flatten(), density.detach())
+
+
+def test_copies_start_anew_after_a_time_out_which_is_not_absorbing(monkeypatch):
+    monkeypatch.setitem(TASKS, "ant", replace(TASKS["ant"], episode_length=3))
+    copies = collect_mujoco.Copies(collect_mujoco.Snapshots(num_envs=4))
+    for age in (1, 2, 3, 1):
+        before = copies.states
+        states, _, _, next_states, masks = copies.step(torch.zeros(4, 8))
+        assert np.array_equal(states, before) and (masks == 1).all()
+        # The next state is still the old episode's.
+        assert np.array_equal(copies.states, next_states) == (age < 3)
+        assert (copies.ages == age % 3).all()
+
+
+def test_target_critics_follow_slowly():
+    learner = collect_mujoco.SAC(collect_mujoco.Snapshots(batch_size=5))
+    old = [x.clone() for x in learner.target_critics.parameters()]
+    batch = [torch.randn(5, 27), torch.rand(5, 8), torch.randn(5), torch.randn(5, 27)]
+    learner.update([*batch, torch.ones(5)], with_policy=True)
+    new, online = learner.target_critics.parameters(), learner.critics.parameters()
+    for before, after, weight in zip(old, new, online):
+        assert not torch.equal(before, weight)
+        torch.testing.assert_close(after, 0.995 * before + 0.005 * weight)

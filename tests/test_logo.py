@@ -246,6 +246,41 @@ def test_a_run_can_take_the_model_of_an_earlier_one(task, tmp_path):
         logo.load_exported(wider, args, "cpu")
 
 
+@torch.no_grad()
+def test_model_errors_are_those_of_both_ways_and_of_the_mask():
+    dataset, rows = OfflineDataset(REACHER, recorded_columns(REACHER)), torch.arange(5, 165)
+    dataset.masks[::3] = 0
+    model = made_up_model(REACHER, torch.float32)
+    got = logo.model_errors(model, dataset, rows)
+    deduced, direct, uncertainty = model.predict(dataset.states[rows], dataset.actions[rows])
+    for way, predicted in {"": deduced, "direct_": direct}.items():
+        state_error = (predicted[:, :-1] - dataset.next_states[rows]).norm(dim=1).mean().item()
+        reward_error = (predicted[:, -1] - dataset.rewards[rows]).abs().mean().item()
+        assert got[f"{way}state_error"] == pytest.approx(state_error)
+        assert got[f"{way}reward_error"] == pytest.approx(reward_error)
+    goes_on = model.mask_logits(dataset.next_states[rows]) > 0
+    ends = dataset.masks[rows] == 0
+    assert 0 < goes_on.float().mean() < 1
+    assert got["mask_error"] == pytest.approx((goes_on == ends).float().mean().item())
+    assert got["missed_ends"] == pytest.approx(goes_on[ends].float().mean().item())
+    assert got["uncertainty_0.99"] == pytest.approx(uncertainty.quantile(0.99).item())
+
+
+def test_the_learner_sees_rewards_in_units_of_their_deviation(monkeypatch, tmp_path):
+    """So that returns are of the order of one; the game's rewards are 0 and 1."""
+    seen, losses = [], logo.macql_losses
+
+    def look(team, batch, *others):
+        seen.append(batch.rewards)
+        return losses(team, batch, *others)
+
+    monkeypatch.setattr(logo, "macql_losses", look)
+    options = {"total_steps": 1, "eval_every": 1, "synthetic_share": 0.0, "gamma": 0.5}
+    logo.train(logo.Args("coordination-neutral", run_dir=tmp_path / "run", **options))
+    unit = 0.5 / load_dataset(find_task("coordination-neutral")).rewards.std().item()
+    assert seen[0].unique().tolist() == pytest.approx([0, unit])
+
+
 # Synthetic data.
 
 

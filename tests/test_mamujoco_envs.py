@@ -21,6 +21,7 @@ from mamujoco_envs import (
     parallel_env,
     plot_ant_paths,
     plot_team_strategy,
+    retargeting_error,
 )
 
 OTHER_LEGS = find_task("ant-medium-po-other-legs")
@@ -466,6 +467,19 @@ def test_the_ants_world_is_indifferent_to_its_heading():
     torch.testing.assert_close(upright[:, 4], torch.zeros_like(upright[:, 4]))
     assert (upright[:, 1] > 0).all()
     torch.testing.assert_close(symmetry.turn(upright, symmetry.heading(states)), states)
+
+
+def test_retargeting_error_is_that_of_arms_with_another_rows_target():
+    states = torch.as_tensor(random_states(REACHER, 20)).float()
+
+    def predict(retargeted, joint_actions):
+        fingertips = [x[:, 4:6] + x[:, 8:10] for x in (retargeted, states)]
+        torch.testing.assert_close(*fingertips)  # arms stay where they are
+        assert (retargeted[:, 4:6] != states[:, 4:6]).all() and not joint_actions.any()
+        rewards = -retargeted[:, 8:10].norm(dim=1)
+        return retargeted, torch.stack([rewards - 0.5, rewards + 0.1])
+
+    assert retargeting_error(predict, states)["retargeting_error"] == pytest.approx(0.2)
 
 
 # PettingZoo's Parallel API.

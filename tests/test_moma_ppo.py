@@ -302,6 +302,14 @@ def test_the_world_model_is_indifferent_to_an_ants_heading(saved, tmp_path):
     torch.testing.assert_close(steps[1].rewards, rewards, **close)
     for name in ("masks", "epsilon_r", "epsilon_g", "epsilon_a"):
         torch.testing.assert_close(getattr(steps[1], name), getattr(steps[0], name), **close)
+    # So are its errors on transitions of the true ant.
+    names = ("states", "next_states", "rewards")
+    transition, errors = (states, states + 0.1, torch.randn(30)), []
+    for columns in (transition, ANT.symmetry.turn_transition(angles, *transition)):
+        named = dict(zip(names, columns)) | {"actions": actions}
+        errors.append(errors_on(model, {name: x.numpy() for name, x in named.items()}))
+    for name in ("model_state_error", "model_reward_error", "outside_box"):
+        assert errors[1][name] == pytest.approx(errors[0][name], rel=1e-3)
 
 
 @pytest.mark.parametrize("votes, mask", [([1, 1, 0, 0], 0), ([1, 1, 1, 0], 1), ([1, 0, 0, 0], 0)])
@@ -814,3 +822,59 @@ def test_the_compiled_loss_equals_the_eager_one():
             torch.testing.assert_close(
                 got.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
             )
+
+
+def test_a_run_trains_as_its_options_say(saved, reacher_file, tmp_path, monkeypatch):
+    """Shuffled whole minibatches of each epoch, clipped gradients, rates that fall to zero."""
+    saved["dataset"]["sha256"] = ""
+    read(saved, tmp_path)
+    sizes = {"transitions": 400, "rollout_length": 10, "minibatch_size": 100, "epochs": 2}
+    sizes |= {"total_steps": 2, "eval_every": 2, "eval_episodes": 1, "max_grad_norm": 1e-3}
+    args = Args(dataset=reacher_file, world_model=tmp_path / "world_model.pt", **sizes)
+    args.run_dir, args.next_states, args.device = tmp_path / "run", "mean", "cpu"
+    models, batches, minibatches, steps = [], [], [], []
+    make_model, adam_step = moma_ppo.make_model, torch.optim.Adam.step
+
+    def keep_model(*inputs):
+        models.append(make_model(*inputs))
+        return models[-1]
+
+    def keep_batch(team, rollouts, args, reward_scale):
+        assert (args.lambda_g, args.max_uncertainty) == (0.1, 2.0)  # the world model's
+        mean = load_dataset(REACHER, reacher_file).rewards.abs().mean()
+        assert reward_scale == pytest.approx((1 - args.gamma) / mean.item())
+        batches.append(make_batch(team, rollouts, args, reward_scale))
+        return batches[-1]
+
+    def keep_minibatch(team, batch, args):
+        minibatches.append(batch.log_probs.tolist())
+        return ppo_loss(team, batch, args)
+
+    def keep_step(optimizer):
+        (group,) = optimizer.param_groups
+        gradients = [p.grad.flatten() for p in group["params"] if p.grad is not None]
+        steps.append((group["lr"], torch.cat(gradients).norm().item()))
+        return adam_step(optimizer)
+
+    kept = {"make_model": keep_model, "make_batch": keep_batch, "ppo_loss": keep_minibatch}
+    for name, function in (kept | {"FINAL_EPISODES": 2}).items():
+        monkeypatch.setattr(moma_ppo, name, function)
+    monkeypatch.setattr(torch.optim.Adam, "step", keep_step)
+    moma_ppo.train(args)
+    assert models[0].next_states == "mean"
+    rates, norms = zip(*steps)
+    assert rates == pytest.approx([1e-3] * 6 + [5e-4] * 6)
+    assert norms == pytest.approx([1e-3] * 12, rel=1e-3)
+    for (batch, _), first in zip(batches, (0, 6)):
+        epochs = [sum(minibatches[i : i + 3], []) for i in (first, first + 3)]
+        for epoch in epochs:
+            assert len(set(epoch)) == 300 and set(epoch) < set(batch.log_probs.tolist())
+            assert epoch != batch.log_probs[:300].tolist()
+        assert epochs[0] != epochs[1]
+
+
+def test_a_fall_in_the_true_simulator_is_absorbing():
+    states = torch.as_tensor(recorded_columns(ANT, episodes=3, length=1)["observations"])
+    states[1, 0] = 2.0  # high in the air
+    step = GroundTruth(ANT, 3).step(states, torch.zeros(3, 4, 2))
+    assert step.masks.tolist() == [1, 0, 1]

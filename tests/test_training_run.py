@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -32,7 +31,7 @@ import training_run
 from baselines import ibc
 from baselines.ibc import DEFAULTS
 from data.offline_dataset import OfflineDataset
-from mamujoco_envs import InputError, evaluate, find_task
+from mamujoco_envs import InputError, Simulator, evaluate, find_task
 from training_run import Run, load_checkpoint, load_team
 
 ROOT = Path(__file__).parents[1]
@@ -259,31 +258,6 @@ def test_an_update_is_finished_before_a_stop(number, args, whole, tmp_path, caps
     assert f"stopped at step 15; continue with --resume {args.run_dir}" in capsys.readouterr().out
     resume(tmp_path / "run")
     assert_same_run(tmp_path / "run", whole)
-
-
-def test_stops_at_random_moments_change_nothing(args, whole, tmp_path):
-    """In updates, evaluations, checkpoints, the loading of data and the final evaluation."""
-    rng, stops, run_dir = random.Random(0), 0, tmp_path / "run"
-    duration = 2 * result_of(whole)["seconds"]
-    before = signal.signal(signal.SIGTERM, lambda *_: None)  # a stop may come after the run
-    try:
-        for _ in range(8):
-            ended_too_soon = (run_dir / "result.json").exists() and not stops
-            if ended_too_soon or not (run_dir / "checkpoint.pt").exists():
-                shutil.rmtree(run_dir, ignore_errors=True)
-            delay = rng.uniform(0, duration)
-            timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGTERM))
-            timer.start()
-            try:
-                resume(run_dir) if run_dir.exists() else ibc.train(args)
-            except KeyboardInterrupt:
-                stops += 1
-            timer.join()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    resume(run_dir) if run_dir.exists() else ibc.train(args)
-    assert stops
-    assert_same_run(run_dir, whole)
 
 
 def test_a_killed_run_resumes(args, whole, tmp_path, environment):
@@ -654,3 +628,52 @@ def test_defaults_are_those_of_the_task():
 def test_help_shows_the_defaults_of_the_task(run_script):
     status, output = run_script(SCRIPT, "--task", "coordination-neutral", "--help")
     assert status == 0 and "500" in output and "10000" not in output
+
+
+def test_an_evaluation_that_is_stopped_half_way_changes_nothing(args, whole, monkeypatch):
+    """One that draws random numbers, as MOMA-PPO's does in the world model."""
+
+    def draw_and_stop(*arguments, **options):
+        torch.rand(3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ibc, "evaluate", draw_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            ibc.train(args)
+    resume(args.run_dir)
+    assert_same_run(args.run_dir, whole)
+
+
+def test_logged_values_are_means_since_they_were_last_logged(args):
+    with Run(replace(args, total_steps=5), "ibc", log_every=2) as run:
+        run.restore({})
+        for step in run.steps(lambda episodes: {"score": 0.0}):
+            run.log({"losses/step": float(step)})
+    assert scalars(run.dir)["losses/step"] == {2: 1.5, 4: 3.5, 5: 5.0}
+
+
+MOMENTS = {
+    "the loading of data": (ibc, "load_dataset", 1),
+    "an update": (OfflineDataset, "sample_rows", 13),
+    "a checkpoint": (torch, "save", 4),
+    "an evaluation": (Simulator, "step", 70),  # the second; each has fifty steps
+    "the final evaluation": (Simulator, "step", 230),
+}
+
+
+@pytest.mark.parametrize("owner, name, call", MOMENTS.values(), ids=MOMENTS)
+def test_a_stop_at_any_moment_changes_nothing(owner, name, call, args, whole):
+    calls, function = itertools.count(1), getattr(owner, name)
+
+    def stop_at_call(*arguments, **options):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(owner, name, stop_at_call)
+        with pytest.raises(KeyboardInterrupt):
+            ibc.train(args)
+    resume(args.run_dir) if args.run_dir.exists() else ibc.train(args)
+    assert_same_run(args.run_dir, whole)

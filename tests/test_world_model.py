@@ -437,3 +437,40 @@ def test_a_rare_transition_is_shown_as_a_whole(script, monkeypatch, tmp_path):
         assert torch.equal(actions, next_states)
         alike = next_states.unflatten(-1, (8, 2)).sum(-2).amax(-1) == 8
         assert torch.equal(rewards == 1, alike) and (rewards == 1).float().mean() > 0.05
+
+
+def test_a_run_trains_as_its_options_say(monkeypatch, tmp_path):
+    """Each member on training rows of its own, with clipped gradients and falling rates."""
+    dataset, seen, steps = toy_dataset(terminals=0.002), [], []
+    losses, adam_step = world_model.member_losses, torch.optim.AdamW.step
+
+    def look(ensemble, batch, mask_batch, changes, *betas):
+        seen.append((batch, mask_batch, betas))
+        return losses(ensemble, batch, mask_batch, changes, *betas)
+
+    def keep_step(optimizer):
+        groups = optimizer.param_groups
+        squares = sum(p.grad.square().sum((1, 2)) for group in groups for p in group["params"])
+        decays = [group["weight_decay"] for group in groups]
+        steps.append((groups[0]["lr"], decays, squares.sqrt().max().item()))
+        return adam_step(optimizer)
+
+    functions = {"load_dataset": lambda *_: dataset, "member_losses": look, "OPEN_LOOPS": 5}
+    for name, function in functions.items():
+        monkeypatch.setattr(world_model, name, function)
+    monkeypatch.setattr(torch.optim.AdamW, "step", keep_step)
+    options = SMALL | {"elites": 2, "total_steps": 3, "eval_every": 3, "batch_size": 64}
+    options |= {"beta": 0.25, "reward_beta": 0.75, "max_grad_norm": 1e-3}
+    world_model.train(Args(**options, run_dir=tmp_path / "run", device="cpu"))
+    known = {tuple(state) for state in dataset.states[dataset.split()[0]].tolist()}
+    for (states, *_), (_, masks), betas in seen:
+        assert {tuple(state) for state in states.flatten(0, 1).tolist()} <= known
+        assert not torch.equal(states[0], states[1]) and betas == (0.25, 0.75)
+        assert ((masks == 0).sum(1) >= 4).all()  # one in sixteen
+    rates, decays, norms = zip(*steps)
+    assert rates == pytest.approx([4e-3, 3e-3, 1e-3]) and decays[0] == [0, 0.3, 0]
+    assert norms == pytest.approx([1e-3] * 3, rel=1e-3)
+    exported = torch.load(tmp_path / "run" / "world_model.pt", weights_only=True)
+    scale = torch.cat([dataset.states, dataset.rewards[:, None]], dim=1).std(0)
+    scale[10] = 1  # which never changes
+    torch.testing.assert_close(exported["scale"], scale)
