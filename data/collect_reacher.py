@@ -148,7 +148,8 @@ class Team(nn.Module):
 def generalized_advantages(rewards, values, next_values, masks, time_out_masks, gamma, gae_lambda):
     """Returns and advantages [time, column] (Appendix A.1).
 
-    A terminal (mask 0) stops the bootstrap, a time-out does not.
+    Returns are discounted sums of rewards up to a bootstrapped value, not lambda-returns: lambda
+    counts in the advantages alone. A terminal (mask 0) stops the bootstrap, a time-out does not.
     """
     returns, advantages = torch.empty_like(rewards), torch.empty_like(rewards)
     running_return, running_advantage = next_values[-1], torch.zeros_like(rewards[0])
