@@ -91,7 +91,10 @@ class Game(NamedTuple):
 
 def game_of(task: Task) -> Game:
     """The game, also where `task` lets a single agent act for all."""
-    kind, behavior, *size = task.dataset.split("-")
+    kind, _, rest = task.dataset.partition("-")
+    advice = "keep the game's dataset, and give yours with --dataset"
+    require(kind in REWARDS and rest, f"'{task.dataset}' names no game; {advice}")
+    behavior, *size = rest.split("-")
     agents, _, actions = size[0].partition("x") if size else ("2", "", "")
     usual = {"coordination": 2, "climbing": 3}.get(kind, 1)
     return Game(kind, behavior, int(agents), int(actions or usual))
@@ -261,21 +264,21 @@ def make_columns(task: Task, seed: int = 0) -> dict[str, np.ndarray]:
 
 def train_world_model(task: Task, seed: int, device: str, run_dir: Path) -> Path:
     """The game's world model, trained in `run_dir` in seconds, so that none ships."""
-    path, begun = run_dir / "world_model.pt", (run_dir / "checkpoint.pt").is_file()
+    path = run_dir / "world_model.pt"
+    begun = (run_dir / "checkpoint.pt").is_file()
     if begun:
         begun_with = load_checkpoint(run_dir)["args"]["seed"]
         message = f"{run_dir} has seed {begun_with}, not {seed}; give another --run-dir"
         require(begun_with == seed, message)
     if not path.is_file():
         script = Path(__file__).resolve().parent / "world_model.py"
-        options = ["--task", task.option, "--seed", str(seed), "--device", device]
-        options += ["--run-dir", run_dir]
-        if task.discrete:
+        options = ["--resume", run_dir]
+        if not begun:
+            options = ["--task", task.option, "--seed", str(seed), "--run-dir", run_dir]
+        if task.discrete and not begun:
             # Agreement gets rarer with every agent, so its reward takes longer to learn.
             options += ["--total-steps", str(500 * (task.num_agents - 1))]
-        if begun:
-            options = ["--resume", run_dir, "--device", device]
-        finished = subprocess.run([sys.executable, script, *options])
+        finished = subprocess.run([sys.executable, script, *options, "--device", device])
         require(finished.returncode == 0, f"no world model in {run_dir}; its own error is above")
     return path
 

@@ -424,17 +424,18 @@ def model_losses(model: LocalToGlobal, batch: Batch, mask_batch: Batch, reconstr
         return losses[:, :-1].mean() + losses[:, -1].mean()
 
     # Each agent predicts how what it sees will change.
-    local, reconstruction = model.predict_locally(context, pairs)
+    local, pairs_again = model.predict_locally(context, pairs)
     predictive = local_error(local, local_target, task.obs_dims)
-    reconstruction_loss = local_error(reconstruction, pairs, task.pair_dims)
-    predictive = predictive + reconstruction_weight * reconstruction_loss
+    predictive += reconstruction_weight * local_error(pairs_again, pairs, task.pair_dims)
 
     # From the true and from the predicted changes, that of the state and the reward are deduced.
     deductive = 0
     for changes in (local_target, local):
-        deduced, reconstruction = model.deduce(context, changes)
-        reconstruction_loss = local_error(reconstruction, changes.detach(), task.obs_dims)
-        deductive = deductive + global_error(deduced) + reconstruction_weight * reconstruction_loss
+        deduced, changes_again = model.deduce(context, changes)
+        deductive += global_error(deduced)
+        # Changes are targets here, so they are not drawn towards their reconstruction.
+        error = local_error(changes_again, changes.detach(), task.obs_dims)
+        deductive += reconstruction_weight * error
 
     # The auxiliary encoder must reach the same target without the agents. On the data the two
     # predictions agree; where they differ, the model is uncertain (Eq. 5).
@@ -837,7 +838,8 @@ def reward_units(rewards, penalty_unit, args: Args):
     # So that --cql-alpha and --cql-temperature mean the same on every task.
     scale = (1 - args.gamma) / max(float(rewards.std()), 1e-3)
     lowest, highest = rewards.aminmax()
-    largest_penalty = 10 * penalty_unit if args.uncertainty == "penalty" else 0
+    penalised = args.uncertainty == "penalty" and args.synthetic_share > 0
+    largest_penalty = 10 * penalty_unit if penalised else 0
     reward_range = torch.stack([(lowest - largest_penalty).clamp(max=0), highest.clamp(min=0)])
     return scale, reward_range * scale / (1 - args.gamma)
 
@@ -846,6 +848,8 @@ def train(args: Args) -> dict:
     check(args)
     with Run(args, "logo") as run:
         task, device = run.task, run.device
+        if not task.discrete:
+            quadrature(args.cql_points, task.action_dim)  # before a missing dataset is recorded
         dataset = load_dataset(task, args.dataset, device)
         training_rows, held_out_rows = dataset.split()
         torch.manual_seed(args.seed)

@@ -121,7 +121,8 @@ def request_rest(url: str, part: Part) -> None:
 
 
 def fetch(url: str, part: Part) -> None:
-    """Brings all of `url` into `part`; tries again as long as every attempt brings something.
+    """Brings all of `url` into `part`, in up to ATTEMPTS attempts, as long as they bring something
+    or the server reports an error of its own.
 
     Raises `OSError` or `http.client.HTTPException` if that fails.
     """
@@ -162,11 +163,10 @@ def download(args: Args) -> Path:
     except InputError:
         raise
     except (OSError, ValueError, http.client.HTTPException) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC:
-            part.remove()
-            raise InputError(f"the disk is full; make room for {output} and try again") from None
         resumable = "; what arrived is kept, and the same command resumes the download"
         kept = resumable if part.can_be_resumed() else ""
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise InputError(f"the disk is full; make room for {output}{kept}") from None
         raise InputError(f"cannot download {url} ({error}){kept}; or {by_hand}") from None
     except KeyboardInterrupt:
         if part.can_be_resumed():

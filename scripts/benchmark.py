@@ -221,7 +221,7 @@ def machine_line(machine: dict) -> str:
     return f"{machine['processor']}, {use}; {versions}"
 
 
-def print_times(times: dict[str, dict], before: dict[str, dict]) -> None:
+def print_times(times: dict[str, dict], before: dict[str, float]) -> None:
     """A table in Markdown: milliseconds, their spread, the baseline's and the ratio."""
     header = ["script", "task", "mode", "ms", "spread", "of which"]
     if before:
@@ -235,7 +235,7 @@ def print_times(times: dict[str, dict], before: dict[str, dict]) -> None:
         task, mode = rest.rsplit(maxsplit=1)
         row = [script, task, mode, f"{milliseconds:.1f}", f"{spread:.0%}", ", ".join(parts)]
         if before:
-            earlier = before.get(name, {}).get("median", {}).get("update")
+            earlier = before.get(name)
             row += [f"{earlier:.1f}", f"{earlier / milliseconds:.2f}"] if earlier else ["-", "-"]
         print(f"| {' | '.join(row)} |")
 
@@ -254,12 +254,14 @@ def main(args: Args) -> None:
         require(folder.is_dir(), f"no folder {folder} to write to")
         require(os.access(folder, os.W_OK), f"cannot write to {folder}; give another --output")
         require(not args.output.exists(), f"{args.output} exists; give another --output")
-    before = {"machine": {}, "times": {}}
+    before, earlier = {}, {}
     if args.baseline:
         require(args.baseline.is_file(), f"no file {args.baseline} to compare with")
         try:
             before = json.loads(args.baseline.read_text(encoding="utf-8"))
-            machine_line(before["machine"]), dict(before["times"])
+            machine_line(before["machine"])  # raises what is caught below
+            earlier = {name: cell["median"]["update"] for name, cell in before["times"].items()}
+            sum(earlier.values())  # numbers
         except (ValueError, LookupError, TypeError, AttributeError):
             raise InputError(f"{args.baseline} is not what this script's --output writes") from None
     machine, times = describe_machine(), {}
@@ -268,7 +270,7 @@ def main(args: Args) -> None:
             times |= time_task(cells, args, Path(folder))
             if args.output:  # a later task may be stopped
                 save({"machine": machine, "times": times}, args.output)
-    print_times(times, before["times"])
+    print_times(times, earlier)
     print("\nCPU milliseconds an update; the spread is (slowest - fastest round) / median")
     print(f"now: {machine_line(machine)}")
     if args.baseline:

@@ -5,11 +5,12 @@
         --models data/weights/reacher-expert-mix.pt runs/logo/world_model.pt
 
 Models start from held-out states of the data and are compared with the true simulator for ten
-steps, with the data's own actions, with noise of 0.3 on them, and with uniformly random ones. A
-model is asked for its mean next states. "correlation" is that of the logarithms of the uncertainty
-and of the true one-step error, both in standard deviations of the data. "worst dimension" is the
-lowest correlation, over all dimensions of the state that move, of predicted and true changes after
-one step: a model may be good on average and blind in one.
+steps, with the data's own actions, with noise of 0.3 on them, and with uniformly random ones. Of an
+ensemble a random member's mean is the next state. "correlation" is that of the logarithms of the
+uncertainty (eps_g, which is quadratic and includes the reward, or u) and of the true one-step error
+of the state, in standard deviations of the data. "worst dimension" is the lowest correlation, over
+all dimensions of the state that move, of predicted and true changes after one step: a model may be
+good on average and blind in one.
 """
 
 import math
@@ -102,7 +103,7 @@ def milliseconds(model, dataset, count: int = 400, repeats: int = 30) -> float:
 
 
 def main(args: Args) -> None:
-    check_range(args, 2, 1_000_000, "starts")
+    check_range(args, 2, 10_000, "starts")  # a simulator each
     require(args.models, "give --models, files of world_model.py or baselines/logo.py")
     task = find_task(args.task)
     message = f"{task.name} has no simulator that starts from the data's states"

@@ -57,9 +57,6 @@ def main(args: Args) -> dict:
         render.check(film, team)
     task, script, step = team.task, checkpoint["script"], checkpoint["step"]
     record = evaluate(task, team.act_greedily, args.episodes, args.seed).record()
-    if args.output:
-        origin = {"task": task.name, "script": script, "step": step, "seed": args.seed}
-        save(origin | record, args.output)
 
     # One episode has no standard error.
     error = "" if record["score_stderr"] is None else f" ± {record['score_stderr']:.3f}"
@@ -69,6 +66,9 @@ def main(args: Args) -> dict:
     paper = task.paper_score(checkpoint.get("algorithm", script)) or "no figure"
     print(f"score {record['score']:.3f}{error}{where} (paper: {paper})")
     print(f"mean return {record['return']:.4g}")
+    if args.output:
+        origin = {"task": task.name, "script": script, "step": step, "seed": args.seed}
+        save(origin | record, args.output)
     if args.video:
         render.main(film, team)
     return record

@@ -122,8 +122,10 @@ def position_of(env: ParallelEnv) -> float:
 
 
 def write_gif(film: Film, path: Path) -> None:
-    """Every second frame, in real time."""
-    imageio.imwrite(path, film.frames[::2], duration=2000 * film.step_seconds, loop=0)
+    """Every second frame, or fewer where steps are short, in real time."""
+    stride = max(2, round(0.04 / film.step_seconds))  # GIF counts in hundredths of a second
+    milliseconds = round(1000 * stride * film.step_seconds)
+    imageio.imwrite(path, film.frames[::stride], duration=milliseconds, loop=0)
 
 
 def write_strip(film: Film, path: Path) -> None:
@@ -165,11 +167,15 @@ def check(args: Args, team=None):
 
 def main(args: Args, team=None) -> None:
     team = team or check(args)  # evaluate.py has checked the film before it scores the team
-    output, episode = args.output or args.run / "film.gif", play(args, team)
+    output = args.output or args.run / "film.gif"
+    episode = play(args, team)
     try:
         WRITERS[output.suffix](episode, output)
-    except OSError as error:
-        raise InputError(f"cannot write {output} ({error.strerror})") from None
+    except BaseException as error:
+        output.unlink(missing_ok=True)  # half a film
+        if isinstance(error, OSError):
+            raise InputError(f"cannot write {output} ({error.strerror})") from None
+        raise
     print(f"{output}: {len(episode.frames) - 1} steps, return {episode.episode_return:.1f}")
 
 

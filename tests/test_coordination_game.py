@@ -1,5 +1,6 @@
 """The coordination game and its datasets."""
 
+import dataclasses
 import itertools
 import subprocess
 
@@ -142,6 +143,12 @@ def test_bad_games_of_numbers_are_refused():
 def test_bad_games_are_refused(game):
     with pytest.raises(InputError, match="no game 'easy'|two or more"):
         coordination_task(*game)
+
+
+def test_a_game_is_known_by_its_dataset():
+    task = dataclasses.replace(GAME, dataset="mine.hdf5", columns=None)
+    with pytest.raises(InputError, match="'mine.hdf5' names no game; keep the game's dataset"):
+        coordination_game.game_of(task)
 
 
 def test_a_game_too_large_to_print_is_refused():

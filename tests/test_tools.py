@@ -148,6 +148,15 @@ def test_bad_input_of_filming(make_run, tmp_path):
     assert_refused(evaluate, evaluate.Args(tmp_path, video=True), "film.gif exists")
 
 
+def test_films_play_in_real_time(tmp_path):
+    """GIF counts in hundredths of a second, and a step of Hopper takes 8 ms."""
+    frames = [np.full((8, 8, 3), 10 * i, np.uint8) for i in range(21)]
+    film = render.Film(find_task("hopper-3x1-random-fo"), frames, [0.0] * 21, 0.008, 0.0)
+    render.write_gif(film, tmp_path / "film.gif")
+    assert len(imageio.imread(tmp_path / "film.gif")) == 5
+    assert imageio.immeta(tmp_path / "film.gif")["duration"] == 40
+
+
 # Timing.
 
 
