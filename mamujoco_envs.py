@@ -286,7 +286,7 @@ class Task:
     @property
     def scale(self) -> tuple[float, float, int]:
         """What turns returns into scores, and how long episodes are."""
-        return self.random_return, self.expert_return, self.episode_length
+        return float(self.random_return), float(self.expert_return), int(self.episode_length)
 
     @property
     def partially_observable(self) -> bool:

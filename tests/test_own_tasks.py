@@ -136,6 +136,9 @@ def test_what_a_task_derives(folder):
     minari = dataclasses.replace(swimmers, dataset="minari:me/swim-v0")
     assert str(minari.own_dataset) == "minari:me/swim-v0"
     assert minari.world_model_path == folder / "swim-v0.pt"
+    # What checkpoints hold is no number of NumPy's, which PyTorch would not load.
+    scored = dataclasses.replace(task, expert_return=np.float64(9), episode_length=np.int64(3))
+    assert list(map(type, scored.scale)) == [float, float, int]
     assert named.dataset == "mine" and named.state_dim == 3 and named.observed == ((0, 1), (2,))
 
 
