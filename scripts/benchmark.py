@@ -261,7 +261,7 @@ def main(args: Args) -> None:
             before = json.loads(args.baseline.read_text(encoding="utf-8"))
             machine_line(before["machine"])  # raises what is caught below
             earlier = {name: cell["median"]["update"] for name, cell in before["times"].items()}
-            sum(earlier.values())  # numbers
+            sum(earlier.values())  # so does this, if one is no number
         except (ValueError, LookupError, TypeError, AttributeError):
             raise InputError(f"{args.baseline} is not what this script's --output writes") from None
     machine, times = describe_machine(), {}
