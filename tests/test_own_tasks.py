@@ -14,7 +14,7 @@ import pytest
 import torch
 from gymnasium.envs.mujoco.inverted_pendulum_v5 import InvertedPendulumEnv
 from gymnasium.spaces import Box
-from made_up import documented_blocks, recorded_columns, write_dataset
+from made_up import documented_blocks, import_script, recorded_columns, write_dataset
 
 import data.inspect
 from data import collect_mujoco
@@ -384,7 +384,6 @@ def test_a_class_of_ones_own_from_data_to_a_score(run_own, run_script, folder, t
     assert_one_line(status, "was started with another task")
     status, output = run_script("moma_ppo.py", *again, f"{moved}:PAIR")
     assert status == 0 and load_team(run_dir).task.file == f"{moved}:PAIR"
-    assert "note: rollouts have" not in output
     moved.write_text(TASK_FILE.replace("length=12", "length=12, expert_return=9.0", 1))
     status, output = run_script("moma_ppo.py", *again[:3], 5, "--task", f"{moved}:PAIR")
     assert_one_line(status, "returns or episode_length of", "are not what they were when")
@@ -463,6 +462,21 @@ def test_the_document_runs_as_written(run_script, monkeypatch, capsys):
     Path("runs/pair").rename("runs/PAIR__moma_ppo__1")
     exec(sweep, {})
     assert len(capsys.readouterr().out.splitlines()[-1].split()) == 4
+
+
+def test_rollouts_that_do_not_suit_the_episodes_are_noted(folder, capsys):
+    """Episodes of PAIR have 12 steps."""
+    module, task = import_script("moma_ppo"), find_task(f"{folder}/own.py:PAIR")
+    for length, start_states, note in [
+        (50, "first", "rollouts have 50 steps, episodes 12; give --rollout-length"),
+        (5, "first", "rollouts from first states never see what follows step 5 of 12"),
+        (5, "any", ""),
+        (12, "first", ""),
+    ]:
+        args = module.Args(rollout_length=length, start_states=start_states)
+        module.compare_lengths(args, task)
+        output = capsys.readouterr().out
+        assert note in output and bool(note) == bool(output)
 
 
 def test_a_gymnasium_id_is_played_but_not_continued(run_own, folder):

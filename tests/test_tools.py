@@ -162,6 +162,9 @@ def test_films_play_in_real_time(tmp_path):
 
 def test_bad_input_of_timing(tmp_path):
     (tmp_path / "old.json").write_text('{"machine": {}}')
+    machine = {"processor": "x", "cores": 1, "threads": 1, "load": 0, "versions": {}}
+    damaged = {"machine": machine, "times": {"ibc": {"median": {"update": "fast"}}}}
+    (tmp_path / "damaged.json").write_text(json.dumps(damaged))
     for options, part in [
         ({"rounds": 0}, "--rounds"),
         ({"updates": 5}, "--updates must be a multiple of 6"),
@@ -172,6 +175,7 @@ def test_bad_input_of_timing(tmp_path):
         ({"output": tmp_path / "old.json"}, "exists"),
         ({"baseline": tmp_path / "nothing.json"}, "no file"),
         ({"baseline": tmp_path / "old.json"}, "is not what this script's --output writes"),
+        ({"baseline": tmp_path / "damaged.json"}, "is not what this script's --output writes"),
     ]:
         assert_refused(benchmark, benchmark.Args(**options), part)
 
