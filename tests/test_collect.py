@@ -391,3 +391,19 @@ def test_target_critics_follow_slowly():
     for before, after, weight in zip(old, new, online):
         assert not torch.equal(before, weight)
         torch.testing.assert_close(after, 0.995 * before + 0.005 * weight)
+
+
+def test_the_replay_buffer_gives_what_was_added_and_keeps_the_newest():
+    # Eleven places have room for two steps of four copies.
+    buffer = collect_mujoco.ReplayBuffer(collect_mujoco.Snapshots(num_envs=4, buffer_size=11))
+    for step, kept in enumerate([{1}, {1, 2}, {2, 3}, {3, 4}], 1):
+        numbers = step + np.arange(4) / 10
+        shapes = [field[:4].shape for field in buffer.fields]
+        buffer.add(
+            [numbers.reshape(4, *[1] * (len(shape) - 1)) + np.zeros(shape) for shape in shapes]
+        )
+        states, actions, rewards, next_states, masks = buffer.sample(500)
+        assert len(rewards.unique()) == 4 * len(kept)
+        assert set(rewards.int().tolist()) == kept
+        for column in (states[:, 5], actions[:, 3], next_states[:, -1], masks):
+            assert torch.equal(column, rewards)  # all fields are of the same transitions
