@@ -35,7 +35,7 @@ from torch.func import functional_call
 from torch.optim.lr_scheduler import LambdaLR
 
 from data.offline_dataset import Batch, OfflineDataset, load_dataset
-from mamujoco_envs import HISTORY_LENGTH, Task, evaluate, find_task
+from mamujoco_envs import HISTORY_LENGTH, Task, evaluate, find_task, require
 from training_run import FINAL_EPISODES, Run, check_positive, check_range, compiled, main
 
 
@@ -391,6 +391,9 @@ def train(args: Args) -> dict:
     check_range(args, 0, 1, "gamma", "polyak", "cloning_share")
     # Ratios of policies need the data's, so these are always cloned a little.
     cloning_steps = max(1, round(args.cloning_share * args.total_steps))
+    remaining = args.total_steps - cloning_steps  # if 0, the run is cloning alone
+    message = f"--turn-steps must be smaller: no policy would learn in the {remaining} steps left"
+    require(not remaining or args.turn_steps // 2 < remaining, message)
     with Run(args, "inspo") as run:
         task, device = find_task(args.task), run.device
         dataset = load_dataset(task, args.dataset, device)

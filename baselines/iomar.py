@@ -338,7 +338,7 @@ def critic_losses(team: Team, batch: Batch, inputs, noise, args: Args):
 
 @torch.no_grad()
 def best_sampled_actions(team: Team, inputs, policy_actions, noise, args: Args):
-    """OMAR's sampler, for all states and agents at once: [batch, agent, action] (Algorithm 1).
+    """The sampler of OMAR's code for MuJoCo, for all states and agents: [batch, agent, action].
 
     `noise` [iteration, sample, batch, agent, action] is standard normal.
     """
@@ -391,7 +391,8 @@ def clip_each_agent(parameters, agents, max_norm):
 
 def train(args: Args) -> dict:
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size")
-    check_positive(args, "learning_rate", "memory_learning_rate", "max_grad_norm", "policy_delay")
+    check_positive(args, "learning_rate", "memory_learning_rate", "max_grad_norm")
+    check_range(args, 1, args.total_steps, "policy_delay")  # else policies never learn
     check_positive(args, "omar_iterations", "omar_std")
     check_range(args, 1, args.batch_size, "cql_batch_size")
     check_range(args, 2, 1000, "cql_points")
@@ -400,8 +401,9 @@ def train(args: Args) -> dict:
     check_range(args, 0, 1, "gamma", "polyak", "omega")
     check_range(args, 0, 1e9, "policy_noise", "noise_clip", "cql_alpha", "action_penalty")
     task = find_task(args.task)
-    message = f"{task.name} has discrete actions; use moma_ppo.py, inspo.py, maiql.py or iql.py"
+    message = f"{task.name} has discrete actions; use ibc, iql, maiql, inspo or moma_ppo"
     require(not task.discrete, message)
+    quadrature(args.cql_points, task.action_dim)  # before a missing dataset is recorded
     with Run(args, "iomar") as run:
         device = run.device
         dataset = load_dataset(task, args.dataset, device)

@@ -234,7 +234,7 @@ class Team(nn.Module):
         self.target_critics = copy.deepcopy(self.critics)
 
     def inputs(self, observations, histories, target=False):
-        """h_t, what the learner acts on: [memory, state] [1, batch, memory + state]."""
+        """h_t, what the learner acts on: memory, then state [1, batch, memory + state]."""
         observations = ((observations - self.obs_mean) / self.obs_std).transpose(0, 1)
         if self.memory is None:
             return observations

@@ -81,7 +81,8 @@ class Args:
     max_weight: float = 100.0
     """largest weight of a transition in advantage-weighted regression"""
     max_grad_norm: float = 1.0
-    """gradient norms of policies, values, critics and encoders are each clipped at this value"""
+    """gradient norms of policies, values, critics (with their mixers) and encoders, those of all
+    agents together, are each clipped at this value"""
     finetune: bool = False
     """MAIQL-ft: then as many steps again, on the dataset and a growing set of rollouts"""
     rollout_length: int = 10
@@ -332,12 +333,10 @@ class OnlineData:
 
     def __init__(self, dataset: OfflineDataset, args: Args, reward_scale: float):
         self.dataset, self.reward_scale, self.next_row = dataset, reward_scale, dataset.size
-        self.total_steps = args.total_steps
-        message = f"{dataset.task.name} has no simulator that starts anywhere; leave out --finetune"
-        require(dataset.task.continues_from_states, message)
-        check_range(args, 1, args.total_steps, "rollout_every")  # else there are no rollouts
+        self.total_steps, self.rollout_every = args.total_steps, args.rollout_every
         rollouts = math.ceil(dataset.size / args.rollout_length)
-        at_once = math.ceil(rollouts * args.rollout_every / args.total_steps)
+        self.collections = self.collections_until(2 * args.total_steps)
+        at_once = math.ceil(rollouts / self.collections)
         advice = "lower --rollout-every or raise --total-steps"
         require(at_once <= 2000, f"{at_once} rollouts at once are too many; {advice}")
         self.simulator = dataset.task.simulator(dataset.task, at_once)
@@ -348,6 +347,10 @@ class OnlineData:
             setattr(dataset, name, torch.cat([column, room]))
         self.offsets = torch.arange(at_once * length, device=dataset.device).view(at_once, length)
         self.rows = torch.arange(dataset.size, device=dataset.device)  # of all transitions
+
+    def collections_until(self, step: int) -> int:
+        """How many collections there have been; `step` counts the offline steps, too."""
+        return step // self.rollout_every - self.total_steps // self.rollout_every
 
     def sample_rows(self, count: int):
         """Random rows [count] of the dataset and the rollouts."""
@@ -363,7 +366,7 @@ class OnlineData:
         # Where one rollout at a time would fill the room too early, some collections are left out.
         filled = self.next_row + rows.numel() - dataset.size
         room = len(dataset.states) - dataset.size
-        if filled * self.total_steps > room * (step - self.total_steps):
+        if filled * self.collections > room * self.collections_until(step):
             return
         self.next_row += rows.numel()
 
@@ -381,7 +384,9 @@ class OnlineData:
             dataset.states[now] = states
             histories = dataset.histories(now) if team.memory else None
             inputs = team.inputs(team.task.observe(states), histories)
-            actions = team.distribution(inputs).sample().clamp(-ACTION_LIMIT, ACTION_LIMIT)
+            actions = team.distribution(inputs).sample()
+            if not team.task.discrete:
+                actions = actions.clamp(-ACTION_LIMIT, ACTION_LIMIT)
             states, rewards, terminals = self.simulator.step_from(states, actions)
             dataset.actions[now], dataset.next_states[now] = actions, states
             dataset.rewards[now], dataset.masks[now] = rewards * self.reward_scale, 1 - terminals
@@ -411,6 +416,10 @@ def train(args: Args) -> dict:
     check_range(args, 0, math.inf, "beta", "max_weight")
     with Run(args, "maiql") as run:
         task, device = find_task(args.task), run.device
+        if args.finetune:
+            message = f"{task.name} has no simulator that starts anywhere; leave out --finetune"
+            require(task.continues_from_states, message)
+            check_range(args, 1, args.total_steps, "rollout_every")  # else there are no rollouts
         dataset = load_dataset(task, args.dataset, device)
         reward_scale = normalize_rewards(dataset)  # Deviation 9
         torch.manual_seed(args.seed)

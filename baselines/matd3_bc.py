@@ -308,11 +308,12 @@ def matd3_bc_losses(team: Team, batch: Batch, noise, args: Args, learn_policy: b
 
 def train(args: Args) -> dict:
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size")
-    check_positive(args, "learning_rate", "memory_learning_rate", "max_grad_norm", "policy_delay")
+    check_positive(args, "learning_rate", "memory_learning_rate", "max_grad_norm")
+    check_range(args, 1, args.total_steps, "policy_delay")  # else policies never learn
     check_range(args, 0, 1, "gamma", "polyak")
     check_range(args, 0, 1e9, "policy_noise", "noise_clip", "alpha")
     task = find_task(args.task)
-    message = f"{task.name} has discrete actions; use moma_ppo.py, inspo.py, maiql.py or iql.py"
+    message = f"{task.name} has discrete actions; use ibc, iql, maiql, inspo or moma_ppo"
     require(not task.discrete, message)
     with Run(args, "matd3_bc") as run:
         device = run.device

@@ -68,9 +68,10 @@ class OfflineDataset:
     """N transitions on one device, as tensors.
 
     `states`, `next_states` [N, state] float32; `actions` [N, agent, action] float32, clamped to
-    +-ACTION_LIMIT; `rewards` [N] float32; `masks` [N] float32, 0 where the next state is absorbing
-    (a time-out is not); `episode_starts` [N] int64, the row at which a row's episode began.
-    `first_rows` and `last_rows` [episode] int64. `description` says where the data come from.
+    +-ACTION_LIMIT unless they are one-hot; `rewards` [N] float32; `masks` [N] float32, 0 where the
+    next state is absorbing (a time-out is not); `episode_starts` [N] int64, the row at which a
+    row's episode began. `first_rows` and `last_rows` [episode] int64. `description` says where the
+    data come from.
     """
 
     def __init__(self, task: Task, columns: dict[str, np.ndarray], device="cpu", source: str = ""):

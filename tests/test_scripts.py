@@ -225,7 +225,7 @@ def test_compile_computes_what_eager_mode_computes(script, run_tiny, monkeypatch
     """Traced as --compile does it, random numbers included, but run without generated code."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.setenv("CXX", sys.executable)  # no compiler is needed here
-    steps = 4 if script == "logo" else 2  # past its cloning
+    steps = 4 if script in ("inspo", "logo") else 2  # past their cloning
     status, output, eager = run_tiny(script, "--total-steps", steps)
     assert status == 0, output
     status, output, traced = run_tiny(script, "--total-steps", steps, "--compile", name="traced")
@@ -453,7 +453,8 @@ NONSENSE = [
     *[(name, "batch_size", 10**12) for name in (*BASELINES, "world_model")],
     *[(name, "seed", value) for name in TRAINING for value in (-1, 2**32)],
     *[("maiql --finetune", name, 0) for name in ("rollout_every", "rollout_length")],
-    *[(name, "policy_delay", 0) for name in (*TD3_FAMILY, "logo")],
+    ("maiql --finetune", "rollout_every", 10**6),  # no rollouts at all
+    *[(name, "policy_delay", x) for name in (*TD3_FAMILY, "logo") for x in (0, 10**6)],
     *[(name, "policy_noise", "nan") for name in TD3_FAMILY],
     *[(name, "alpha", "inf") for name in ("itd3_bc", "matd3_bc")],
     *[(name, x, 0) for name in ("icql", "iomar", "logo") for x in ("cql_points", "cql_batch_size")],
@@ -461,6 +462,8 @@ NONSENSE = [
     ("iomar", "omega", 1.1),
     *[("inspo", name, 0) for name in ("alpha", "turn_steps", "pool_size", "policy_samples")],
     ("inspo", "cloning_share", 1.1),
+    ("inspo", "turn_steps", 10**6),  # no policy would learn after cloning
+    *[(name, "cql_points", 1001) for name in ("icql", "iomar")],
     *[("logo", name, 0) for name in ("model_steps", "horizon", "rollouts", "generations")],
     *[("logo", name, 0) for name in ("refresh_every", "embedding", "model_width")],
     *[("logo", "synthetic_share", value) for value in (-0.1, 1)],  # none of the data
