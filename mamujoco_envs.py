@@ -1074,8 +1074,8 @@ def largest_difference(task: Task, steps: int = 1000) -> dict[str, float]:
 def append_to_histories(histories, observations, actions) -> torch.Tensor:
     """Shifts histories [B, agent, 10, pair] left by one and appends this step's pair.
 
-    The action, clamped (one-hot ones, too), comes first in a pair, so that the padding of narrow
-    observations is last.
+    The action comes first in a pair, so that the padding of narrow observations is last. It is
+    clamped, even where it is one-hot.
     """
     pair = torch.cat([actions.clamp(-ACTION_LIMIT, ACTION_LIMIT), observations], dim=-1)
     return torch.cat([histories[:, :, 1:], pair.unsqueeze(2)], dim=2)

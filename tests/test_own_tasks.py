@@ -498,6 +498,8 @@ def test_a_gymnasium_id_is_played_but_not_continued(run_own, folder):
         np.testing.assert_allclose(evaluation.last_states[episode], env.state(), atol=1e-9)
     status, *_ = run_own("moma_ppo.py", "SWIMMERS", "--ground-truth")
     assert_one_line(status, "--ground-truth needs a simulator of SWIMMERS")
+    status, *_ = run_own("baselines/maiql.py", "SWIMMERS", "--finetune")
+    assert_one_line(status, "SWIMMERS has no simulator", "leave out --finetune")
     status, output, result = run_own("world_model.py", "SWIMMERS")
     assert status == 0 and "note: SWIMMERS has no simulator that starts anywhere" in output
     assert result["on_data/ten_step_error"] > 0 and "random/ten_step_error" not in result
