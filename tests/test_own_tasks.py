@@ -68,6 +68,7 @@ TINY_MODEL += ["--total-steps", 4, "--eval-every", 4]
 TINY = {
     "moma_ppo.py": ["--transitions", 400, "--rollout-length", 10, "--epochs", 1],
     "baselines/ibc.py": ["--batch-size", 16],
+    "baselines/maiql.py": ["--batch-size", 16],
 }
 
 
