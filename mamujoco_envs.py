@@ -30,6 +30,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -507,6 +508,7 @@ def planar_task(body: str, split: str, behavior: str, view: str) -> Task:
     )
 
 
+@cache
 def all_tasks() -> dict[str, Task]:
     """Every task of this repository by its name."""
     import coordination_game  # here, because it imports this module

@@ -372,9 +372,9 @@ def test_an_extended_run_of_inspo_does_not_clone_again(run_tiny, run_script):
     status, output, run_dir = run_tiny("inspo")
     assert status == 0, output
     cloned = {name: x for name, x in states_of(run_dir).items() if "behavior" in name}
-    status, output = run_script(path_of("inspo"), "--resume", run_dir, "--total-steps", 40)
+    status, output = run_script(path_of("inspo"), "--resume", run_dir, "--total-steps", 24)
     assert status == 0, output
-    assert cloned and load_checkpoint(run_dir)["step"] == 40
+    assert cloned and load_checkpoint(run_dir)["step"] == 24
     extended = states_of(run_dir)
     for name, weight in cloned.items():
         assert torch.equal(weight, extended[name]), name
