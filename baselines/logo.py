@@ -803,7 +803,8 @@ def check(args: Args) -> None:
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size", "model_steps")
     check_positive(args, "model_learning_rate", "model_width", "embedding", "horizon", "rollouts")
     check_positive(args, "refresh_every", "generations", "learning_rate", "memory_learning_rate")
-    check_positive(args, "policy_delay", "cql_batch_size", "cql_temperature", "max_grad_norm")
+    check_positive(args, "cql_batch_size", "cql_temperature", "max_grad_norm")
+    check_range(args, 1, args.total_steps, "policy_delay")  # else policies never learn
     check_range(args, 2, 1000, "cql_points")
     check_range(args, 0, 0.999999, "gamma")
     check_range(args, 0, 1, "polyak", "synthetic_share", "exploration")

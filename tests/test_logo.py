@@ -275,7 +275,7 @@ def test_the_learner_sees_rewards_in_units_of_their_deviation(monkeypatch, tmp_p
         return losses(team, batch, *others)
 
     monkeypatch.setattr(logo, "macql_losses", look)
-    options = {"total_steps": 1, "eval_every": 1, "synthetic_share": 0.0, "gamma": 0.5}
+    options = {"total_steps": 2, "eval_every": 2, "synthetic_share": 0.0, "gamma": 0.5}
     logo.train(logo.Args("coordination-neutral", run_dir=tmp_path / "run", **options))
     unit = 0.5 / load_dataset(find_task("coordination-neutral")).rewards.std().item()
     assert seen[0].unique().tolist() == pytest.approx([0, unit])
