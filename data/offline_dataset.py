@@ -301,13 +301,8 @@ def read_column(task: Task, path: Path, file: h5py.File, name: str) -> np.ndarra
     if name == "timeouts" and is_own and name not in (*file, *(task.layout or ())):
         return np.zeros(size, dtype=bool)  # discontinuities end episodes, too
     parts = find_parts(task, path, file, name)
-    if task.discrete and name == "actions":
-        found = sum(int(np.prod(part.shape[1:])) for part in parts)
-        message = (
-            f"'{name}' in {path} has one number per agent; {task.name} needs one-hot vectors, "
-        )
-        message += f"such as np.eye({task.action_dim})[actions].reshape({size}, {joint_dim})"
-        require(found != task.num_agents, message)
+    if name == "actions":
+        check_options(task, path, size, sum(int(np.prod(part.shape[1:])) for part in parts))
     if task.layout and name in task.layout:
         return as_column(join_parts(task, path, parts, shape), name, path)
     (column,) = parts
@@ -348,6 +343,14 @@ def join_parts(task: Task, path: Path, parts: list[h5py.Dataset], shape: tuple) 
     require(fits, f"{path} has {found}; side by side, {task.name} needs {shape}")
     values = [part[()].reshape(len(part), -1) for part in parts]
     return np.concatenate(values, axis=1).reshape(shape)
+
+
+def check_options(task: Task, path: Path, size: int, width: int) -> None:
+    """Raises `InputError` if actions [size, width] are numbers of options, not one-hot vectors."""
+    needed = f"({size}, {task.num_agents * task.action_dim})"
+    message = f"'actions' in {path} has one number per agent; {task.name} needs one-hot vectors"
+    message += f", such as np.eye({task.action_dim})[actions].reshape{needed}"
+    require(not task.discrete or width != task.num_agents, message)
 
 
 def as_column(values: np.ndarray, name: str, path: Path) -> np.ndarray:
@@ -406,7 +409,8 @@ def columns_of_episodes(task: Task, path: Path, episodes: list, alive_bonus) -> 
         for x in episodes
     ]
     columns = dict(zip(COLUMNS, map(np.concatenate, zip(*parts))))
-    joint_dim = task.num_agents * task.action_dim
+    size, joint_dim = len(columns["actions"]), task.num_agents * task.action_dim
+    check_options(task, path, size, int(np.prod(columns["actions"].shape[1:])))
     widths = {"observations": task.state_dim, "next_observations": task.state_dim}
     for name, width in (widths | {"actions": joint_dim}).items():
         shape, needed = columns[name].shape, (len(columns[name]), width)

@@ -627,6 +627,14 @@ def test_minari_datasets_load_row_for_row(minari, columns, tmp_path, monkeypatch
     assert_refused(lambda: load_dataset(task, "minari:x"), "pip install")
 
 
+def test_options_of_minari_must_be_one_hot(minari, columns):
+    minari.environment = ""
+    columns["actions"] = np.ones((36, 2), int)
+    task = find_task("coordination-neutral")
+    advice = "such as np.eye(2)[actions].reshape(36, 4)"
+    assert_refused(lambda: load_dataset(task, "minari:cheetah/made-up-v0"), advice)
+
+
 def test_minaris_own_files(columns, tmp_path, monkeypatch):
     """Minari is no requirement of this repository; this runs where it is installed."""
     minari = pytest.importorskip("minari")
