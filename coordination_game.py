@@ -1,10 +1,10 @@
 """Coordination games: discrete (Section 5.2), continuous, and one whose best play is rarely shown.
 
 Paper: Barde et al., "A Model-Based Solution to the Offline Multi-Agent Reinforcement Learning
-Coordination Problem", AAMAS 2024 (arXiv 2305.17198), Figure 3 (a), Tables 1 and 3. Agents act at
-the same time and observe the previous joint action, which is also the global state. An episode has
-ten steps, and the score is the mean reward of a step; 1 is the best. Only `coordination` is the
-paper's, and its observations, horizon and dataset size are ours. docs/tasks.md lists the tasks.
+Coordination Problem", AAMAS 2024 (arXiv 2305.17198), Figure 3 (a), Tables 1 and 3. Agents act
+simultaneously and observe the previous joint action, which is also the global state. An episode has
+ten steps; the score is the mean reward per step, at most 1. Only `coordination` is the paper's, and
+its observations, horizon and dataset size are ours. docs/tasks.md lists the tasks.
 
     python coordination_game.py               # pay-off matrix; the three datasets and Table 1
     python coordination_game.py --agents 4    # generalised to more agents
@@ -38,10 +38,10 @@ class Args:
     actions: int = 2
     """options that an agent chooses from"""
     seed: int = 0
-    """seed of the datasets"""
+    """random seed for the datasets"""
 
 
-# Rewards, of choices or numbers [..., agent]: [...].
+# Rewards [...] of choices or numbers [..., agent].
 
 
 def all_alike(choices: np.ndarray) -> np.ndarray:
@@ -55,13 +55,13 @@ def climbing(choices: np.ndarray) -> np.ndarray:
 
 
 def product(numbers: np.ndarray) -> np.ndarray:
-    """Two agents earn 1 if both choose 1 or both -1, more agents if an even number chooses -1 and
-    the others 1."""
+    """The product: two agents earn 1 if both choose 1 or both choose -1, more agents if an even
+    number of them choose -1 and the others 1."""
     return numbers.prod(axis=-1)
 
 
 def two_peaks(numbers: np.ndarray) -> np.ndarray:
-    """1 where all agents choose PEAK, or all -PEAK, and less around these points."""
+    """1 where all agents choose PEAK or all choose -PEAK, and less away from these points."""
     squares = [np.square(numbers - peak).sum(axis=-1) for peak in (PEAK, -PEAK)]
     return np.exp(-np.minimum(*squares) / (2 * PEAK_WIDTH**2))
 
@@ -78,7 +78,7 @@ REWARDS = {
 
 
 class Game(NamedTuple):
-    """What the name of a dataset says."""
+    """The game that the name of a dataset stands for."""
 
     kind: str
     """key of REWARDS"""
@@ -86,11 +86,11 @@ class Game(NamedTuple):
     """key of BEHAVIORS; in the climbing game the coverage, in percent"""
     agents: int
     actions: int
-    """options of an agent, or 1 where it chooses a number"""
+    """options per agent, or 1 where it chooses a number"""
 
 
 def game_of(task: Task) -> Game:
-    """The game, also where `task` lets a single agent act for all."""
+    """The game of a task, even of one in which a single agent acts for all."""
     kind, _, rest = task.dataset.partition("-")
     advice = "keep the game's dataset, and give yours with --dataset"
     require(kind in REWARDS and rest, f"'{task.dataset}' names no game; {advice}")
@@ -101,7 +101,7 @@ def game_of(task: Task) -> Game:
 
 
 def make_task(kind: str, behavior: str, agents: int, actions: int, size: str) -> Task:
-    """`size` ends the name, where there are more agents or actions than usual."""
+    """`size` is the suffix of the name, if there are more agents or actions than usual."""
     discrete = kind in ("coordination", "climbing")
     state = tuple(range(agents * actions))
     return Task(
@@ -114,7 +114,7 @@ def make_task(kind: str, behavior: str, agents: int, actions: int, size: str) ->
         episode_length=EPISODE_LENGTH,
         random_return=0.0,
         expert_return=float(EPISODE_LENGTH),
-        # The entropy of options is never below 0, so this target gives no bonus there.
+        # Discrete entropy is never negative, so a target of -4 means no entropy bonus.
         entropy_target=-4.0 if discrete else -2.0 * agents,
         simulator=CoordinationGame,
         columns=make_columns,
@@ -149,7 +149,7 @@ def climbing_task(coverage: float) -> Task:
 
 
 def tasks() -> list[Task]:
-    """The games that have a name of their own."""
+    """The games that --task knows by name."""
     return [
         *map(coordination_task, BEHAVIORS),
         *(coordination_task("unfavorable", agents) for agents in (3, 4, 8, 16)),
@@ -183,7 +183,7 @@ class CoordinationGame:
         """Actions [B, agent, action], one-hot or clipped to [-1, 1] -> states [B, state], rewards
         [B], terminals [B].
 
-        No episode ends before the others, so all copies step, whatever `where` says.
+        All episodes end together, so all copies step, whatever `where` says.
         """
         agents, width = self.game.agents, self.game.actions
         joint = np.reshape(actions, (len(self.states), agents, width))
@@ -204,8 +204,8 @@ class CoordinationGame:
 def lean_left(game: Game) -> np.ndarray:
     """Whether each agent leans to the left rather than to the right [agent] (Table 1, generalised).
 
-    On unfavorable data the first half of the agents do. Where the product counts, only the first
-    agent does, so that following the data earns less than nothing whatever the number of agents.
+    On unfavorable data, the first half of the agents do. In the product game only the first agent
+    does, so that following the data earns less than nothing, however many agents there are.
     """
     count = 1 if game.kind == "continuous" else game.agents // 2
     return (np.arange(game.agents) < count) & (game.behavior == "unfavorable")
@@ -213,7 +213,7 @@ def lean_left(game: Game) -> np.ndarray:
 
 def behavior_policies(task: Task) -> np.ndarray:
     """The probability of each option in the dataset [agent, action]: 0.75 for the first option of
-    those that lean to the left and for the last option of the others; neutral agents lean nowhere.
+    agents that lean left and for the last option of the others; neutral agents choose uniformly.
     """
     game = game_of(task)
     if game.behavior == "neutral":
@@ -224,9 +224,9 @@ def behavior_policies(task: Task) -> np.ndarray:
 
 
 def draw_choices(task: Task, rng: np.random.Generator, size: int) -> np.ndarray:
-    """Options that the data show, [size, agent]."""
+    """Draws the options in the data [size, agent]."""
     if game_of(task).kind == "climbing":
-        # The best joint action with its coverage, and the other eight equally often.
+        # The best joint action as often as the coverage says, the other eight equally often.
         best = float(game_of(task).behavior) / 100
         joint = np.where(rng.random(size) < best, 0, rng.integers(1, CLIMBING.size, size))
         return np.stack(np.unravel_index(joint, CLIMBING.shape), axis=-1)
@@ -236,7 +236,7 @@ def draw_choices(task: Task, rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def draw_numbers(task: Task, rng: np.random.Generator, size: int) -> np.ndarray:
-    """Numbers that the data show, [size, agent]: each agent's sign, times uniform in [0, 1]."""
+    """Draws the numbers in the data [size, agent]: each is a sign times a uniform in [0, 1]."""
     game = game_of(task)
     leaning = 0.5 if game.behavior == "neutral" else np.where(lean_left(game), 0.25, 0.75)
     signs = np.where(rng.random((size, game.agents)) < leaning, 1, -1)
@@ -263,7 +263,7 @@ def make_columns(task: Task, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def train_world_model(task: Task, seed: int, device: str, run_dir: Path) -> Path:
-    """The game's world model, trained in `run_dir` in seconds, so that none ships."""
+    """Trains the game's world model in `run_dir`; this is quick, so none ships."""
     path = run_dir / "world_model.pt"
     begun = (run_dir / "checkpoint.pt").is_file()
     if begun:

@@ -8,9 +8,9 @@ drives the front left leg, and agents 1 to 3 drive the front right, back left an
 HalfCheetah, Hopper and Walker2d are split as in Multi-Agent MuJoCo (Peng et al., arXiv 2003.06709).
 
 - `Task`: what each agent observes and drives, and how returns are normalised.
-- `MujocoEnvironment`: a gymnasium environment as functions of arrays; a new one is ten lines.
-- `Simulator`: many copies of one, stepped together on all cores.
-- `evaluate`: greedy episodes of a team. `plot_team_strategy`: what a Reacher team agreed on.
+- `MujocoEnvironment`: a gymnasium environment as functions of arrays; a new one takes ten lines.
+- `Simulator`: many copies of an environment, stepped in parallel on all cores.
+- `evaluate`: plays greedy episodes. `plot_team_strategy`: what a Reacher team agreed on.
   `plot_ant_paths`: where an Ant team walks, seen from above.
 - `parallel_env`: the same tasks behind PettingZoo's Parallel API, for other projects:
 
@@ -47,7 +47,7 @@ from gymnasium.envs.mujoco.walker2d_v4 import Walker2dEnv
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import SyncVectorEnv
 
-NAMED_DEFAULTS = ("", "Ant-v4", "Reacher-v4", "coordination", "continuous")  # of the scripts
+NAMED_DEFAULTS = ("", "Ant-v4", "Reacher-v4", "coordination", "continuous")  # for Task.defaults
 HISTORY_LENGTH = 10  # past (action, observation) pairs that an agent remembers (Appendix A.1)
 ACTION_LIMIT = 1 - 1e-5  # actions in histories and datasets are clamped to +-ACTION_LIMIT
 EVALUATION_SEED = 10102  # episode i of an evaluation starts from seed EVALUATION_SEED + i
@@ -74,9 +74,9 @@ INDEX_TENSORS: dict[tuple, torch.Tensor] = {}
 
 
 def index_tensor(indices: tuple, device) -> torch.Tensor:
-    """int64 tensor of nested tuples, kept per device: a copy from the host would stall a GPU.
+    """int64 tensor of nested tuples, cached per device: copying from the host would stall a GPU.
 
-    A plain dictionary: torch.compile ignores functools.cache, and would copy again at every call.
+    The cache is a dictionary: torch.compile ignores functools.cache, and would copy at every call.
     """
     if (indices, device) not in INDEX_TENSORS:
         INDEX_TENSORS[indices, device] = torch.tensor(indices, device=device)
@@ -84,20 +84,20 @@ def index_tensor(indices: tuple, device) -> torch.Tensor:
 
 
 class Symmetry(NamedTuple):
-    """A heading to which the dynamics of a task are indifferent, though its reward is not."""
+    """A rotation that leaves the dynamics of a task unchanged, though not its reward."""
 
     heading: Callable
     """`heading(states)`: angles [...] of states [..., state]"""
     turn: Callable
     """`turn(states, angles)`: the states, turned by these angles"""
     speed: Callable
-    """`speed(states)`: what the reward pays for, the speed along x [...]"""
+    """`speed(states)`: the speed along x [...], which the reward pays for"""
 
     def turn_transition(self, angles, states, next_states, rewards):
-        """The same transition at another heading, whose reward differs by the speed along x.
+        """The same transition, turned; its reward changes by the difference in speed along x.
 
-        That speed is the mean of those before and after the step, where the environment takes the
-        distance over the time.
+        That speed is taken as the mean of those before and after the step, whereas the environment
+        divides distance by time.
         """
         before = self.speed(states) + self.speed(next_states)
         states, next_states = self.turn(states, angles), self.turn(next_states, angles)
@@ -105,9 +105,9 @@ class Symmetry(NamedTuple):
         return states, next_states, rewards + (after - before) / 2
 
     def at_heading_zero(self, step: Callable, states, *inputs):
-        """`step(states, *inputs)`, asked at heading 0 and turned back.
+        """Evaluates `step(states, *inputs)` at heading 0 and turns its result back.
 
-        Its answer is a NamedTuple with `next_states` and `rewards`.
+        The result is a NamedTuple with `next_states` and `rewards`.
         """
         heading = self.heading(states)
         states = self.turn(states, -heading)
@@ -139,27 +139,27 @@ class Task:
     name: str = ""
     """by default the name of the variable in the file that defines the task"""
     dataset: str = ""
-    """name of the offline dataset, or a file beside the one that defines the task; by default the
+    """name of the offline dataset, or a file next to the one that defines the task; by default the
     task's name. Tasks with the same dataset share its world model"""
     state_dim: int = 0
-    """width of the global state; by default the environment's, or what agents observe of it"""
+    """width of the global state; by default the environment's, or else what agents observe of it"""
     random_return: float = 0.0
     expert_return: float = 1.0
-    """returns that the normalised score calls 0 and 1 (Table 2); by default it is the return"""
+    """returns with normalised scores of 0 and 1 (Table 2); by default the score is the return"""
     entropy_target: float | None = None
     """joint entropy below which PPO pays a bonus (Appendix A.1); by default minus the number of
     actions, as in SAC (arXiv 1812.05905)"""
     simulator: type | None = None
-    """a class made with (task, num_envs): copies of the environment, with the methods of
-    `Simulator`; by default the best there is for the environment"""
+    """a class called with (task, num_envs): copies of the environment, with the methods of
+    `Simulator`; by default the best one available for the environment"""
     recorder: str = ""
     """module whose `record(task, path)` makes the dataset when it is missing"""
     plot: Callable | None = None
     """`plot(evaluation, path)` draws what a team agreed on"""
     symmetry: Symmetry | None = None
-    """a symmetry of the dynamics, by which a world model is asked at heading 0 alone"""
+    """a symmetry of the dynamics, thanks to which world models are queried at heading 0 alone"""
     model_errors: Callable | None = None
-    """`model_errors(predict, states)`: diagnostics of a world model, particular to this task"""
+    """`model_errors(predict, states)`: task-specific diagnostics of a world model"""
     layout: dict[str, str | tuple[str, ...]] | None = None
     """the file's own names for D4RL's columns (COLUMNS); where a column has several, they are
     concatenated, such as the agents' observations into the state"""
@@ -168,14 +168,14 @@ class Task:
     discrete: bool = False
     """whether actions are one-hot vectors (Section 5.2)"""
     locomotion: bool = False
-    """whether returns are distances run, whose rewards IQL scales (arXiv 2110.06169)"""
+    """whether returns measure distance run; IQL scales such rewards (arXiv 2110.06169)"""
     defaults: str = ""
     """Ant-v4 (long episodes) or Reacher-v4 (short ones), whose defaults the scripts use where they
     have none for this environment"""
     file: str = ""
     """FILE:NAME of a task of your own, as --task names it; set by `find_task`"""
     chosen_for: object = None
-    """environment for which `simulator` was chosen, if it was not given; set here"""
+    """environment for which `simulator` was chosen by default; set here"""
 
     def __post_init__(self):
         for field in ("observed", "driven"):  # ranges and lists will do, too
@@ -222,7 +222,7 @@ class Task:
 
     @property
     def has_environment(self) -> bool:
-        """Whether there is anything to evaluate a team in but its world model."""
+        """Whether a team can be evaluated in anything but its world model."""
         return self.simulator is not WorldModelSimulator
 
     @property
@@ -237,7 +237,7 @@ class Task:
 
     @property
     def own_dataset(self) -> Path | None:
-        """The dataset beside the file that defines the task, or Minari's, if the task names one."""
+        """The dataset next to the task's file, or Minari's, if the task names one."""
         if not self.file:
             return None
         if self.dataset.startswith("minari:"):
@@ -247,8 +247,8 @@ class Task:
 
     @property
     def world_model_path(self) -> Path:
-        """The shipped world model, or a file beside an own dataset (of Minari's: beside the task's
-        file), with its name and the suffix .pt."""
+        """The shipped world model or, for a dataset of your own, the file next to it (for Minari's:
+        next to the task's file) with its name and the suffix .pt."""
         if self.dataset.startswith("minari:") and self.file:
             return Path(self.file).parent / f"{self.own_dataset.name}.pt"
         if self.own_dataset:
@@ -281,7 +281,7 @@ class Task:
 
     @property
     def split(self) -> dict:
-        """Who observes and drives what, by which files of other agents are told apart."""
+        """Who observes and drives what, which reveals files made for other agents."""
         return {"observed": self.observed, "driven": self.driven}
 
     @property
@@ -296,7 +296,7 @@ class Task:
 
     def observe(self, states: torch.Tensor) -> torch.Tensor:
         """Agents' observations, stacked and zero-padded: [..., state] -> [..., agent, obs]."""
-        # Padding points at an extra dimension behind the state's last one, which is zero.
+        # Padding indexes an extra dimension after the state's last one, which is zero.
         width = max(self.obs_dims)
         padded = tuple(seen + (self.state_dim,) * (width - len(seen)) for seen in self.observed)
         return F.pad(states, (0, 1))[..., index_tensor(padded, states.device)]
@@ -307,7 +307,7 @@ class Task:
 
     def join_actions(self, actions: torch.Tensor) -> torch.Tensor:
         """The agents' actions to the environment's: [..., agent, action] -> [..., joint]."""
-        # Without NumPy, which would end the graph that torch.compile captures.
+        # Without NumPy, which would break the graph that torch.compile captures.
         driven = sum(self.driven, ())
         order = tuple(driven.index(i) for i in range(len(driven)))
         return actions.flatten(-2)[..., index_tensor(order, actions.device)]
@@ -324,7 +324,7 @@ class Task:
 
 
 def check_split(task: Task) -> None:
-    """Raises `InputError` unless the agents drive each action once, and equally many each."""
+    """Raises `InputError` unless each action is driven once, and equally many by each agent."""
     name = task.name or "the task"
     agents, others = len(task.observed), len(task.driven)
     require(agents and others, f"{name} needs agents in 'observed' and 'driven'")
@@ -345,14 +345,14 @@ def check_split(task: Task) -> None:
 
 
 def check_reference(task: Task) -> None:
-    """Raises `InputError` unless returns can be scored between those of scores 0 and 1."""
+    """Raises `InputError` unless `random_return` is below `expert_return`, and both are finite."""
     low, high = task.random_return, task.expert_return
     message = f"'random_return' of {task.name or 'the task'} must be below 'expert_return'"
     require(low < high and np.isfinite(high - low), f"{message}; they are {low} and {high}")
 
 
 def check_layout(task: Task) -> None:
-    """Raises `InputError` unless the layout gives names of its own to D4RL's columns."""
+    """Raises `InputError` unless the layout maps D4RL's columns to names."""
     name, layout = task.name or "the task", task.layout or {}
     require(isinstance(layout, dict), f"layout of {name} must be a dict from D4RL's columns")
     unknown = ", ".join(column for column in layout if column not in COLUMNS)
@@ -377,8 +377,8 @@ ANT_OBSERVED = {
     "fo": (tuple(range(27)),) * 4,
     "po": ((*ANT_TORSO, 5, 19, 6, 20), (7, 21, 8, 22), (9, 23, 10, 24), (11, 25, 12, 26)),
 }
-# Actuators come in another order than joints: the back right leg's are first. With "own legs" each
-# agent drives the leg that it observes; with "other legs", the paper's release, its neighbour's.
+# Actuators are not in the order of the joints: the back right leg's come first. With "own legs"
+# each agent drives the leg that it observes; with "other legs" (the release), its neighbour's.
 ANT_OWN_LEGS = ((2, 3), (4, 5), (6, 7), (0, 1))
 ANT_OTHER_LEGS = ((0, 1), (2, 3), (4, 5), (6, 7))
 ANT_STEP_SECONDS = 0.05
@@ -452,9 +452,9 @@ def ant_task(behavior: str, view: str) -> Task:
 
 
 def blocks(*widths: int) -> tuple[tuple[int, ...], ...]:
-    """Consecutive indices, as many as each agent has: blocks(2, 1) is ((0, 1), (2,)).
+    """Consecutive indices, one block per agent: blocks(2, 1) is ((0, 1), (2,)).
 
-    What agents observe where the state is the concatenation of their observations, for example.
+    For example what agents observe, if the state is the concatenation of their observations.
     """
     ends = np.cumsum(widths).tolist()
     return tuple(tuple(range(end - width, end)) for end, width in zip(ends, widths))
@@ -469,10 +469,10 @@ class Body(NamedTuple):
     environment: str
     joints: int
     splits: tuple[str, ...]
-    """agents x joints of each: agents have neighbouring joints"""
+    """agents x joints per agent, which are neighbours"""
     random_return: float
     expert_return: float
-    """D4RL's, which its users report as 0 and 100"""
+    """D4RL's reference returns, for scores of 0 and 100"""
 
 
 BODIES = {
@@ -564,8 +564,8 @@ def tasks_of(path: Path) -> dict[str, Task]:
     """Runs a Python file; returns the tasks that its variables hold, by their names."""
     spec = importlib.util.spec_from_file_location(f"own_task_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for the module that they are in
-    sys.path.append(str(path.parent))  # for what the file imports from beside it
+    sys.modules[spec.name] = module  # dataclasses look up their own module here
+    sys.path.append(str(path.parent))  # so that the file can import its neighbours
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
@@ -586,7 +586,7 @@ def tasks_of(path: Path) -> dict[str, Task]:
 
 
 class Moment(NamedTuple):
-    """Where B copies of an environment are."""
+    """A snapshot of B copies of an environment."""
 
     states: np.ndarray  # [B, state]
     qpos: np.ndarray  # [B, nq]
@@ -597,9 +597,9 @@ class Moment(NamedTuple):
 class MujocoEnvironment:
     """A gymnasium MuJoCo environment as functions of arrays, for `Simulator`.
 
-    A subclass names gymnasium's class and gives `reset`, `reward` and, where episodes end before
-    their time, `terminal`. The rest suits environments whose state is qpos without the positions in
-    the plane, then qvel. `largest_difference` compares the result with gymnasium.
+    A subclass names gymnasium's class and defines `reset`, `reward` and, where episodes can end
+    early, `terminal`. The rest suits environments whose state is qpos, without the positions in the
+    plane, followed by qvel. `largest_difference` compares the result with gymnasium.
     """
 
     gymnasium: type
@@ -607,9 +607,9 @@ class MujocoEnvironment:
     hidden_positions = 1
     """positions at the beginning of qpos that a state leaves out: x, or x and y"""
     velocity_limit = np.inf
-    """states have velocities clipped at this value"""
+    """velocities in states are clipped at this value"""
     camera = None
-    """camera of the model to film with"""
+    """the model's camera for films"""
 
     def __init__(self):
         env = build(self.gymnasium)
@@ -624,7 +624,7 @@ class MujocoEnvironment:
         raise NotImplementedError
 
     def reward(self, before: Moment, actions: np.ndarray, after: Moment) -> np.ndarray:
-        """[B], of the environment's actions [B, joint], within [-1, 1]."""
+        """[B], given the environment's actions [B, joint] within [-1, 1]."""
         raise NotImplementedError
 
     @staticmethod
@@ -647,8 +647,8 @@ class MujocoEnvironment:
 class Reacher(MujocoEnvironment):
     """`Reacher-v4`.
 
-    The fingertip's position is MuJoCo's own `xpos`: after a step it is the one of the integrator's
-    last stage, a few millimetres behind the joints, so it cannot be computed from them.
+    The fingertip's position is MuJoCo's own `xpos`: after a step, it is that of the integrator's
+    last stage and lags a few millimetres behind the joints, so it cannot be computed from them.
     """
 
     gymnasium = ReacherEnv
@@ -704,7 +704,7 @@ class Ant(MujocoEnvironment):
         return qpos, self.init_qvel + 0.1 * rng.standard_normal(14)
 
     def reward(self, before: Moment, actions: np.ndarray, after: Moment) -> np.ndarray:
-        """[B]: speed along x, 1 for being alive, and the cost of control (none of contact)."""
+        """[B]: speed along x, plus 1 for being alive, minus the control cost (no contact cost)."""
         speed = (after.xpos[:, self.torso, 0] - before.xpos[:, self.torso, 0]) / self.dt
         return speed + 1 - 0.5 * np.square(actions).sum(1)
 
@@ -726,7 +726,7 @@ class HalfCheetah(MujocoEnvironment):
         return qpos, self.init_qvel + 0.1 * rng.standard_normal(9)
 
     def reward(self, before: Moment, actions: np.ndarray, after: Moment) -> np.ndarray:
-        """[B]: speed along x, and the cost of control."""
+        """[B]: speed along x, minus the control cost."""
         speed = (after.qpos[:, 0] - before.qpos[:, 0]) / self.dt
         return speed - 0.1 * np.square(actions).sum(1)
 
@@ -743,13 +743,13 @@ class Hopper(MujocoEnvironment):
         return qpos, self.init_qvel + rng.uniform(-0.005, 0.005, size=self.model.nv)
 
     def reward(self, before: Moment, actions: np.ndarray, after: Moment) -> np.ndarray:
-        """[B]: speed along x, 1 for being alive, and the cost of control."""
+        """[B]: speed along x, plus 1 for being alive, minus the control cost."""
         speed = (after.qpos[:, 0] - before.qpos[:, 0]) / self.dt
         return speed + 1 - 0.001 * np.square(actions).sum(1)
 
     @staticmethod
     def terminal(after: Moment):
-        """[B]: the torso is too low or tilted, or something is 100 or more."""
+        """[B]: the torso is too low or tilted, or a value reaches 100."""
         height, pitch = after.states[:, 0], after.states[:, 1]
         moderate = (abs(after.states[:, 1:5]) < 100).all(1) & (abs(after.qvel) < 100).all(1)
         return ~(moderate & (height > 0.7) & (abs(pitch) < 0.2))
@@ -784,11 +784,11 @@ def available_cores() -> int:
 class Simulator:
     """Copies of a task's environment, stepped together on all cores.
 
-    Equals gymnasium's environment step by step, to the bit. It deals in global states, so it can
-    continue from any row of a dataset. Time-outs are the caller's: it does not count steps.
+    Matches gymnasium's environment bit for bit at every step. It works on global states, so it can
+    continue from any row of a dataset. Time-outs are left to the caller: it does not count steps.
 
-    Each copy keeps its own `MjData`, whose arrays are viewed once: `mj_step` runs without Python's
-    lock, and looking up an attribute of `MjData` costs as much as half a step of Reacher.
+    Each copy has its own `MjData`, because `mj_step` runs without Python's lock, and keeps views of
+    its arrays, because looking up an attribute of `MjData` costs half as much as a step of Reacher.
     (`mujoco.rollout` returns neither body positions, which Reacher's reward needs, nor the solver's
     warm start, without which the ant drifts away from gymnasium's.)
     """
@@ -805,10 +805,10 @@ class Simulator:
         check_widths(task, self.states.shape[1], self.environment.model.nu)
 
     def reset(self, generators: list, where: np.ndarray | None = None) -> np.ndarray:
-        """Starts an episode from each numpy generator, which moves on; states [B, state].
+        """Starts an episode from each numpy generator, which advances; returns states [B, state].
 
         `np.random.default_rng(seed)` gives the episode that `gymnasium.make(...).reset(seed=seed)`
-        starts. With `where` [B], starts episodes in these copies alone.
+        starts. With `where` [B], only these copies start episodes.
         """
         copies = range(len(self.data)) if where is None else np.flatnonzero(where)
         message = f"{len(copies)} copies start an episode, so as many generators are needed"
@@ -825,7 +825,7 @@ class Simulator:
         now = self.states.copy()
         now[index] = states[index]
         self._read()
-        # Not as they read back: Reacher's fingertip and clipped velocities would differ.
+        # Kept as given: read back, Reacher's fingertip and clipped velocities would differ.
         self.states, self.moment = now, self.moment._replace(states=now)
         return now
 
@@ -878,7 +878,7 @@ class Simulator:
 
 
 def check_widths(task: Task, state_dim: int, actuators: int) -> None:
-    """Raises `InputError` unless a task has its environment's states and actions."""
+    """Raises `InputError` unless a task has as many states and actions as its environment."""
     name, environment = task.name or "the task", task.environment_name
     message = f"states of {name} have {task.state_dim} dimensions"
     require(task.state_dim == state_dim, f"{message}; those of {environment} have {state_dim}")
@@ -909,7 +909,7 @@ class GymnasiumSimulator:
         """One step of all copies, whatever `where` says: those whose episode has ended begin anew.
 
         Takes joint actions [B, agent, action], clipped to [-1, 1]; returns states [B, state],
-        rewards [B] and ends [B] (bool), by a terminal or by a time-out of the environment's own.
+        rewards [B] and ends [B] (bool), whether by a terminal or by the environment's own time-out.
         """
         joint = np.empty(self.copies.action_space.shape, self.copies.action_space.dtype)
         joint[:, np.concatenate(self.task.driven)] = np.clip(actions, -1, 1).reshape(len(joint), -1)
@@ -918,9 +918,9 @@ class GymnasiumSimulator:
 
 
 def build(environment: type, **options):
-    """An environment of gymnasium, without what MuJoCo says of its half_cheetah.xml at every load.
+    """A gymnasium environment, without MuJoCo's warning about half_cheetah.xml at every load.
 
-    The handler is in place for that time only: one called from a thread of `Simulator` can wait
+    The handler is installed only meanwhile: called from a thread of `Simulator`, it can wait
     forever.
     """
     mujoco.set_mju_user_warning(lambda message: None)
@@ -931,7 +931,7 @@ def build(environment: type, **options):
 
 
 class GameEnvironment(gymnasium.Env):
-    """One copy of a coordination game, which gymnasium does not have, behind gymnasium's API."""
+    """One copy of a coordination game behind gymnasium's API."""
 
     def __init__(self, task: Task):
         self.task, self.simulator = task, task.simulator(task, 1)
@@ -985,7 +985,7 @@ def make_environment(task: Task, render_mode: str | None = None):
 class WorldModelSimulator:
     """Copies of a task's world model, for logged data without an environment.
 
-    Episodes start from first states of the data. Scores say what the model promises, no more.
+    Episodes start from first states of the data. Scores say only what the model promises.
     """
 
     def __init__(self, task: Task, num_envs: int):
@@ -1019,7 +1019,7 @@ class WorldModelSimulator:
 
 
 def choose_simulator(environment: "str | type[MujocoEnvironment]") -> type:
-    """What plays the episodes of an environment, as `Task.environment` names it."""
+    """The class that simulates an environment, as `Task.environment` names it."""
     if not environment:
         return WorldModelSimulator
     has_class = not isinstance(environment, str) or environment in ENVIRONMENTS
@@ -1046,8 +1046,8 @@ def state_width(environment: "str | type[MujocoEnvironment]") -> int:
 def largest_difference(task: Task, steps: int = 1000) -> dict[str, float]:
     """Largest difference of states and rewards between a task's `Simulator` and gymnasium.
 
-    Both take the same random actions; an episode that ends is followed by a new one. The simulator
-    has a second copy, whose actions are others, because a `reward` may mix up copies.
+    Both get the same random actions; when an episode ends, a new one starts. The simulator has a
+    second copy with other actions, to catch a `reward` that mixes up copies.
     """
     env, simulator, rng = make_environment(task), Simulator(task, 2), np.random.default_rng(0)
     differences = {"states": 0.0, "rewards": 0.0, "terminals": 0.0}
@@ -1093,7 +1093,7 @@ class Evaluation(NamedTuple):
     last_states: np.ndarray  # [episode, state]
     transitions: dict[str, np.ndarray]  # states, actions, ... of all steps, [N, ...]
     extra: dict = {}  # figures of a script's own
-    evaluated_in: str = ""  # what stood for the true environment, if anything did
+    evaluated_in: str = ""  # what replaced the true environment, if anything
 
     def record(self) -> dict:
         """What a run keeps: score, its standard error over episodes, and the raw returns."""
@@ -1145,13 +1145,13 @@ def evaluate(task: Task, act: Callable, episodes: int, seed=EVALUATION_SEED, dev
     return Evaluation(task, returns, lengths, *states, columns, evaluated_in=where)
 
 
-# How accurate a world model (a `WorldModel` of moma_ppo.py) is where a team goes.
+# How accurate a world model (a `WorldModel` of moma_ppo.py) is on the states a team visits.
 
 
 @torch.no_grad()
 def model_returns(model, task: Task, act: Callable, states: torch.Tensor):
-    """Returns of the greedy team in the world model, from these first states [B, state]; above the
-    true ones, the team exploits the model."""
+    """Returns of the greedy team in the world model, from these first states [B, state]; if they
+    exceed the true ones, the team exploits the model."""
     generator = torch.Generator(states.device).manual_seed(0)
     histories = states.new_zeros(len(states), *task.history_shape)
     returns, alive = states.new_zeros(len(states)), states.new_ones(len(states))
@@ -1167,8 +1167,8 @@ def model_returns(model, task: Task, act: Callable, states: torch.Tensor):
 
 @torch.no_grad()
 def errors_on(model, transitions):
-    """One-step errors of the world model on the team's own true transitions, its uncertainty, and
-    how many of them lie outside the data's bounding box."""
+    """One-step errors of the world model on the team's own true transitions, its uncertainty there,
+    and the share of them that end outside the data's bounding box."""
     rows = np.linspace(0, len(transitions["rewards"]) - 1, 10_000).astype(int)
     low, high = model.model["state_min"], model.model["state_max"]
     names = ("states", "actions", "rewards", "next_states")
@@ -1176,7 +1176,7 @@ def errors_on(model, transitions):
         torch.as_tensor(transitions[name][rows], device=low.device) for name in names
     )
     symmetry = model.task.symmetry
-    if symmetry:  # the model is asked at heading 0
+    if symmetry:  # the model is queried at heading 0
         transition = -symmetry.heading(states), states, next_states, rewards
         states, next_states, rewards = symmetry.turn_transition(*transition)
     means, _ = model.predict(states, actions)
@@ -1190,7 +1190,7 @@ def errors_on(model, transitions):
 
 
 def with_model_errors(evaluation: Evaluation, model, act: Callable) -> Evaluation:
-    """The evaluation and, beside it, what the world model makes of the same team."""
+    """The evaluation, with what the world model predicts for the same team added."""
     first_states = torch.as_tensor(evaluation.first_states).to(model.model["state_min"])
     returns = model_returns(model, evaluation.task, act, first_states)
     extra = {"model_return": returns.mean().item()}
@@ -1244,7 +1244,7 @@ def plot_ant_paths(evaluation: Evaluation, path: Path) -> None:
     from matplotlib.figure import Figure
 
     states, count = evaluation.transitions["states"], len(evaluation.lengths)
-    # Transitions are sorted by time, then by episode, of those that still last.
+    # Transitions are sorted by time, then by episode; finished episodes are left out.
     lasts = evaluation.lengths > np.arange(evaluation.lengths.max())[:, None]  # [time, episode]
     velocities = np.zeros((*lasts.shape, 2))
     velocities[lasts] = states[:, 13:15]
@@ -1330,8 +1330,8 @@ class ParallelEnv:
     def step(self, actions: dict) -> tuple[dict, dict, dict, dict, dict]:
         """Observations, rewards, terminations, truncations and infos by agent.
 
-        All agents share one reward. Actions outside [-1, 1] are clipped. An option is its number,
-        or one-hot, as a team's `act_greedily` gives it.
+        All agents share one reward. Actions outside [-1, 1] are clipped. A discrete action is a
+        number, or one-hot, as a team's `act_greedily` returns it.
         """
         if not self.agents:
             return {}, {}, {}, {}, {}

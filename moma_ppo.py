@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads spin only briefly
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle OpenMP threads spin briefly, then sleep
 
 import torch
 import torch.nn as nn
@@ -50,15 +50,15 @@ from training_run import (
     say,
 )
 
-BOX_MARGIN = 0.5  # in widths of the data's bounding box
+BOX_MARGIN = 0.5  # per side, in widths of the data's bounding box
 
 
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """one of docs/tasks.md, or FILE:NAME of your own"""
+    """task name from docs/tasks.md, or FILE:NAME of your own"""
     seed: int = 1
-    """seed of networks, rollouts and minibatches"""
+    """random seed for networks, rollouts and minibatches"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses a CUDA GPU if there is one"""
     total_steps: int = 900
@@ -70,24 +70,24 @@ class Args:
     run_dir: Path | None = None
     """run folder; by default runs/TASK__moma_ppo__SEED__TIME"""
     resume: Path | None = None
-    """run folder to resume; takes only --device, --total-steps and, if FILE has moved, --task"""
+    """run folder to resume; allows only --device, --total-steps and, if FILE has moved, --task"""
     compile: bool = False
-    """use the fastest form of rollout step and loss: torch.compile, CUDA graphs on a GPU"""
+    """speed up rollout step and loss: torch.compile, with CUDA graphs on a GPU"""
     dataset: Path | None = None
     """HDF5 file, Minari folder or minari:NAME; by default the task's own"""
     world_model: Path | None = None
-    """written by world_model.py or logo.py; by default the shipped one, the one beside your task's
-    own dataset, or, in games, one that is trained first"""
+    """file from world_model.py or logo.py; by default the shipped one, the one next to your task's
+    own dataset or, in games, one that is trained first"""
     memory: Literal["auto", "attention", "none"] = "auto"
     """history encoder; auto leaves it out where every agent sees the whole state"""
     ground_truth: bool = False
     """roll out in the true simulator instead of the world model (Table 5)"""
     next_states: Literal["sample", "mean"] = "sample"
-    """a next state is a sample of a random member's Gaussian, or its mean (the release)"""
+    """a next state is a sample from a random member's Gaussian, or its mean (the release)"""
     start_states: Literal["first", "any"] = "first"
     """start rollouts from first states of episodes, or from any state (the paper)"""
     rollout_length: int = 50
-    """k: steps per rollout (the release: 10; the paper's Figure 9: 5 to 50 are alike)"""
+    """k: steps per rollout (the release: 10; the paper's Figure 9: 5 to 50 perform alike)"""
     penalty: Literal["epistemic", "aleatoric", "none"] = "epistemic"
     """uncertainty penalty subtracted from the reward (Figures 4 and 8)"""
     lambda_r: float = 0.05
@@ -98,8 +98,8 @@ class Args:
     """with --penalty aleatoric: weight of eps_a, the aleatoric uncertainty (MOPO), in units of the
     data's variance; l_eps does not limit it"""
     max_uncertainty: float | None = None
-    """l_eps: a rollout ends when eps_g reaches it, and eps_r and eps_g count at most this much in
-    the penalty; by default calibrated, inf means never"""
+    """l_eps: a rollout is cut when eps_g reaches it, and the penalty caps eps_r and eps_g at it;
+    calibrated by default, inf turns both off"""
     cloning_steps: int = 0
     """gradient steps of behavioural cloning before the first learning step (the paper: 0)"""
     transitions: int = 2000
@@ -107,7 +107,7 @@ class Args:
     epochs: int = 2
     """passes over these transitions (the paper: 5)"""
     minibatch_size: int = 256
-    """transitions per gradient step, also of cloning; a smaller rest of an epoch is left out"""
+    """transitions per gradient step, also in cloning; an incomplete last minibatch is dropped"""
     learning_rate: float = 1e-3
     """Adam; decays linearly to zero (the paper: 5e-5, memory 1e-4, constant)"""
     gamma: float = 0.97
@@ -133,13 +133,13 @@ DEFAULTS = {
         total_steps=2000, eval_every=200, eval_episodes=20, start_states="any",
         cloning_steps=3000, learning_rate=1e-4, gamma=0.99,
     ),
-    # In the game no pay-off depends on the state (Deviation 17).
+    # In games, pay-offs do not depend on the state (Deviation 17).
     "coordination": Args(
         total_steps=40, eval_every=4, start_states="any", rollout_length=1,
         penalty="none", max_uncertainty=math.inf, epochs=5, gamma=0.5,
     ),
-    # Gaussian policies get narrow, and further epochs would push them off their peak again. Longer
-    # rollouts reach the states that the team itself brings about.
+    # Gaussian policies get narrow, and more epochs would push them off their peak again. Longer
+    # rollouts reach the states that the team itself visits.
     "continuous": Args(
         total_steps=80, eval_every=8, start_states="any", rollout_length=10,
         penalty="none", max_uncertainty=math.inf, epochs=1, gamma=0.5,
@@ -147,7 +147,7 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-# Networks. Agents keep separate weights, which run as one batched operation.
+# Networks. Agents have separate weights but run as one batched operation.
 
 
 class BatchedLinear(nn.Module):
@@ -157,7 +157,7 @@ class BatchedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(len(in_dims), max(in_dims), out_dim))
         self.bias = nn.Parameter(torch.zeros(len(in_dims), 1, out_dim))
-        # Each slice starts as an nn.Linear of its true width; weights of padding stay zero.
+        # Each slice starts like an nn.Linear of its true width; padding weights stay zero.
         for weight, bias, width in zip(self.weight.data, self.bias.data, in_dims):
             weight[:width].uniform_(-(width**-0.5), width**-0.5)
             bias.uniform_(-(width**-0.5), width**-0.5)
@@ -179,20 +179,20 @@ class MLP(nn.Sequential):
 class HistoryEncoder(nn.Module):
     """Each agent's last ten (action, observation) pairs as one vector (arXiv 2305.17198, A.1).
 
-    Observations are standardised, pairs embedded and given positions; then come self-attention with
-    a skip connection and LayerNorm, and soft attention over the ten results. Apart from softmax,
-    tanh and LayerNorm's scale all of this is linear in a token (pair, one-hot position), so
-    `forward` multiplies weights with each other before they touch the batch: the same function with
+    Observations are standardised, and pairs embedded with their positions; then come self-attention
+    with a skip connection and LayerNorm, and soft attention over the ten results. Apart from
+    softmax, tanh and LayerNorm's scale, all of this is linear in a token (pair, one-hot position),
+    so `forward` multiplies weights together before they touch the batch: the same function with
     fewer products. docs/history_encoder.md derives it, and a test compares it with the plain form.
     """
 
     def __init__(self, in_dims, pair_mean, pair_std, dim=128):
-        """`pair_mean`, `pair_std` [agent, pair] standardise; missing pairs stay zero."""
+        """`pair_mean`, `pair_std` [agent, pair] standardise the pairs; missing ones stay zero."""
         super().__init__()
         agents = len(in_dims)
         self.embedding = BatchedLinear(in_dims, dim)
         self.query, self.key, self.value = (BatchedLinear([dim] * agents, dim) for _ in range(3))
-        # The embedding starts as noise, so it starts small.
+        # The embedding is noise at first, so its LayerNorm gain starts small.
         self.norm_weight = nn.Parameter(torch.full((agents, 1, dim), 0.1))
         self.norm_bias = nn.Parameter(torch.zeros(agents, 1, dim))
         scale = dim**-0.5
@@ -217,11 +217,11 @@ class HistoryEncoder(nn.Module):
         positions = self.embedding.bias + self.positions
         embedding = torch.cat([self.embedding.weight, positions], dim=1)
 
-        def fold(layer):  # each token has one position, so the bias goes into the positions' rows
+        def fold(layer):  # each token has one position, so position rows can carry the bias
             bias = F.pad(layer.bias.expand(-1, length, -1), (0, 0, width, 0))
             return embedding @ layer.weight + bias
 
-        # Self-attention: queries times keys is a bilinear form in tokens.
+        # Self-attention: the scores are a bilinear form in the tokens.
         scale = self.soft_key.shape[-1] ** -0.5
         form = scale * fold(self.query) @ fold(self.key).transpose(1, 2)
         queries = (tokens.flatten(1, 2) @ form).view_as(tokens)
@@ -247,14 +247,14 @@ class HistoryEncoder(nn.Module):
 def observation_statistics(task: Task, states):
     """Mean and standard deviation of what agents observe in `states` [N, state]: [agent, obs]."""
     mean, std = task.observe(states.mean(0)), task.observe(states.std(0))
-    return mean, torch.where(std < 1e-6, 1, std)  # 1 for padding and for what never changes
+    return mean, torch.where(std < 1e-6, 1, std)  # 1 for padding and constant dimensions
 
 
 def make_memory(task: Task, memory: str, obs_mean, obs_std):
     """The history encoder, or None where --memory or the task does without one."""
     if memory == "none" or (memory == "auto" and not task.partially_observable):
         return None
-    front = (task.action_dim, 0)  # of a pair: its actions, which are not standardised
+    front = (task.action_dim, 0)  # a pair's actions come first and are not standardised
     return HistoryEncoder(task.pair_dims, F.pad(obs_mean, front), F.pad(obs_std, front, value=1))
 
 
@@ -287,7 +287,7 @@ class Team(nn.Module):
             for weight, width in zip(network[0].weight.data, task.obs_dims):
                 weight[:memory_dim] = 0
                 weight[memory_dim : memory_dim + width].uniform_(-(width**-0.5), width**-0.5)
-        # Deviation 4. Exploration starts at the scale that the world model has seen.
+        # Deviation 4. Exploration starts at the scale of actions that the world model has seen.
         self.policy[-1].weight.data.mul_(0.1)
         self.policy[-1].bias.data.zero_()
         if not task.discrete:
@@ -360,19 +360,19 @@ class WorldModel:
         log_std = torch.cat([state_log_std, reward_log_std], dim=-1).clamp(-10, 2)
         scale = torch.cat([m["target_std"], m["reward_std"]])
         shift = torch.cat([m["target_mean"], m["reward_mean"]])
-        start = F.pad(self.delta * states, (0, 1))  # what is predicted may be a change of state
+        start = F.pad(self.delta * states, (0, 1))  # with "delta", networks predict changes
         mean = torch.cat([state, reward], dim=-1)
         return start + mean * scale + shift, log_std.exp() * scale
 
     def clip(self, values, name):
-        """States or rewards, kept in the data's bounding box and a margin (Deviation 14)."""
+        """States or rewards, clipped to the data's bounding box plus a margin (Deviation 14)."""
         low, high = self.model[f"{name}_min"], self.model[f"{name}_max"]
         margin = BOX_MARGIN * (high - low)
         return values.clamp(low - margin, high + margin)
 
     def masks(self, next_states):
-        """A majority vote: 0 where a next state is absorbing [batch]."""
-        width = self.task.state_dim  # the inputs' statistics are those of states, then of actions
+        """The members' majority vote: 0 where a next state is absorbing [batch]."""
+        width = self.task.state_dim  # input statistics hold states first, then actions
         mean, std = self.model["input_mean"][:width], self.model["input_std"][:width]
         x = ((next_states - mean) / std).expand(self.members, -1, -1)
         logits = self.network("mask", x, F.relu)[..., 0]
@@ -398,7 +398,7 @@ class WorldModel:
         # eps_a = max over members of ||diag(sigma^2)||_F (MOPO).
         epsilon_a = (stds / scale).pow(4).sum(-1).sqrt().amax(0)
 
-        # A random member gives each next state, all members the reward (Deviations 11 and 12).
+        # Next states come from random members, rewards from all of them (Deviations 11 and 12).
         member = torch.randint(self.members, states.shape[:1], device=device, generator=generator)
         row = torch.arange(len(states), device=device)
         next_states, rewards = means[member, row, :-1], means[..., -1]
@@ -406,7 +406,7 @@ class WorldModel:
             noise = torch.randn(states.shape, device=device, generator=generator)
             next_states = next_states + stds[member, row, :-1] * noise
 
-        # The mask is that of the unclipped state: the box could hide a fall (Deviation 13).
+        # The mask judges the unclipped state: clipping could hide a fall (Deviation 13).
         return Step(
             next_states=self.clip(next_states, "state"),
             rewards=self.clip(rewards.mean(0), "reward"),
@@ -418,7 +418,7 @@ class WorldModel:
 
 
 class LocalToGlobalModel(WorldModel):
-    """The world model that baselines/logo.py exported; its uncertainty u takes eps_g's place."""
+    """A world model exported by baselines/logo.py; its uncertainty u takes the place of eps_g."""
 
     def both_ways(self, states, actions):
         """(Next state, reward) as deduced from the agents' predictions and as predicted directly
@@ -434,7 +434,7 @@ class LocalToGlobalModel(WorldModel):
         local = self.network("local_decoder", self.network("local_encoder", inputs, F.silu), F.silu)
         changes = local[..., : max(self.task.obs_dims)].transpose(0, 1).flatten(1)[None]
 
-        # One decoder reads both encodings: of all agents' changes, and of the joint action.
+        # One decoder reads both encodings: of all agents' changes, and of state and joint action.
         deduced = torch.cat([changes, context], dim=-1)
         deduced = self.network("deductive_encoder", deduced, F.silu)
         joint = torch.cat([x, actions.flatten(1)], dim=-1)[None]
@@ -446,12 +446,12 @@ class LocalToGlobalModel(WorldModel):
         return torch.cat([next_states, reward * m["reward_std"] + m["reward_mean"]], dim=-1)
 
     def predict(self, states, actions):
-        """The deduced prediction, shaped as an ensemble of one, with zero deviations."""
+        """The deduced prediction, shaped like an ensemble of one, with standard deviations of 0."""
         means = self.both_ways(states, actions)[:1]
         return means, torch.zeros_like(means)
 
     def transition(self, states, actions, generator):
-        """`step`, without turning; it has no randomness."""
+        """`step`, without turning; deterministic."""
         deduced, direct = self.both_ways(states, actions)
         uncertainty = ((direct - deduced)[:, :-1] / self.model["state_std"]).norm(dim=-1)
         zeros = torch.zeros_like(uncertainty)
@@ -462,7 +462,7 @@ class LocalToGlobalModel(WorldModel):
 
 
 def open_world_model(task: Task, path: Path, device, next_states="sample") -> WorldModel:
-    """What world_model.py or baselines/logo.py exported to `path`."""
+    """Loads the model that world_model.py or baselines/logo.py exported to `path`."""
 
     def make(exported):
         if "local_encoder" not in exported:
@@ -481,7 +481,7 @@ class GroundTruth:
     lambda_g, max_uncertainty = 0.0, math.inf
 
     def __init__(self, task: Task, num_envs: int):
-        # torch.compile would trace the simulator's NumPy code, in pieces.
+        # Otherwise torch.compile would trace the simulator's NumPy code, with graph breaks.
         self.step_from = torch.compiler.disable(task.simulator(task, num_envs).step_from)
         self.description = {"name": f"the simulator of {task.environment_name}", "sha256": None}
 
@@ -515,13 +515,13 @@ class Rollouts(NamedTuple):
 
 
 def new_rollouts(team, dataset, args, count):
-    """States and histories of the dataset that rollouts start from."""
+    """Draws the states and histories of the dataset that new rollouts start from."""
     rows = dataset.sample_rows(count, first=args.start_states == "first")
     return dataset.states[rows], dataset.histories(rows) if team.memory else None
 
 
 def rollout_step(team, model, dataset, args, states, histories, age):
-    """The inner loop of Algorithm 1, for all rollouts at once."""
+    """One pass through the inner loop of Algorithm 1, for all rollouts at once."""
     # Sample a_j^i ~ pi_i(a^i | h_j^i). Normal.sample would check its scale, which stalls a GPU.
     observations = dataset.task.observe(states)
     inputs = team.inputs(observations, histories)
@@ -531,7 +531,7 @@ def rollout_step(team, model, dataset, args, states, histories, age):
     # Sample s_{j+1}, r_j, f_j, eps_r, eps_g ~ M(. | s_j, a_j).
     step = model.step(states, actions)
 
-    # r~_j = r_j - lambda_r eps_r - lambda_g eps_g (Section 3.2); eps_r and eps_g count up to l_eps.
+    # r~_j = r_j - lambda_r eps_r - lambda_g eps_g (Section 3.2); l_eps caps eps_r and eps_g.
     penalty = torch.zeros_like(step.rewards)
     if args.penalty == "epistemic":
         penalty = args.lambda_r * step.epsilon_r.clamp(max=args.max_uncertainty)
@@ -577,7 +577,7 @@ def rollout_step(team, model, dataset, args, states, histories, age):
 
 @torch.no_grad()
 def generate_rollouts(step_function, team, model, dataset, args):
-    """Algorithm 1, "generate synthetic data": rollouts, at most --transitions steps in all."""
+    """Algorithm 1, "generate synthetic data": at most --transitions steps of rollouts."""
     count = args.transitions // args.rollout_length
     states, histories = new_rollouts(team, dataset, args, count)
     age = torch.zeros(count, device=dataset.device)  # steps since a rollout began
@@ -588,7 +588,7 @@ def generate_rollouts(step_function, team, model, dataset, args):
         transitions.append(transition)
         reports.append(report)
     rollouts = Rollouts(*[None if x[0] is None else torch.stack(x) for x in zip(*transitions)])
-    rollouts.time_out_masks[-1] = 0  # those that began on the way are cut here, too
+    rollouts.time_out_masks[-1] = 0  # rollouts begun along the way are cut here, too
     means = {name: sum(report[name] for report in reports) / len(reports) for name in reports[0]}
     return rollouts, means
 
@@ -597,7 +597,7 @@ def generalized_advantages(rewards, values, next_values, masks, time_out_masks, 
     """Returns and advantages [time, column] (Appendix A.1).
 
     Returns are discounted sums of rewards up to a bootstrapped value, not lambda-returns: lambda
-    counts in the advantages alone. A terminal (mask 0) stops the bootstrap, a time-out does not.
+    affects the advantages alone. A terminal (mask 0) stops bootstrapping, a time-out does not.
     """
     returns, advantages = torch.empty_like(rewards), torch.empty_like(rewards)
     running_return, running_advantage = next_values[-1], torch.zeros_like(rewards[0])
@@ -617,8 +617,8 @@ def make_batch(team, rollouts, args, reward_scale):
 
     Both are [time * column, ...], with returns and advantages.
     """
-    # V(s_{j+1}) is the next step's value. Where a rollout is cut it is computed here; after an
-    # absorbing state it is another rollout's, and the mask removes it.
+    # V(s_{j+1}) is the next step's value. Where a rollout is cut, it is computed here; after an
+    # absorbing state it belongs to the next rollout, and the mask removes it.
     next_values = rollouts.values.roll(-1, dims=0)
     cut = rollouts.time_out_masks == 0
     last = rollouts.rows(cut)
@@ -656,16 +656,16 @@ def ppo_loss(team, batch, args):
     values = team.team_value(inputs, batch.states)
     clipped_values = batch.values + (values - batch.values).clamp(-args.clip, args.clip)
     errors = [(v - batch.returns).square().mean() for v in (clipped_values, values)]
-    critic_loss = torch.max(*errors)  # the larger of two means, not their mean (Deviation 19)
+    critic_loss = torch.max(*errors)  # max of two means, not mean of maxima (Deviation 19)
 
-    # E[-log pi], from actions of the old policies. The dual variable that weighs it takes its step
+    # E[-log pi], estimated from the old policies' actions. Its weight, a dual variable, is updated
     # here: it grows while the entropy is below its target.
     entropy = torch.min((-ratio * log_probs).mean(), (-clipped_ratio * log_probs).mean())
     with torch.no_grad():
         gap = team.task.entropy_target - entropy
         team.entropy_alpha.add_(args.entropy_coefficient * gap).clamp_(min=0)
 
-    # On the policies' means (Deviation 18). As for the critic, the larger of two means.
+    # Applies to the policies' means (Deviation 18). As for the critic, the larger of two averages.
     excess = (distribution.mode.abs() - 1).clamp(min=0).square().sum((1, 2))
     action_penalty = torch.max((ratio * excess).mean(), (clipped_ratio * excess).mean())
 
@@ -757,7 +757,7 @@ def make_model(path, dataset, args, run):
 
 
 def compare_lengths(args, task):
-    """Says where rollouts do not suit the episodes of a task of one's own."""
+    """Warns if the rollout length does not suit the episodes of a task of your own."""
     rollout, episode = args.rollout_length, task.episode_length
     if task.file and rollout > episode:
         say(f"note: rollouts have {rollout} steps, episodes {episode}; give --rollout-length")
@@ -767,16 +767,16 @@ def compare_lengths(args, task):
 
 
 def check(args):
-    """Ends with one clear line if an argument makes no sense."""
+    """Raises `InputError` if an argument makes no sense."""
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "epochs")
     check_positive(args, "rollout_length", "minibatch_size", "learning_rate", "max_grad_norm")
-    check_range(args, 2, 1e9, "transitions")  # a single advantage has no deviation
+    check_range(args, 2, 1e9, "transitions")  # one advantage has no standard deviation
     check_range(args, 0, 1e9, "lambda_r", "lambda_g", "lambda_a", "cloning_steps", "clip")
     check_range(args, 0, 1e9, "critic_coefficient", "entropy_coefficient", "action_penalty")
     check_range(args, 0, 0.999999, "gamma")
     check_range(args, 0, 1, "gae_lambda")
     check_range(args, 0, math.inf, "max_uncertainty")
-    count = args.transitions // args.rollout_length  # of rollouts; a tenth is held out
+    count = args.transitions // args.rollout_length  # rollouts, a tenth of which is held out
     trained = (count - count // 10) * args.rollout_length
     message = f"--minibatch-size is {args.minibatch_size}, but of --transitions only {trained} are"
     message += " trained on: rollouts have --rollout-length steps, and a tenth of them is held out"
@@ -791,7 +791,7 @@ def train(args: Args) -> dict:
     check(args)
     with Run(args, "moma_ppo", log_every=10) as run:
         task, device = run.task, run.device
-        path = find_world_model(args, task)  # before minutes of recording a missing dataset
+        path = find_world_model(args, task)  # before a missing dataset takes minutes to record
         dataset = load_dataset(task, args.dataset, device)
         model = make_model(path, dataset, args, run)
         compare_lengths(args, task)

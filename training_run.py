@@ -1,6 +1,6 @@
-"""What surrounds an algorithm: command line, the run's folder, logs, checkpoints, Ctrl-C.
+"""Everything around an algorithm: command line, run folder, logs, checkpoints, Ctrl-C.
 
-Nothing here belongs to an algorithm, and every script uses it alike:
+Nothing here is specific to an algorithm, and every script uses it the same way:
 
     def train(args: Args) -> dict:
         with Run(args, "ibc") as run:
@@ -12,7 +12,7 @@ Nothing here belongs to an algorithm, and every script uses it alike:
             return run.finish(evaluate_team(FINAL_EPISODES))
 
 A run writes `runs/{task}__{script}__{seed}__{time}/`: TensorBoard events, `checkpoint.pt` from step
-0 on, and at the end `result.json`. `--resume RUN` continues as if never stopped, to the bit on CPU.
+0 on, and finally `result.json`. `--resume RUN` continues as if never stopped: bit for bit on CPU.
 """
 
 import ctypes
@@ -75,7 +75,7 @@ class Selection:
 
 
 def default_args(defaults: dict, task: str):
-    """The `Args` of a task: those of its environment, or of one like it."""
+    """The default `Args` of a task: those of its environment, or of one like it."""
     found = find_task(task)
     keys = (found.environment_name, found.defaults, None)
     known = next(key for key in keys if key in defaults)
@@ -108,7 +108,7 @@ def main(train: Callable, defaults: dict) -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """PyTorch reports an allocation that fails on the CPU as a RuntimeError."""
+    """Whether memory ran out; PyTorch reports a failed CPU allocation as a RuntimeError."""
     known = re.search("allocate memory|out of memory|Storage size", str(error))
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(known))
 
@@ -127,8 +127,8 @@ def too_large(args, usual) -> str:
 
 
 def resumed_args(args_type: type, run_dir: Path, words: list[str]):
-    """The arguments of the run in `run_dir`; `words` may change its device and its total steps, and
-    say where the file of a task of one's own is now.
+    """The arguments of the run in `run_dir`; `words` may change its device and total steps, and
+    tell where the file of your own task is now.
 
     From Python: `train(resumed_args(Args, RUN, ["--resume", str(RUN)]))`.
     """
@@ -154,7 +154,7 @@ def resumed_args(args_type: type, run_dir: Path, words: list[str]):
 
 
 def make_plain(args) -> None:
-    """Turns what a notebook may give into what the command line would: `Args` checks nothing."""
+    """Converts what a notebook may pass to what the command line would: `Args` checks nothing."""
     for field in dataclasses.fields(args):
         value, options = getattr(args, field.name), typing.get_args(field.type)
         if isinstance(value, np.generic):  # PyTorch would not read it from a checkpoint
@@ -167,9 +167,9 @@ def make_plain(args) -> None:
 
 
 def portable(value, run_dir: Path):
-    """Paths inside the run or the repository relative to it, so that both may be moved.
+    """Makes paths inside the run or the repository relative to it, so that both can be moved.
 
-    A task of one's own, FILE:NAME, has the path of its file.
+    In FILE:NAME, a task of your own, this applies to FILE.
     """
     if isinstance(value, str) and ".py:" in value:
         file, name = value.rsplit(":", 1)
@@ -186,7 +186,7 @@ def portable(value, run_dir: Path):
 
 
 def restored(value, run_dir: Path):
-    """The paths that `portable` has made of an option's value."""
+    """Reverses `portable` for the value of an option."""
     if not isinstance(value, str):
         return value
     base, slash, rest = value.partition("/")
@@ -207,7 +207,7 @@ def check_range(args, low: float, high: float, *names: str) -> None:
     for name in names:
         value = getattr(args, name)
         flag = f"--{name.replace('_', '-')}"
-        value = low if value is None else value  # a default that is found out later
+        value = low if value is None else value  # None: a default that is determined later
         bounds = f"from {low:.10g} to {high:.10g}"
         require(low <= value <= high, f"{flag} must be {bounds}; it is {value}")
 
@@ -220,9 +220,9 @@ def find_device(name: str) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Keeps what was freed instead of returning it to the system, which costs page faults.
+    """Keeps freed memory in the process: returning it to the system costs page faults.
 
-    Tensors of a few MB come and go at every step. glibc's malloc only; elsewhere nothing happens.
+    Tensors of a few MB come and go at every step. Affects glibc's malloc only.
     """
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -238,9 +238,9 @@ def find_compiler() -> str | None:
 
 
 def compiled(function: Callable, args, device: torch.device) -> Callable:
-    """The fastest form of a function of tensors on this device, if --compile is given.
+    """Compiles a function of tensors for this device, if --compile is given.
 
-    On a GPU kernels are launched from CUDA graphs. Random numbers stay those of eager mode.
+    On a GPU, kernels are launched from CUDA graphs. Random numbers stay those of eager mode.
     """
     if not args.compile:
         return function
@@ -262,7 +262,7 @@ def compiled(function: Callable, args, device: torch.device) -> Callable:
 
 
 def save(data, path: Path) -> None:
-    """Writes a checkpoint or a result whole or not at all."""
+    """Writes a checkpoint or a result atomically."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         if path.suffix == ".json":
@@ -289,9 +289,9 @@ def load(path: Path, device="cpu"):
 
 
 def load_world_model(make: Callable, task, path: Path, device, command: str = ""):
-    """`make(exported)` of what world_model.py or logo.py wrote to `path`, tried on one step.
+    """`make(exported)` for what world_model.py or logo.py wrote to `path`, tried on one step.
 
-    `command` makes such a file; by default the one of world_model.py.
+    `command` makes such a file; by default, a command for world_model.py.
     """
     words = "world_model.py", "--task", task.option, "--output"
     message = f"no world model at {path}; make it with: {command or command_line(*words, path)}"
@@ -315,7 +315,7 @@ def load_world_model(make: Callable, task, path: Path, device, command: str = ""
         reason = f"is not a world model of {task.dataset} ({type(error).__name__})"
         raise InputError(f"{path} {reason}; make one with: {command}") from None
     message = f"{path} is a world model of {made_for}, not of {task.dataset}"
-    same = Path(made_for).name == Path(task.dataset).name  # the folder of one's own may have moved
+    same = Path(made_for).name == Path(task.dataset).name  # your own folder may have moved
     require(same, f"{message}; make one with: {command}")
     return model
 
@@ -340,14 +340,14 @@ def load_checkpoint(run_dir: Path) -> dict:
 
 
 def check_agents(checkpoint: dict, task, run_dir: Path) -> None:
-    """Raises `InputError` if a task of one's own has other agents than when a run of it started."""
+    """Raises `InputError` if the agents of your own task have changed since its run started."""
     same = checkpoint.get("split", task.split) == task.split  # older checkpoints do not say
     message = f"agents of {task.option} observe or drive other dimensions than when {run_dir}"
     require(same, f"{message} started; put the old ones back, or start another run")
 
 
 def check_scale(checkpoint: dict, task, run_dir: Path) -> None:
-    """Raises `InputError` if a task of one's own is scored otherwise than when a run started."""
+    """Raises `InputError` if the scoring of your own task has changed since its run started."""
     same = checkpoint.get("scale", task.scale) == task.scale  # older checkpoints do not say
     message = f"returns or episode_length of {task.option} are not what they were when {run_dir}"
     require(same, f"{message} started; put the old ones back, or start another run")
@@ -356,9 +356,9 @@ def check_scale(checkpoint: dict, task, run_dir: Path) -> None:
 def load_team(run_dir: Path, task: str | None = None, checkpoint: dict | None = None):
     """The trained team of any script's run, on the CPU; `team.task` is its task.
 
-    `team.act_greedily(observations, histories)` gives actions [batch, agent, action]. `task` names
-    it where the file that defines it, FILE:NAME, has moved since; `checkpoint` is the run's, if it
-    has been read already.
+    `team.act_greedily(observations, histories)` gives actions [batch, agent, action]. Give `task`,
+    FILE:NAME, if the file that defines it has moved since, and `checkpoint` if the run's has
+    already been read.
     """
     checkpoint = checkpoint or load_checkpoint(run_dir)
     script, saved = checkpoint["script"], checkpoint["args"]
@@ -380,7 +380,7 @@ def load_team(run_dir: Path, task: str | None = None, checkpoint: dict | None = 
 
 
 def say(text: str) -> None:
-    """Prints; a closed pipe or a terminal without the characters never costs a result."""
+    """Prints; neither a closed pipe nor a terminal that lacks characters may cost a result."""
     try:
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")
@@ -407,7 +407,7 @@ class Run:
         """Logged values are averaged over `log_every` steps."""
         make_plain(args)
         check_range(args, 0, 2**32 - 1, "seed")
-        if hasattr(args, "eval_episodes"):  # a simulator each
+        if hasattr(args, "eval_episodes"):  # each has its own simulator
             check_range(args, 1, 10_000, "eval_episodes")
         self.args, self.script, self.device = args, script, find_device(args.device)
         self.log_every = log_every
@@ -415,7 +415,7 @@ class Run:
         self.task = find_task(args.task)
         is_shipped = self.task.continues_from_states and not self.task.file
         if hasattr(args, "eval_episodes") and not is_shipped:
-            self.task.simulator(self.task, 1)  # what it lacks is said before any long work
+            self.task.simulator(self.task, 1)  # reports what is missing before any long work
             message = f"{self.task.name} has no environment, so its data are those beside the model"
             has_environment = self.task.has_environment or not args.dataset
             require(has_environment, f"{message}; name them in the task, not with --dataset")
@@ -439,7 +439,7 @@ class Run:
             advice = "install one (Debian: g++) or leave it out"
             require(compiler or args.resume, f"--compile needs a C++ compiler; {advice}")
             if compiler:
-                os.environ["CXX"] = compiler  # which PyTorch asks for
+                os.environ["CXX"] = compiler  # which PyTorch reads
             else:
                 args.compile = False
                 say("note: there is no C++ compiler, so the run goes on without --compile")
@@ -455,7 +455,7 @@ class Run:
             run_dir = Path(asked_for or f"{default}{suffix}")
             try:
                 run_dir.mkdir(parents=True, exist_ok=True)
-                if not os.access(run_dir, os.W_OK):  # a lock that is there could be had even so
+                if not os.access(run_dir, os.W_OK):  # an existing lock could still be acquired
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
                 lock = filelock.FileLock(run_dir / ".lock", blocking=False)
                 lock.acquire()
@@ -467,9 +467,9 @@ class Run:
                 advice = "change its mode" if args.resume else "give another --run-dir"
                 raise InputError(f"cannot use {run_dir} ({error.strerror}); {advice}") from None
             for name in ("checkpoint.pt", "result.json", "world_model.pt"):
-                for half_written in run_dir.glob(f"{name}.*.tmp"):  # by a process that was killed
+                for half_written in run_dir.glob(f"{name}.*.tmp"):  # by a killed process
                     half_written.unlink()
-            # What a game has trained of its world model is used, or resumed.
+            # A game's world model, whole or half-trained, may already be in a new run's folder.
             new = {path.name for path in run_dir.iterdir()} <= {".lock", "world_model"}
             if args.resume or new:
                 return run_dir, lock
@@ -477,7 +477,7 @@ class Run:
             advice = f"continue that run with --resume {run_dir}, or give another --run-dir"
             require(not asked_for, f"{run_dir} is not empty; {advice}")
 
-    # Ctrl-C and SIGTERM: an update is finished first, anything else is left at once.
+    # Ctrl-C and SIGTERM: an update is finished first, anything else is interrupted at once.
 
     def __enter__(self) -> "Run":
         keep_freed_memory()
@@ -504,7 +504,7 @@ class Run:
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
             if self.writer:
-                with suppress(OSError):  # which has been said if the disk is full
+                with suppress(OSError):  # already reported if the disk is full
                     self.writer.close()
             if not any(path.name != ".lock" for path in self.dir.glob("*")):
                 shutil.rmtree(self.dir, ignore_errors=True)  # nothing has begun yet
@@ -513,10 +513,10 @@ class Run:
     # The course of a run.
 
     def restore(self, inputs: dict, **tracked) -> None:
-        """Names what a checkpoint holds, and loads it if the run is resumed.
+        """Registers what checkpoints hold, and loads it if the run is resumed.
 
         `tracked` are networks, optimizers and whatever else has `state_dict` and `load_state_dict`;
-        `inputs` describes dataset and world model, whose "sha256" must be as when the run started.
+        `inputs` describes dataset and world model, whose "sha256" must not change during a run.
         """
         if hasattr(self.args, "eval_episodes") and not self.task.has_environment:
             path = self.task.world_model_path
@@ -553,7 +553,7 @@ class Run:
             cuda_state = self.checkpoint["random_states"]["cuda"]
             if self.device.type == "cuda" and cuda_state is not None:
                 torch.cuda.set_rng_state(cuda_state)
-            self.checkpoint = None  # lets go of its memory
+            self.checkpoint = None  # frees its memory
         if not resumed:
             self.save()
         size = (self.dir / "checkpoint.pt").stat().st_size
@@ -602,7 +602,7 @@ class Run:
             raise InputError(f"{message}; the run can be resumed") from None
 
     def _write(self, data: dict, name: str) -> None:
-        # A stop waits until the file is whole: PyTorch would turn it into an error of its own.
+        # A signal waits until the file is whole: else PyTorch would turn it into its own error.
         updating, self.updating = self.updating, True
         try:
             save(data, self.dir / name)
@@ -645,7 +645,7 @@ class Run:
             bar.update()
 
     def _between_updates(self, evaluate: Callable, total: int) -> bool:
-        """Logs, evaluates, saves or stops, where it is time to; whether it evaluated."""
+        """Logs, evaluates, saves or stops when due; returns whether it evaluated."""
         last = self.step >= total
         already = self.evaluations and self.evaluations[-1]["step"] == self.step
         due = self.step % self.args.eval_every == 0 and not already
@@ -662,14 +662,14 @@ class Run:
         return due and not last
 
     def log(self, values: dict[str, torch.Tensor | float]) -> None:
-        """Adds to the means that go to TensorBoard now and then; does not wait for the values."""
+        """Accumulates means for TensorBoard, without waiting for the GPU to compute the values."""
         for name, value in values.items():
             value = value.detach() if isinstance(value, torch.Tensor) else value
             self.sums[name] = self.sums.get(name, 0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def _write_logs(self) -> None:
-        # Reading the sums waits for the GPU, so training has ended only then.
+        # Reading the sums waits for the GPU, so the clock is read only then.
         means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
         self.seconds += time.perf_counter() - self.clock
         for name, mean in means.items():

@@ -3,7 +3,7 @@
 Paper: Barde et al., "A Model-Based Solution to the Offline Multi-Agent Reinforcement Learning
 Coordination Problem", AAMAS 2024 (arXiv 2305.17198). Seven members predict the next state and the
 reward from the global state and the joint action, and from the next state whether it is absorbing.
-They train at once as one batched network, each on its own minibatches; the five best on held-out
+They train together as one batched network, each on its own minibatches; the five best on held-out
 data are the elites. Tasks that share a dataset share its world model.
 
     python world_model.py --task reacher-leader-only
@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads spin only briefly
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle OpenMP threads spin briefly, then sleep
 
 import torch
 import torch.nn as nn
@@ -39,9 +39,9 @@ FIRST_STATES = 1000  # exported, to start episodes from where there is no enviro
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """a task whose dataset is learned: one of docs/tasks.md, or FILE:NAME of your own"""
+    """task whose dataset the model learns: a name from docs/tasks.md, or FILE:NAME of your own"""
     seed: int = 1
-    """seed of networks and minibatches"""
+    """random seed for networks and minibatches"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses a CUDA GPU if there is one"""
     total_steps: int = 9000
@@ -51,19 +51,19 @@ class Args:
     run_dir: Path | None = None
     """run folder; by default runs/TASK__world_model__SEED__TIME"""
     resume: Path | None = None
-    """run folder to resume; takes only --device, --total-steps and, if FILE has moved, --task"""
+    """run folder to resume; allows only --device, --total-steps and, if FILE has moved, --task"""
     compile: bool = False
-    """use the fastest form of the loss on this device: torch.compile, CUDA graphs on a GPU"""
+    """speed up the loss: torch.compile, with CUDA graphs on a GPU"""
     dataset: Path | None = None
     """HDF5 file, Minari folder or minari:NAME; by default the task's own"""
     output: Path | None = None
     """file to export the world model to; by default world_model.pt in the run folder"""
     paper: bool = False
-    """the paper's networks, losses and budget, and rare evaluations, whatever their options say"""
+    """the paper's networks, losses and budget, and rare evaluations, overriding their options"""
     members: int = 7
-    """trained networks"""
+    """ensemble members to train"""
     elites: int = 5
-    """networks kept"""
+    """best members to keep"""
     target: Literal["delta", "absolute"] = "delta"
     """predict the change of the state, or the next state"""
     normalize: bool = True
@@ -81,31 +81,31 @@ class Args:
     learning_rate: float = 4e-3
     """AdamW"""
     decay: Literal["cosine", "none"] = "cosine"
-    """decay the learning rate to zero along a cosine, or keep it"""
+    """decay the learning rate to zero along a cosine, or keep it constant"""
     beta: float = 0.5
-    """beta-NLL: exponent of the variance that weights the state's likelihood; 0 is unweighted"""
+    """beta-NLL: the state's likelihood is weighted by variance ** beta; 0 means unweighted"""
     reward_beta: float = 0.0
     """the same for the reward's likelihood"""
     reward_weight_decay: float = 0.3
-    """AdamW, reward network: makes it read only the dimensions that explain the reward"""
+    """AdamW, reward network; restricts it to the dimensions that explain the reward"""
     max_grad_norm: float = 1.0
     """each member's gradient norm is clipped at this value"""
     start_states: Literal["first", "any"] = "any"
-    """calibrate lambda_g and l_eps on rollouts from first states of held-out episodes, or any"""
+    """calibrate lambda_g and l_eps on rollouts from first (or any) states of held-out episodes"""
 
 
 DEFAULTS = {
     None: Args(),
-    # Learning rate and beta: Deviation 3. Reacher's experts act, and members disagree, only in an
-    # episode's first steps.
+    # Learning rate and beta: Deviation 3. Reacher's experts act, and members disagree, mostly in
+    # an episode's first steps.
     "Reacher-v4": Args(learning_rate=1e-3, beta=0.0, start_states="first"),
     "Ant-v4": Args(total_steps=27_000, eval_every=3000),
     "coordination": Args(
         total_steps=500, eval_every=250, hidden=(64, 64), mask_hidden=(64,), learning_rate=3e-3,
         reward_weight_decay=0.0,
     ),
-    # In games of numbers the reward is a curved surface, not a table. Its peaks are rare in the
-    # data, and an unweighted likelihood gives them up as noise.
+    # In games of numbers, the reward is a curved surface, not a table. Its peaks are rare in the
+    # data, and an unweighted likelihood dismisses them as noise.
     "continuous": Args(
         total_steps=3000, eval_every=1000, hidden=(64, 64), mask_hidden=(64,), learning_rate=3e-3,
         reward_beta=0.5, reward_weight_decay=0.0,
@@ -130,7 +130,7 @@ class BatchedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(len(in_dims), max(in_dims), out_dim))
         self.bias = nn.Parameter(torch.zeros(len(in_dims), 1, out_dim))
-        # Each slice starts as an nn.Linear of its true width; weights of padding stay zero.
+        # Each slice starts like an nn.Linear of its true width; padding weights stay zero.
         for weight, bias, width in zip(self.weight.data, self.bias.data, in_dims):
             weight[:width].uniform_(-(width**-0.5), width**-0.5)
             bias.uniform_(-(width**-0.5), width**-0.5)
@@ -150,7 +150,7 @@ class MLP(nn.Sequential):
 
 
 class Ensemble(nn.Module):
-    """The members of the world model, each with a network for next state, reward and mask.
+    """The members of the world model, each with a state, a reward and a mask network.
 
     Networks map standardised inputs to standardised outputs.
     """
@@ -173,7 +173,7 @@ class Ensemble(nn.Module):
     def standardize(self, dataset: OfflineDataset, rows):
         """Takes input, target and reward statistics from the training rows.
 
-        The deviation of a target that never changes is 0: such a dimension is copied.
+        A target that never varies gets a standard deviation of 0, so the model predicts its mean.
         """
         joint_actions = dataset.task.join_actions(dataset.actions[rows])
         values = {
@@ -198,7 +198,7 @@ class Ensemble(nn.Module):
         return mean, log_std.clamp(-10, 2), reward, reward_log_std.clamp(-10, 2)
 
     def mask_logits(self, next_states):
-        """Logits [member, batch] of next states [member, batch, state] not being absorbing."""
+        """Logits [member, batch] that next states [member, batch, state] are not absorbing."""
         state_dim = next_states.shape[-1]
         mean, std = self.input_mean[:state_dim], self.input_std[:state_dim]
         return self.mask((next_states - mean) / std)[..., 0]
@@ -228,8 +228,8 @@ class Ensemble(nn.Module):
 def gaussian_nll(target, mean, log_std, beta=0.0):
     """Negative log-likelihood without its constant, weighted by variance ** beta.
 
-    The weight is that of beta-NLL (Seitzer et al., ICLR 2022). Without it the network gives up what
-    is hard to predict as noise.
+    The weight is that of beta-NLL (Seitzer et al., ICLR 2022). Without it, the network dismisses
+    what is hard to predict as noise.
     """
     likelihood = log_std + 0.5 * ((target - mean) * (-log_std).exp()).square()
     # Deviation 3.
@@ -237,10 +237,10 @@ def gaussian_nll(target, mean, log_std, beta=0.0):
 
 
 def member_losses(ensemble, batch, mask_batch, changes, beta, reward_beta):
-    """Losses of next state, reward and mask of every member [3, member] (Section 3.1).
+    """Next-state, reward and mask loss of every member [3, member] (Section 3.1).
 
     `batch` is states, joint actions, next states and rewards, `mask_batch` next states and masks,
-    each [member, batch, ...]; `changes` [state] are the dimensions that ever change.
+    each [member, batch, ...]; `changes` are the indices of state dimensions that ever change.
     """
     states, joint_actions, next_states, rewards = batch
     mean, log_std, reward, reward_log_std = ensemble(states, joint_actions)
@@ -257,9 +257,9 @@ def member_losses(ensemble, batch, mask_batch, changes, beta, reward_beta):
 
 
 def with_rare(rows, rare_rows):
-    """`rows` [member, batch], of which one in sixteen gives way to one of `rare_rows`, if any.
+    """`rows` [member, batch] with one in sixteen replaced by one of `rare_rows`, if any.
 
-    Fewer than sixteen stay as they are: rare rows would be too large a share of them.
+    Batches of fewer than sixteen stay as they are: rare rows would be too large a share of them.
     """
     if len(rare_rows) == 0:
         return rows
@@ -337,14 +337,14 @@ def shuffled(rows):
 
 
 def open_loop_length(dataset: OfflineDataset, rows) -> int:
-    """Ten steps, or fewer if no episode goes on for that long from any of `rows`."""
+    """Ten steps, or fewer if no episode lasts that long from any of `rows`."""
     last = dataset.last_rows[torch.searchsorted(dataset.last_rows, rows)]
     return min(OPEN_LOOP_STEPS, 1 + int((last - rows).max()))
 
 
 def open_loop_starts(dataset: OfflineDataset, rows, start_states="any"):
-    """Those of `rows` from which the episode lasts ten steps, or as many as the longest does,
-    shuffled; with "first" only first rows of episodes."""
+    """Those of `rows` from which the episode lasts `open_loop_length` steps, shuffled; "first"
+    keeps only first rows of episodes."""
     last = rows + open_loop_length(dataset, rows) - 1
     rows, last = rows[last < dataset.size], last[last < dataset.size]
     rows = rows[dataset.episode_starts[rows] == dataset.episode_starts[last]]
@@ -380,7 +380,7 @@ def open_loop(ensemble, dataset: OfflineDataset, rows, scale, behavior) -> dict:
 
         if task.continues_from_states:
             truth = simulator.step(actions.numpy())
-        else:  # these are the data's own actions, so the data say what follows
+        else:  # the actions are the data's own, so the data hold the outcome
             row = rows + t
             truth = dataset.next_states[row], dataset.rewards[row], dataset.masks[row] == 0
         true_states, true_rewards, terminals = (torch.as_tensor(x, device="cpu") for x in truth)
@@ -414,10 +414,10 @@ def epistemic_uncertainty(next_states, rewards, scale):
 
 
 def evaluate_ensemble(ensemble, args: Args, dataset: OfflineDataset, rows, starts, scale) -> dict:
-    """The elites, their errors on held-out `rows`, and how far they can be trusted off the data, in
-    open loops from `starts`."""
+    """Chooses the elites; measures their errors on held-out `rows` and, on the data and off them,
+    in open loops from `starts`."""
     errors = held_out_errors(ensemble, dataset, rows, scale)
-    # Deviation 5. State and reward count alike, in standard deviations of the data.
+    # Deviation 5. State and reward count equally, in standard deviations of the data.
     criterion = errors["scaled_state_error"] + errors["scaled_reward_error"]
     elites = criterion.argsort()[: args.elites].tolist()
     best = ensemble.select(elites)
@@ -438,8 +438,8 @@ def evaluate_ensemble(ensemble, args: Args, dataset: OfflineDataset, rows, start
 def calibrate(record: dict, scale) -> dict:
     """lambda_g and l_eps by one rule for every dataset, from q, eps_g's 0.99 quantile on data.
 
-    Deviation 8 of docs/moma_ppo.md. lambda_g makes the penalty one standard deviation of the reward
-    at q; l_eps is 10 q, where a rollout is cut: members hardly ever disagree like that on data.
+    Deviation 8 of docs/moma_ppo.md. lambda_g makes the penalty at q one standard deviation of the
+    reward; l_eps, which cuts a rollout, is 10 q: members hardly ever disagree that much on data.
     """
     quantile = max(record["on_data/epsilon_g_0.99"], 1e-6)
     return {"lambda_g": float(scale[-1]) / quantile, "l_epsilon": 10 * quantile}
@@ -469,7 +469,7 @@ def export(ensemble, args: Args, dataset: OfflineDataset, record: dict, scale, s
 
 
 def check(args: Args) -> None:
-    """Ends with one clear line if an argument makes no sense."""
+    """Raises `InputError` if an argument makes no sense."""
     check_positive(args, "total_steps", "eval_every", "batch_size", "learning_rate")
     check_positive(args, "max_grad_norm")
     check_range(args, 2, 1000, "members")
@@ -540,8 +540,8 @@ def train(args: Args) -> dict:
             # Each member draws its own minibatch from the same training rows.
             shape = args.members, args.batch_size
             rows = training_rows[torch.randint(len(training_rows), shape, device=device)]
-            # Deviations 7 and 8. One row in sixteen gives way to a rare one: for the mask an
-            # absorbing next state, for the others an outlying reward.
+            # Deviations 7 and 8. One row in sixteen is replaced by a rare one: with an absorbing
+            # next state for the mask, with an outlying reward for the other networks.
             mask_rows = with_rare(rows, absorbing_rows)
             rows = with_rare(rows, outlying_rows)
             batch = [column[rows] for column in columns]

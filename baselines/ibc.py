@@ -3,7 +3,7 @@
 Paper: Barde et al., "A Model-Based Solution to the Offline Multi-Agent Reinforcement Learning
 Coordination Problem", AAMAS 2024 (arXiv 2305.17198), Section 5.1. Each agent maximises the
 likelihood of its own actions in the dataset. Nothing tells it what the others will do, so where the
-data mixes teams of different conventions the agents may follow different ones.
+data mix teams with different conventions, agents may follow different ones.
 
     python baselines/ibc.py --task reacher-leader-only
     python baselines/ibc.py --resume runs/RUN
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads spin only briefly
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle OpenMP threads spin briefly, then sleep
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -40,9 +40,9 @@ from training_run import FINAL_EPISODES, Run, check_positive, compiled, main
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """one of docs/tasks.md, or FILE:NAME of your own"""
+    """task name from docs/tasks.md, or FILE:NAME of your own"""
     seed: int = 1
-    """seed of networks and minibatches"""
+    """random seed for networks and minibatches"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses a CUDA GPU if there is one"""
     total_steps: int = 10_000
@@ -54,9 +54,9 @@ class Args:
     run_dir: Path | None = None
     """run folder; by default runs/TASK__ibc__SEED__TIME"""
     resume: Path | None = None
-    """run folder to resume; takes only --device, --total-steps and, if FILE has moved, --task"""
+    """run folder to resume; allows only --device, --total-steps and, if FILE has moved, --task"""
     compile: bool = False
-    """use the fastest form of the loss on this device: torch.compile, CUDA graphs on a GPU"""
+    """speed up the loss: torch.compile, with CUDA graphs on a GPU"""
     dataset: Path | None = None
     """HDF5 file, Minari folder or minari:NAME; by default the task's own"""
     memory: Literal["auto", "attention", "none"] = "auto"
@@ -66,9 +66,9 @@ class Args:
     learning_rate: float = 3e-4
     """Adam, policies; decays linearly to zero (the paper: constant)"""
     memory_learning_rate: float = 1e-4
-    """Adam, history encoders; decays alike"""
+    """Adam, history encoders; same decay"""
     max_grad_norm: float = 1.0
-    """each agent's gradient norms, of its policy and of its encoder, are clipped at this value"""
+    """clip each agent's gradient norms (policy and encoder separately) at this value"""
 
 
 DEFAULTS = {
@@ -78,7 +78,7 @@ DEFAULTS = {
 }
 
 
-# Networks. Agents keep separate weights, which run as one batched operation.
+# Networks. Agents have separate weights but run as one batched operation.
 
 
 class BatchedLinear(nn.Module):
@@ -88,7 +88,7 @@ class BatchedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(len(in_dims), max(in_dims), out_dim))
         self.bias = nn.Parameter(torch.zeros(len(in_dims), 1, out_dim))
-        # Each slice starts as an nn.Linear of its true width; weights of padding stay zero.
+        # Each slice starts like an nn.Linear of its true width; padding weights stay zero.
         for weight, bias, width in zip(self.weight.data, self.bias.data, in_dims):
             weight[:width].uniform_(-(width**-0.5), width**-0.5)
             bias.uniform_(-(width**-0.5), width**-0.5)
@@ -110,20 +110,20 @@ class MLP(nn.Sequential):
 class HistoryEncoder(nn.Module):
     """Each agent's last ten (action, observation) pairs as one vector (arXiv 2305.17198, A.1).
 
-    Observations are standardised, pairs embedded and given positions; then come self-attention with
-    a skip connection and LayerNorm, and soft attention over the ten results. Apart from softmax,
-    tanh and LayerNorm's scale all of this is linear in a token (pair, one-hot position), so
-    `forward` multiplies weights with each other before they touch the batch: the same function with
+    Observations are standardised, and pairs embedded with their positions; then come self-attention
+    with a skip connection and LayerNorm, and soft attention over the ten results. Apart from
+    softmax, tanh and LayerNorm's scale, all of this is linear in a token (pair, one-hot position),
+    so `forward` multiplies weights together before they touch the batch: the same function with
     fewer products. docs/history_encoder.md derives it, and a test compares it with the plain form.
     """
 
     def __init__(self, in_dims, pair_mean, pair_std, dim=128):
-        """`pair_mean`, `pair_std` [agent, pair] standardise; missing pairs stay zero."""
+        """`pair_mean`, `pair_std` [agent, pair] standardise the pairs; missing ones stay zero."""
         super().__init__()
         agents = len(in_dims)
         self.embedding = BatchedLinear(in_dims, dim)
         self.query, self.key, self.value = (BatchedLinear([dim] * agents, dim) for _ in range(3))
-        # The embedding starts as noise, so it starts small.
+        # The embedding is noise at first, so its LayerNorm gain starts small.
         self.norm_weight = nn.Parameter(torch.full((agents, 1, dim), 0.1))
         self.norm_bias = nn.Parameter(torch.zeros(agents, 1, dim))
         scale = dim**-0.5
@@ -148,11 +148,11 @@ class HistoryEncoder(nn.Module):
         positions = self.embedding.bias + self.positions
         embedding = torch.cat([self.embedding.weight, positions], dim=1)
 
-        def fold(layer):  # each token has one position, so the bias goes into the positions' rows
+        def fold(layer):  # each token has one position, so position rows can carry the bias
             bias = F.pad(layer.bias.expand(-1, length, -1), (0, 0, width, 0))
             return embedding @ layer.weight + bias
 
-        # Self-attention: queries times keys is a bilinear form in tokens.
+        # Self-attention: the scores are a bilinear form in the tokens.
         scale = self.soft_key.shape[-1] ** -0.5
         form = scale * fold(self.query) @ fold(self.key).transpose(1, 2)
         queries = (tokens.flatten(1, 2) @ form).view_as(tokens)
@@ -178,14 +178,14 @@ class HistoryEncoder(nn.Module):
 def observation_statistics(task: Task, states):
     """Mean and standard deviation of what agents observe in `states` [N, state]: [agent, obs]."""
     mean, std = task.observe(states.mean(0)), task.observe(states.std(0))
-    return mean, torch.where(std < 1e-6, 1, std)  # 1 for padding and for what never changes
+    return mean, torch.where(std < 1e-6, 1, std)  # 1 for padding and constant dimensions
 
 
 def make_memory(task: Task, memory: str, obs_mean, obs_std):
     """The history encoder, or None where --memory or the task does without one."""
     if memory == "none" or (memory == "auto" and not task.partially_observable):
         return None
-    front = (task.action_dim, 0)  # of a pair: its actions, which are not standardised
+    front = (task.action_dim, 0)  # a pair's actions come first and are not standardised
     return HistoryEncoder(task.pair_dims, F.pad(obs_mean, front), F.pad(obs_std, front, value=1))
 
 

@@ -1,9 +1,9 @@
-"""ICQL: independent conservative Q-learning, each agent from what it sees itself.
+"""ICQL: independent conservative Q-learning, each agent from its own observations.
 
 Papers: Kumar et al., "Conservative Q-Learning for Offline Reinforcement Learning", NeurIPS 2020
 (CQL, arXiv 2006.04779). Barde et al., "A Model-Based Solution to the Offline Multi-Agent
-Reinforcement Learning Coordination Problem", AAMAS 2024 (arXiv 2305.17198), Section 5.1, runs it
-for each agent alone, on top of TD3. Critics are low wherever the dataset has no action, so the
+Reinforcement Learning Coordination Problem", AAMAS 2024 (arXiv 2305.17198), Section 5.1, applies it
+to each agent separately, on top of TD3. Critics are low wherever the dataset has no action, so the
 policies that climb them stay near the data.
 
     python baselines/icql.py --task reacher-leader-only
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads spin only briefly
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle OpenMP threads spin briefly, then sleep
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
@@ -37,9 +37,9 @@ from training_run import FINAL_EPISODES, Run, check_positive, check_range, compi
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """one of docs/tasks.md whose actions are numbers, or FILE:NAME of your own"""
+    """task with continuous actions from docs/tasks.md, or FILE:NAME of your own"""
     seed: int = 1
-    """seed of networks, minibatches and noise"""
+    """random seed for networks, minibatches and noise"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses a CUDA GPU if there is one"""
     total_steps: int = 3000
@@ -51,9 +51,9 @@ class Args:
     run_dir: Path | None = None
     """run folder; by default runs/TASK__icql__SEED__TIME"""
     resume: Path | None = None
-    """run folder to resume; takes only --device, --total-steps and, if FILE has moved, --task"""
+    """run folder to resume; allows only --device, --total-steps and, if FILE has moved, --task"""
     compile: bool = False
-    """use the fastest form of the loss on this device: torch.compile, CUDA graphs on a GPU"""
+    """speed up the loss: torch.compile, with CUDA graphs on a GPU"""
     dataset: Path | None = None
     """HDF5 file, Minari folder or minari:NAME; by default the task's own"""
     memory: Literal["auto", "attention", "none"] = "auto"
@@ -63,25 +63,25 @@ class Args:
     learning_rate: float = 3e-4
     """Adam, policies and critics; decays linearly to zero (the paper: constant)"""
     memory_learning_rate: float = 1e-4
-    """Adam, history encoders; decays alike"""
+    """Adam, history encoders; same decay"""
     gamma: float = 0.99
     """discount factor"""
     polyak: float = 0.05
-    """how far targets move at a policy step (the paper: 0.005, which belongs to a million steps)"""
+    """target update rate, at policy steps (the paper: 0.005, suited to a million steps)"""
     policy_delay: int = 2
-    """gradient steps of the critics per step of policies and targets"""
+    """critic updates per update of policies and targets"""
     policy_noise: float = 0.0
     """standard deviation of noise on the target policies' actions (TD3 and the paper: 0.2)"""
     noise_clip: float = 0.5
-    """largest size of that noise"""
+    """limit at which that noise is clipped"""
     cql_alpha: float = 1.0
     """weight of the conservative loss (the paper: 1, on ant-expert 5)"""
     cql_points: int | None = None
-    """points per action dimension of the quadrature; by default 24, or 6 if there are several"""
+    """quadrature points per action dimension; by default 24, or 6 with several dimensions"""
     cql_batch_size: int = 32
-    """transitions per gradient step that the conservative loss uses"""
+    """transitions of each batch that the conservative loss uses"""
     max_grad_norm: float = 1.0
-    """each agent's gradient norms, of policy, critics and encoder, are clipped at this value"""
+    """clip each agent's gradient norms (policy, critics and encoder separately) at this value"""
 
 
 DEFAULTS = {
@@ -93,7 +93,7 @@ DEFAULTS = {
 }
 
 
-# Networks. Agents keep separate weights, which run as one batched operation.
+# Networks. Agents have separate weights but run as one batched operation.
 
 
 class BatchedLinear(nn.Module):
@@ -103,7 +103,7 @@ class BatchedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(len(in_dims), max(in_dims), out_dim))
         self.bias = nn.Parameter(torch.zeros(len(in_dims), 1, out_dim))
-        # Each slice starts as an nn.Linear of its true width; weights of padding stay zero.
+        # Each slice starts like an nn.Linear of its true width; padding weights stay zero.
         for weight, bias, width in zip(self.weight.data, self.bias.data, in_dims):
             weight[:width].uniform_(-(width**-0.5), width**-0.5)
             bias.uniform_(-(width**-0.5), width**-0.5)
@@ -123,7 +123,7 @@ class MLP(nn.Sequential):
 
 
 class Critics(MLP):
-    """Q(h, a) of many actions a for each h; what h adds to the first layer is computed once."""
+    """Q(h, a) for many actions a per h; h's contribution to the first layer is computed once."""
 
     def forward(self, inputs, actions):
         """[agent, batch, in], [agent, sample, batch or 1, action] -> [agent, sample, batch]."""
@@ -141,20 +141,20 @@ class Critics(MLP):
 class HistoryEncoder(nn.Module):
     """Each agent's last ten (action, observation) pairs as one vector (arXiv 2305.17198, A.1).
 
-    Observations are standardised, pairs embedded and given positions; then come self-attention with
-    a skip connection and LayerNorm, and soft attention over the ten results. Apart from softmax,
-    tanh and LayerNorm's scale all of this is linear in a token (pair, one-hot position), so
-    `forward` multiplies weights with each other before they touch the batch: the same function with
+    Observations are standardised, and pairs embedded with their positions; then come self-attention
+    with a skip connection and LayerNorm, and soft attention over the ten results. Apart from
+    softmax, tanh and LayerNorm's scale, all of this is linear in a token (pair, one-hot position),
+    so `forward` multiplies weights together before they touch the batch: the same function with
     fewer products. docs/history_encoder.md derives it, and a test compares it with the plain form.
     """
 
     def __init__(self, in_dims, pair_mean, pair_std, dim=128):
-        """`pair_mean`, `pair_std` [agent, pair] standardise; missing pairs stay zero."""
+        """`pair_mean`, `pair_std` [agent, pair] standardise the pairs; missing ones stay zero."""
         super().__init__()
         agents = len(in_dims)
         self.embedding = BatchedLinear(in_dims, dim)
         self.query, self.key, self.value = (BatchedLinear([dim] * agents, dim) for _ in range(3))
-        # The embedding starts as noise, so it starts small.
+        # The embedding is noise at first, so its LayerNorm gain starts small.
         self.norm_weight = nn.Parameter(torch.full((agents, 1, dim), 0.1))
         self.norm_bias = nn.Parameter(torch.zeros(agents, 1, dim))
         scale = dim**-0.5
@@ -179,11 +179,11 @@ class HistoryEncoder(nn.Module):
         positions = self.embedding.bias + self.positions
         embedding = torch.cat([self.embedding.weight, positions], dim=1)
 
-        def fold(layer):  # each token has one position, so the bias goes into the positions' rows
+        def fold(layer):  # each token has one position, so position rows can carry the bias
             bias = F.pad(layer.bias.expand(-1, length, -1), (0, 0, width, 0))
             return embedding @ layer.weight + bias
 
-        # Self-attention: queries times keys is a bilinear form in tokens.
+        # Self-attention: the scores are a bilinear form in the tokens.
         scale = self.soft_key.shape[-1] ** -0.5
         form = scale * fold(self.query) @ fold(self.key).transpose(1, 2)
         queries = (tokens.flatten(1, 2) @ form).view_as(tokens)
@@ -209,22 +209,22 @@ class HistoryEncoder(nn.Module):
 def observation_statistics(task: Task, states):
     """Mean and standard deviation of what agents observe in `states` [N, state]: [agent, obs]."""
     mean, std = task.observe(states.mean(0)), task.observe(states.std(0))
-    return mean, torch.where(std < 1e-6, 1, std)  # 1 for padding and for what never changes
+    return mean, torch.where(std < 1e-6, 1, std)  # 1 for padding and constant dimensions
 
 
 def make_memory(task: Task, memory: str, obs_mean, obs_std):
     """The history encoder, or None where --memory or the task does without one."""
     if memory == "none" or (memory == "auto" and not task.partially_observable):
         return None
-    front = (task.action_dim, 0)  # of a pair: its actions, which are not standardised
+    front = (task.action_dim, 0)  # a pair's actions come first and are not standardised
     return HistoryEncoder(task.pair_dims, F.pad(obs_mean, front), F.pad(obs_std, front, value=1))
 
 
 def quadrature(points, dims):
-    """Gauss-Legendre nodes of [-1, 1]^dims, and the logarithms of their weights.
+    """Gauss-Legendre nodes on [-1, 1]^dims, and the logarithms of their weights.
 
-    An integral is the sum over nodes of the function times the weight; it is exact for polynomials
-    of degree 2 * points - 1 in each dimension.
+    A function's weighted sum over the nodes approximates its integral, exactly for polynomials up
+    to degree 2 * points - 1 in each dimension.
     """
     require(dims <= 12, f"an agent's {dims} actions are too many for a grid; use itd3_bc.py")
     points = points or (24 if dims == 1 else 6)
@@ -237,7 +237,7 @@ def quadrature(points, dims):
 
 
 class Team(nn.Module):
-    """Policies, twin critics and history encoders of all agents, and a target of each."""
+    """Policies, twin critics and history encoders of all agents, and a target network for each."""
 
     def __init__(self, task: Task, states, args: Args):
         """The statistics of `states` [N, state] standardise observations (Deviation 2)."""
@@ -251,7 +251,7 @@ class Team(nn.Module):
         in_dims = [memory_dim + width for width in task.obs_dims]
         critic_dims = [memory_dim + width for width in task.pair_dims]
         self.policy = MLP(in_dims, [256, 256], task.action_dim)
-        # The first critics of all agents, then their twins, which start from other weights.
+        # All agents' first critics, then their independently initialised twins.
         self.critics = Critics(critic_dims * 2, [256, 256], 1)
         nodes, log_weights = quadrature(args.cql_points, task.action_dim)
         nodes = nodes[:, None, None].expand(-1, 1, task.num_agents, -1)
@@ -277,14 +277,14 @@ class Team(nn.Module):
     def q_values(self, inputs, actions, target=False):
         """Q_ij(h_i, a_i) of both twins j of every agent i: [twin, agent, sample, batch].
 
-        `actions` [sample, batch, agent, action]; with a batch of 1 they are those of all rows.
+        `actions` [sample, batch, agent, action]; with a batch of 1, all rows share them.
         """
         critics = self.target_critics if target else self.critics
         actions = actions.permute(2, 0, 1, 3).repeat(2, 1, 1, 1)
         return critics(inputs.repeat(2, 1, 1), actions).unflatten(0, (2, len(inputs)))
 
     def first_q_values(self, inputs, actions):
-        """Q_i1(h_i, a_i): [agent, sample, batch]. Gradients reach the actions, but no critic."""
+        """Q_i1(h_i, a_i): [agent, sample, batch]. Gradients reach the actions, not the critics."""
         # The first half of the critics.
         weights = {name: w.detach()[: len(inputs)] for name, w in self.critics.named_parameters()}
         return functional_call(self.critics, weights, (inputs, actions.permute(2, 0, 1, 3)))
@@ -356,7 +356,7 @@ def train(args: Args) -> dict:
     task = find_task(args.task)
     message = f"{task.name} has discrete actions; use ibc, iql, maiql, inspo or moma_ppo"
     require(not task.discrete, message)
-    quadrature(args.cql_points, task.action_dim)  # before a missing dataset is recorded
+    quadrature(args.cql_points, task.action_dim)  # checked before a dataset is recorded
     with Run(args, "icql") as run:
         device = run.device
         dataset = load_dataset(task, args.dataset, device)
@@ -379,7 +379,7 @@ def train(args: Args) -> dict:
         for step in run.steps(evaluate_team):
             rows = dataset.sample_rows(args.batch_size)
             batch = dataset.batch(rows, with_histories=bool(team.memory))
-            # The noise is drawn here, so that compiling the losses changes no random number.
+            # Noise is drawn outside the losses, so that compiling them changes no random number.
             noise = torch.randn_like(batch.actions)
             learn_policy = step % args.policy_delay == 0
             losses = loss_function(team, batch, noise, args, learn_policy)

@@ -2,7 +2,7 @@
 
 Paper: Liu et al., "Offline Multi-Agent Reinforcement Learning via In-Sample Sequential Policy
 Optimization", AAAI 2025 (arXiv 2412.07639). Agents take turns in random order. Each imitates its
-best actions in data reweighted by the others' present policies, as if it had played with them.
+best actions in data reweighted by the others' current policies, as if it had played with them.
 
     python baselines/inspo.py --task coordination-unfavorable
     python baselines/inspo.py --resume runs/RUN
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads spin only briefly
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle OpenMP threads spin briefly, then sleep
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -42,13 +42,13 @@ from training_run import FINAL_EPISODES, Run, check_positive, check_range, compi
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """one of docs/tasks.md, or FILE:NAME of your own"""
+    """task name from docs/tasks.md, or FILE:NAME of your own"""
     seed: int = 1
-    """seed of networks, minibatches, noise and turns"""
+    """random seed for networks, minibatches, noise and turns"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses a CUDA GPU if there is one"""
     total_steps: int = 10_000
-    """gradient steps, those of cloning included"""
+    """gradient steps, including those of cloning"""
     eval_every: int = 1000
     """gradient steps between evaluations; each is followed by a checkpoint"""
     eval_episodes: int = 100
@@ -56,9 +56,9 @@ class Args:
     run_dir: Path | None = None
     """run folder; by default runs/TASK__inspo__SEED__TIME"""
     resume: Path | None = None
-    """run folder to resume; takes only --device, --total-steps and, if FILE has moved, --task"""
+    """run folder to resume; allows only --device, --total-steps and, if FILE has moved, --task"""
     compile: bool = False
-    """use the fastest form of the loss on this device: torch.compile, CUDA graphs on a GPU"""
+    """speed up the loss: torch.compile, with CUDA graphs on a GPU"""
     dataset: Path | None = None
     """HDF5 file, Minari folder or minari:NAME; by default the task's own"""
     memory: Literal["auto", "attention", "none"] = "auto"
@@ -66,7 +66,7 @@ class Args:
     batch_size: int = 256
     """transitions per gradient step"""
     cloning_share: float = 0.25
-    """share of the steps in which the data's policies are cloned and evaluated; at least one"""
+    """share of the steps that clone and evaluate the data's policies; at least one step"""
     turn_steps: int = 50
     """gradient steps of a turn; in the first half only the critics learn"""
     pool_size: int = 10_000
@@ -74,19 +74,19 @@ class Args:
     learning_rate: float = 3e-4
     """Adam, policies and critics; decays linearly to zero"""
     memory_learning_rate: float = 1e-4
-    """Adam, history encoders; decays alike"""
+    """Adam, history encoders; same decay"""
     gamma: float = 0.99
     """discount factor"""
     polyak: float = 0.05
-    """how far target critics move at each step"""
+    """update rate of the target critics, at every step"""
     alpha: float = 10.0
     """temperature, in units of the agent's mean absolute advantage"""
     max_weight: float = 100.0
     """upper limit of importance ratios and of exp(advantage / temperature)"""
     policy_samples: int = 4
-    """actions that estimate a value, where actions are continuous"""
+    """sampled actions that estimate a value, where actions are continuous"""
     max_grad_norm: float = 1.0
-    """each agent's gradient norms, of policy, critics and encoder, are clipped at this value"""
+    """clip each agent's gradient norms (policy, critics and encoder separately) at this value"""
 
 
 DEFAULTS = {
@@ -98,7 +98,7 @@ DEFAULTS = {
 }
 
 
-# Networks. Agents keep separate weights, which run as one batched operation.
+# Networks. Agents have separate weights but run as one batched operation.
 
 
 class BatchedLinear(nn.Module):
@@ -108,7 +108,7 @@ class BatchedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(len(in_dims), max(in_dims), out_dim))
         self.bias = nn.Parameter(torch.zeros(len(in_dims), 1, out_dim))
-        # Each slice starts as an nn.Linear of its true width; weights of padding stay zero.
+        # Each slice starts like an nn.Linear of its true width; padding weights stay zero.
         for weight, bias, width in zip(self.weight.data, self.bias.data, in_dims):
             weight[:width].uniform_(-(width**-0.5), width**-0.5)
             bias.uniform_(-(width**-0.5), width**-0.5)
@@ -130,20 +130,20 @@ class MLP(nn.Sequential):
 class HistoryEncoder(nn.Module):
     """Each agent's last ten (action, observation) pairs as one vector (arXiv 2305.17198, A.1).
 
-    Observations are standardised, pairs embedded and given positions; then come self-attention with
-    a skip connection and LayerNorm, and soft attention over the ten results. Apart from softmax,
-    tanh and LayerNorm's scale all of this is linear in a token (pair, one-hot position), so
-    `forward` multiplies weights with each other before they touch the batch: the same function with
+    Observations are standardised, and pairs embedded with their positions; then come self-attention
+    with a skip connection and LayerNorm, and soft attention over the ten results. Apart from
+    softmax, tanh and LayerNorm's scale, all of this is linear in a token (pair, one-hot position),
+    so `forward` multiplies weights together before they touch the batch: the same function with
     fewer products. docs/history_encoder.md derives it, and a test compares it with the plain form.
     """
 
     def __init__(self, in_dims, pair_mean, pair_std, dim=128):
-        """`pair_mean`, `pair_std` [agent, pair] standardise; missing pairs stay zero."""
+        """`pair_mean`, `pair_std` [agent, pair] standardise the pairs; missing ones stay zero."""
         super().__init__()
         agents = len(in_dims)
         self.embedding = BatchedLinear(in_dims, dim)
         self.query, self.key, self.value = (BatchedLinear([dim] * agents, dim) for _ in range(3))
-        # The embedding starts as noise, so it starts small.
+        # The embedding is noise at first, so its LayerNorm gain starts small.
         self.norm_weight = nn.Parameter(torch.full((agents, 1, dim), 0.1))
         self.norm_bias = nn.Parameter(torch.zeros(agents, 1, dim))
         scale = dim**-0.5
@@ -168,11 +168,11 @@ class HistoryEncoder(nn.Module):
         positions = self.embedding.bias + self.positions
         embedding = torch.cat([self.embedding.weight, positions], dim=1)
 
-        def fold(layer):  # each token has one position, so the bias goes into the positions' rows
+        def fold(layer):  # each token has one position, so position rows can carry the bias
             bias = F.pad(layer.bias.expand(-1, length, -1), (0, 0, width, 0))
             return embedding @ layer.weight + bias
 
-        # Self-attention: queries times keys is a bilinear form in tokens.
+        # Self-attention: the scores are a bilinear form in the tokens.
         scale = self.soft_key.shape[-1] ** -0.5
         form = scale * fold(self.query) @ fold(self.key).transpose(1, 2)
         queries = (tokens.flatten(1, 2) @ form).view_as(tokens)
@@ -198,26 +198,26 @@ class HistoryEncoder(nn.Module):
 def observation_statistics(task: Task, states):
     """Mean and standard deviation of what agents observe in `states` [N, state]: [agent, obs]."""
     mean, std = task.observe(states.mean(0)), task.observe(states.std(0))
-    return mean, torch.where(std < 1e-6, 1, std)  # 1 for padding and for what never changes
+    return mean, torch.where(std < 1e-6, 1, std)  # 1 for padding and constant dimensions
 
 
 def make_memory(task: Task, memory: str, obs_mean, obs_std):
     """The history encoder, or None where --memory or the task does without one."""
     if memory == "none" or (memory == "auto" and not task.partially_observable):
         return None
-    front = (task.action_dim, 0)  # of a pair: its actions, which are not standardised
+    front = (task.action_dim, 0)  # a pair's actions come first and are not standardised
     return HistoryEncoder(task.pair_dims, F.pad(obs_mean, front), F.pad(obs_std, front, value=1))
 
 
 def call_slices(network, rows, x):
-    """Applies a batched network to `x`, the inputs of its slices `rows` alone."""
+    """Applies only the slices `rows` of a batched network, to their inputs `x`."""
     tensors = [*network.named_parameters(), *network.named_buffers()]
     slices = {name: tensor[rows] for name, tensor in tensors if tensor.dim() == 3}
     return functional_call(network, slices, x)
 
 
 class Team(nn.Module):
-    """Policies and encoders, the data's frozen ones, and twin critics of state and own action."""
+    """Policies and encoders, frozen clones of the data's, twin critics of state and own action."""
 
     def __init__(self, task: Task, states, args: Args):
         """The statistics of `states` [N, state] standardise inputs (Deviation 9)."""
@@ -236,14 +236,14 @@ class Team(nn.Module):
         self.policy = MLP(in_dims, [256, 256], task.action_dim * (1 if task.discrete else 2))
         if not task.discrete:  # log standard deviations start inside their clamp
             self.policy[-1].bias.data[..., task.action_dim :] = -1.5
-        # The first critics of all agents, then their twins, which start from other weights.
+        # All agents' first critics, then their independently initialised twins.
         self.critics = MLP(critic_dims * 2, [256, 256], 1)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.behavior = copy.deepcopy(self.policy).requires_grad_(False)
         self.behavior_memory = self.memory and copy.deepcopy(self.memory).requires_grad_(False)
 
     def freeze_behavior(self):
-        """The policies, which were cloned, become those of the data."""
+        """Copies the cloned policies, which stand for the data's from then on."""
         self.behavior.load_state_dict(self.policy.state_dict())
         if self.memory:
             self.behavior_memory.load_state_dict(self.memory.state_dict())
@@ -284,8 +284,8 @@ class Team(nn.Module):
     def values(self, states, distribution, noise, agents, target=False):
         """V_i(s), the mean over a_i ~ pi_i of the smaller Q_ij(s, a_i): [batch, agent].
 
-        Exact for discrete actions; else over those made of `noise` [sample, batch, agent, action]
-        (Deviation 7).
+        Exact for discrete actions; otherwise over samples that `noise` [sample, batch, agent,
+        action] yields (Deviation 7).
         """
         if self.task.discrete:
             options = torch.eye(self.task.action_dim, device=states.device)
@@ -328,7 +328,7 @@ class Turns(nn.Module):
 
     @torch.no_grad()
     def begin(self, turn: int, team: Team, dataset: OfflineDataset, max_weight: float):
-        """Draws and weighs rows for the agent whose turn it is; a round starts with turn 0."""
+        """Draws and weights rows for the agent whose turn it is; a round starts with turn 0."""
         if turn == 0:
             self.order.copy_(torch.randperm(len(self.order), device=self.order.device))
         self.rows.copy_(dataset.sample_rows(len(self.rows)))
@@ -337,7 +337,7 @@ class Turns(nn.Module):
             weights.copy_(importance_weights(team, batch, max_weight)[:, self.order[turn]])
 
     def sample_rows(self, count: int):
-        """Rows [count], each as often as it weighs: among them the others act as they do now."""
+        """Rows [count] in proportion to their weights: in these the others act as they do now."""
         return self.rows[torch.multinomial(self.weights, count, replacement=True)]
 
 
@@ -389,9 +389,9 @@ def train(args: Args) -> dict:
     check_positive(args, "learning_rate", "memory_learning_rate", "max_grad_norm", "alpha")
     check_range(args, 1, 2**24, "pool_size", "turn_steps", "policy_samples")
     check_range(args, 0, 1, "gamma", "polyak", "cloning_share")
-    # Ratios of policies need the data's, so these are always cloned a little.
+    # Importance ratios need the data's policies, so at least one step clones them.
     cloning_steps = max(1, round(args.cloning_share * args.total_steps))
-    remaining = args.total_steps - cloning_steps  # if 0, the run is cloning alone
+    remaining = args.total_steps - cloning_steps  # if 0, the run only clones
     message = f"--turn-steps must be smaller: no policy would learn in the {remaining} steps left"
     require(not remaining or args.turn_steps // 2 < remaining, message)
     with Run(args, "inspo") as run:
@@ -403,7 +403,7 @@ def train(args: Args) -> dict:
         groups = [{"params": net.parameters()} for net in (team.policy, team.critics)]
         if team.memory:
             groups.append({"params": team.memory.parameters(), "lr": args.memory_learning_rate})
-        # Deviation 5. Without momentum an agent rests while it is not its turn.
+        # Deviation 5. Without momentum, agents stay as they are between their turns.
         optimizer = torch.optim.Adam(groups, args.learning_rate, betas=(0.0, 0.999), fused=True)
         schedule = LambdaLR(optimizer, lambda step: 1 - step / args.total_steps)  # Deviation 1
         tracked = {"team": team, "turns": turns, "optimizer": optimizer, "schedule": schedule}
@@ -426,12 +426,12 @@ def train(args: Args) -> dict:
                     team.freeze_behavior()
                 if place == 0:
                     turns.begin(turn, team, dataset, args.max_weight)
-                # Critics learn what the others do now before the policy follows them.
+                # Critics learn what the others do now before the policy follows the critics.
                 phase = "critics" if place < args.turn_steps // 2 else "improve"
                 learners, rows = turns.order[turn : turn + 1], turns.sample_rows(args.batch_size)
 
             batch = dataset.batch(rows, with_histories=bool(team.memory))
-            # The noise is drawn here, so that compiling the losses changes no random number.
+            # Noise is drawn outside the losses, so that compiling them changes no random number.
             shape = 2, args.policy_samples, len(rows), len(learners), task.action_dim
             noise = torch.randn(shape, device=device)
             losses = loss_function(team, batch, learners, noise, args, phase)

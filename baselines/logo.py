@@ -1,16 +1,16 @@
-"""LOGO-style: a local-to-global world model, and conservative Q-learning in its rollouts.
+"""LOGO-style: a local-to-global world model, and conservative Q-learning on its rollouts.
 
 Paper: Li et al., "Puzzle it Out: Local-to-Global World Model for Offline Multi-Agent Reinforcement
 Learning", AAMAS 2026 (arXiv 2601.07463), as far as public sources describe it. Each agent's next
-observation is predicted from what it sees and does; the predictions together tell the next global
-state. The team learns from the data and from rollouts in this model, which count the less the more
-uncertain they are.
+observation is predicted from what it sees and does; the next global state is deduced from all these
+predictions. The team learns from the data and from rollouts in this model, which count less the
+more uncertain they are.
 
     python baselines/logo.py --task reacher-leader-only
     python baselines/logo.py --task reacher-leader-only --synthetic-share 0     # data alone: MACQL
     python baselines/logo.py --resume runs/RUN
 
-What is ours where the sources are silent, and why: docs/logo.md. Comments name its items.
+What is ours where the sources are silent, and why: docs/logo.md. Comments refer to its items.
 """
 
 import copy
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads spin only briefly
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle OpenMP threads spin briefly, then sleep
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
@@ -45,7 +45,7 @@ from training_run import (
     say,
 )
 
-BOX_MARGIN = 0.5  # in widths of the data's bounding box
+BOX_MARGIN = 0.5  # per side, in widths of the data's bounding box
 MODEL_LOSSES = ("losses/predictive", "losses/deductive", "losses/auxiliary", "losses/mask")
 TEAM_LOSSES = ("losses/critics", "losses/conservative", "losses/policy")
 
@@ -53,9 +53,9 @@ TEAM_LOSSES = ("losses/critics", "losses/conservative", "losses/policy")
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """one of docs/tasks.md, or FILE:NAME of your own"""
+    """task name from docs/tasks.md, or FILE:NAME of your own"""
     seed: int = 1
-    """seed of networks, minibatches and rollouts"""
+    """random seed for networks, minibatches and rollouts"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses a CUDA GPU if there is one"""
     total_steps: int = 5000
@@ -67,9 +67,9 @@ class Args:
     run_dir: Path | None = None
     """run folder; by default runs/TASK__logo__SEED__TIME"""
     resume: Path | None = None
-    """run folder to resume; takes only --device, --total-steps and, if FILE has moved, --task"""
+    """run folder to resume; allows only --device, --total-steps and, if FILE has moved, --task"""
     compile: bool = False
-    """use the fastest form of the losses on this device: torch.compile, CUDA graphs on a GPU"""
+    """speed up the losses: torch.compile, with CUDA graphs on a GPU"""
     dataset: Path | None = None
     """HDF5 file, Minari folder or minari:NAME; by default the task's own"""
     memory: Literal["auto", "attention", "none"] = "auto"
@@ -77,15 +77,15 @@ class Args:
     batch_size: int = 256
     """transitions per gradient step, of the model and of the team"""
     world_model: Path | None = None
-    """written by an earlier run of this script; by default the run trains one first"""
+    """file from an earlier run of this script; by default the run trains a model first"""
     model_steps: int = 5000
     """gradient steps of the world model, before the team's"""
     model_learning_rate: float = 3e-3
     """Adam, world model; decays to zero along a cosine"""
     model_width: int = 128
-    """units of its hidden layers"""
+    """units of the world model's hidden layers"""
     embedding: int = 64
-    """width of what its encoders return"""
+    """width of its encoders' outputs"""
     reconstruction: float = 0.1
     """weight of the losses that reconstruct the agents' pairs and predicted changes"""
     horizon: int = 15
@@ -93,13 +93,13 @@ class Args:
     synthetic_share: float = 0.5
     """share of a batch that comes from rollouts; 0 leaves the model out"""
     rollouts: int = 400
-    """rollouts that start together, from random states of the data"""
+    """rollouts per generation, which start from random states of the data"""
     refresh_every: int = 100
-    """gradient steps of the team between two such generations"""
+    """gradient steps of the team between generations"""
     generations: int = 10
     """generations that are kept; a new one replaces the oldest"""
     exploration: float = 0.1
-    """standard deviation of noise on a rollout's actions, or chance that an option is redrawn"""
+    """standard deviation of noise on a rollout's actions, or probability of a random option"""
     uncertainty: Literal["weighting", "penalty", "none"] = "weighting"
     """whether uncertain transitions are drawn less often, earn less, or count like all others"""
     confidence: float = 1.0
@@ -107,27 +107,27 @@ class Args:
     learning_rate: float = 3e-4
     """Adam, all but the history encoders; decays linearly to zero"""
     memory_learning_rate: float = 1e-4
-    """Adam, history encoders; decays alike"""
+    """Adam, history encoders; same decay"""
     gamma: float = 0.99
     """discount factor"""
     cloning_steps: int = 1000
-    """gradient steps of the team in which policies imitate the data only; then they climb, too"""
+    """gradient steps of the team in which policies only imitate; then they climb critics, too"""
     alpha: float = 2.5
-    """weight of the value against imitation"""
+    """weight of the value relative to imitation"""
     polyak: float = 0.05
-    """how far targets move at a policy step"""
+    """target update rate, at policy steps"""
     policy_delay: int = 2
-    """gradient steps of the critics per step of policies and targets"""
+    """critic updates per update of policies and targets"""
     cql_alpha: float = 0.01
-    """weight of the conservative loss, where rewards have a standard deviation of 1 - gamma"""
+    """weight of the conservative loss, for rewards with a standard deviation of 1 - gamma"""
     cql_temperature: float = 0.01
-    """its temperature, in the same units: it ignores differences of value that are far smaller"""
+    """its temperature, in the same units; value differences far below it are ignored"""
     cql_points: int | None = None
-    """points per action dimension of the quadrature; by default 24, or 6 if there are several"""
+    """quadrature points per action dimension; by default 24, or 6 with several dimensions"""
     cql_batch_size: int = 32
     """evenly spaced transitions of a batch that the conservative loss uses"""
     max_grad_norm: float = 1.0
-    """gradient norms of the model and of each kind of network are clipped at this value"""
+    """gradient norms of the model and of each kind of team network are clipped at this value"""
 
 
 DEFAULTS = {
@@ -140,7 +140,7 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-# Networks. Agents keep separate weights, which run as one batched operation.
+# Networks. Agents have separate weights but run as one batched operation.
 
 
 class BatchedLinear(nn.Module):
@@ -150,7 +150,7 @@ class BatchedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(len(in_dims), max(in_dims), out_dim))
         self.bias = nn.Parameter(torch.zeros(len(in_dims), 1, out_dim))
-        # Each slice starts as an nn.Linear of its true width; weights of padding stay zero.
+        # Each slice starts like an nn.Linear of its true width; padding weights stay zero.
         for weight, bias, width in zip(self.weight.data, self.bias.data, in_dims):
             weight[:width].uniform_(-(width**-0.5), width**-0.5)
             bias.uniform_(-(width**-0.5), width**-0.5)
@@ -170,7 +170,7 @@ class MLP(nn.Sequential):
 
 
 class Critics(MLP):
-    """Q(h, a) of many actions a for each h; what h adds to the first layer is computed once."""
+    """Q(h, a) for many actions a per h; h's contribution to the first layer is computed once."""
 
     def forward(self, inputs, actions):
         """[agent, batch, in], [agent, sample, batch or 1, action] -> [agent, sample, batch]."""
@@ -188,20 +188,20 @@ class Critics(MLP):
 class HistoryEncoder(nn.Module):
     """Each agent's last ten (action, observation) pairs as one vector (arXiv 2305.17198, A.1).
 
-    Observations are standardised, pairs embedded and given positions; then come self-attention with
-    a skip connection and LayerNorm, and soft attention over the ten results. Apart from softmax,
-    tanh and LayerNorm's scale all of this is linear in a token (pair, one-hot position), so
-    `forward` multiplies weights with each other before they touch the batch: the same function with
+    Observations are standardised, and pairs embedded with their positions; then come self-attention
+    with a skip connection and LayerNorm, and soft attention over the ten results. Apart from
+    softmax, tanh and LayerNorm's scale, all of this is linear in a token (pair, one-hot position),
+    so `forward` multiplies weights together before they touch the batch: the same function with
     fewer products. docs/history_encoder.md derives it, and a test compares it with the plain form.
     """
 
     def __init__(self, in_dims, pair_mean, pair_std, dim=128):
-        """`pair_mean`, `pair_std` [agent, pair] standardise; missing pairs stay zero."""
+        """`pair_mean`, `pair_std` [agent, pair] standardise the pairs; missing ones stay zero."""
         super().__init__()
         agents = len(in_dims)
         self.embedding = BatchedLinear(in_dims, dim)
         self.query, self.key, self.value = (BatchedLinear([dim] * agents, dim) for _ in range(3))
-        # The embedding starts as noise, so it starts small.
+        # The embedding is noise at first, so its LayerNorm gain starts small.
         self.norm_weight = nn.Parameter(torch.full((agents, 1, dim), 0.1))
         self.norm_bias = nn.Parameter(torch.zeros(agents, 1, dim))
         scale = dim**-0.5
@@ -226,11 +226,11 @@ class HistoryEncoder(nn.Module):
         positions = self.embedding.bias + self.positions
         embedding = torch.cat([self.embedding.weight, positions], dim=1)
 
-        def fold(layer):  # each token has one position, so the bias goes into the positions' rows
+        def fold(layer):  # each token has one position, so position rows can carry the bias
             bias = F.pad(layer.bias.expand(-1, length, -1), (0, 0, width, 0))
             return embedding @ layer.weight + bias
 
-        # Self-attention: queries times keys is a bilinear form in tokens.
+        # Self-attention: the scores are a bilinear form in the tokens.
         scale = self.soft_key.shape[-1] ** -0.5
         form = scale * fold(self.query) @ fold(self.key).transpose(1, 2)
         queries = (tokens.flatten(1, 2) @ form).view_as(tokens)
@@ -256,14 +256,14 @@ class HistoryEncoder(nn.Module):
 def observation_statistics(task: Task, states):
     """Mean and standard deviation of what agents observe in `states` [N, state]: [agent, obs]."""
     mean, std = task.observe(states.mean(0)), task.observe(states.std(0))
-    return mean, torch.where(std < 1e-6, 1, std)  # 1 for padding and for what never changes
+    return mean, torch.where(std < 1e-6, 1, std)  # 1 for padding and constant dimensions
 
 
 def make_memory(task: Task, memory: str, obs_mean, obs_std):
     """The history encoder, or None where --memory or the task does without one."""
     if memory == "none" or (memory == "auto" and not task.partially_observable):
         return None
-    front = (task.action_dim, 0)  # of a pair: its actions, which are not standardised
+    front = (task.action_dim, 0)  # a pair's actions come first and are not standardised
     return HistoryEncoder(task.pair_dims, F.pad(obs_mean, front), F.pad(obs_std, front, value=1))
 
 
@@ -280,8 +280,8 @@ class ModelStep(NamedTuple):
 class LocalToGlobal(nn.Module):
     """The world model: from local predictions to the global state.
 
-    Networks work on standardised states, actions, rewards and changes of state; an agent's get the
-    dimensions that it observes.
+    Networks work on standardised states, actions, rewards and changes of state; an agent's networks
+    get the dimensions that it observes.
     """
 
     def __init__(self, task: Task, dataset: OfflineDataset, rows, args: Args):
@@ -297,18 +297,18 @@ class LocalToGlobal(nn.Module):
         self.local_encoder = MLP(local_inputs, one_layer, embedding, nn.SiLU)
         local_outputs = widest + task.action_dim + widest  # the change, and the pair again
         self.local_decoder = MLP([embedding] * agents, one_layer, local_outputs, nn.SiLU)
-        # The deductive model: from all agents' changes to that of the state, and to the reward; the
+        # The deductive model: from all agents' changes to the state's change and the reward; the
         # mask judges the next state.
         all_changes = agents * widest
         deductive_outputs = task.state_dim + 1 + all_changes  # change, reward, the changes again
         self.deductive_encoder = MLP([all_changes + embedding], two_layers, embedding, nn.SiLU)
         self.deductive_decoder = MLP([embedding], one_layer, deductive_outputs, nn.SiLU)
         self.mask_network = MLP([task.state_dim], [128, 128], 1)
-        # The auxiliary encoder: (s, a) to the deductive decoder, past the agents.
+        # The auxiliary encoder: (s, a) to the deductive decoder, bypassing the agents.
         joint_dim = task.state_dim + agents * task.action_dim
         self.auxiliary_encoder = MLP([joint_dim], two_layers, embedding, nn.SiLU)
         # Statistics of the training rows, and the bounding box of all data. A change that never
-        # varies has deviation 0: its mean is predicted.
+        # varies has a standard deviation of 0, so its mean is predicted.
         values = {
             "state": dataset.states[rows],
             "action": dataset.actions[rows],
@@ -374,13 +374,13 @@ class LocalToGlobal(nn.Module):
         return deduced, direct, uncertainty
 
     def clip(self, values, name):
-        """States or rewards, kept in the data's bounding box and a margin."""
+        """States or rewards, clipped to the data's bounding box plus a margin."""
         low, high = getattr(self, f"{name}_min"), getattr(self, f"{name}_max")
         margin = BOX_MARGIN * (high - low)
         return values.clamp(low - margin, high + margin)
 
     def mask_logits(self, next_states):
-        """Logits [batch] of next states [batch, state] not being absorbing (item 7)."""
+        """Logits [batch] that next states [batch, state] are not absorbing (item 7)."""
         return self.mask_network(((next_states - self.state_mean) / self.state_std)[None])[0, :, 0]
 
     @torch.no_grad()
@@ -428,7 +428,7 @@ def model_losses(model: LocalToGlobal, batch: Batch, mask_batch: Batch, reconstr
     predictive = local_error(local, local_target, task.obs_dims)
     predictive += reconstruction_weight * local_error(pairs_again, pairs, task.pair_dims)
 
-    # From the true and from the predicted changes, that of the state and the reward are deduced.
+    # State change and reward are deduced, from the true and from the predicted changes.
     deductive = 0
     for changes in (local_target, local):
         deduced, changes_again = model.deduce(context, changes)
@@ -446,9 +446,9 @@ def model_losses(model: LocalToGlobal, batch: Batch, mask_batch: Batch, reconstr
 
 
 def with_rare(rows, rare_rows):
-    """`rows` [member, batch], of which one in sixteen gives way to one of `rare_rows`, if any.
+    """`rows` [member, batch] with one in sixteen replaced by one of `rare_rows`, if any.
 
-    Fewer than sixteen stay as they are: rare rows would be too large a share of them.
+    Batches of fewer than sixteen stay as they are: rare rows would be too large a share of them.
     """
     if len(rare_rows) == 0:
         return rows
@@ -462,7 +462,7 @@ def with_rare(rows, rare_rows):
 @torch.no_grad()
 def model_errors(model: LocalToGlobal, dataset: OfflineDataset, rows) -> dict:
     """Errors on held-out rows: next state (L2) and reward (absolute), deduced and direct, shares
-    of wrong masks and of missed ends, and how u goes with the true error (correlation of
+    of wrong masks and of missed ends, and how u correlates with the true error (both as
     logarithms)."""
     rows = rows[:: math.ceil(len(rows) / 20_000)]  # enough, and they fit into memory
     next_states, rewards = dataset.next_states[rows], dataset.rewards[rows]
@@ -488,10 +488,10 @@ def model_errors(model: LocalToGlobal, dataset: OfflineDataset, rows) -> dict:
 
 
 def quadrature(points, dims):
-    """Gauss-Legendre nodes of [-1, 1]^dims, and the logarithms of their weights.
+    """Gauss-Legendre nodes on [-1, 1]^dims, and the logarithms of their weights.
 
-    An integral is the sum over nodes of the function times the weight; it is exact for polynomials
-    of degree 2 * points - 1 in each dimension.
+    A function's weighted sum over the nodes approximates its integral, exactly for polynomials up
+    to degree 2 * points - 1 in each dimension.
     """
     require(dims <= 12, f"an agent's {dims} actions are too many for a grid; use itd3_bc.py")
     points = points or (24 if dims == 1 else 6)
@@ -524,16 +524,16 @@ class Team(nn.Module):
         in_dims = [memory_dim + width for width in task.obs_dims]
         critic_dims = [memory_dim + width for width in task.pair_dims]
         self.policy = None if task.discrete else MLP(in_dims, [256, 256], task.action_dim)
-        # The first critics of all agents, then their twins, which start from other weights.
+        # All agents' first critics, then their independently initialised twins.
         self.critics = Critics(critic_dims * 2, [256, 256], 1)
         self.mixer = MLP([task.state_dim], [256, 256], task.num_agents + 1)
         for name in ("policy", "critics", "mixer", "memory"):
             network = getattr(self, name)
             target = network and copy.deepcopy(network).requires_grad_(False)
             setattr(self, f"target_{name}", target)
-        # Item 11: the lowest and the highest TD target; `train` narrows it.
+        # Item 11: bounds of the TD targets, which `train` narrows.
         self.register_buffer("value_range", torch.tensor([-math.inf, math.inf]))
-        # All options, or points of an integral over all actions.
+        # All options, or quadrature nodes for an integral over all actions.
         nodes, log_weights = torch.eye(task.action_dim), torch.zeros(task.action_dim)
         if not task.discrete:
             nodes, log_weights = quadrature(args.cql_points, task.action_dim)
@@ -552,14 +552,14 @@ class Team(nn.Module):
     def q_values(self, inputs, actions, target=False):
         """Q_ij(h_i, a_i) of both twins j of every agent i: [twin, agent, sample, batch].
 
-        `actions` [sample, batch, agent, action]; with a batch of 1 they are those of all rows.
+        `actions` [sample, batch, agent, action]; with a batch of 1, all rows share them.
         """
         critics = self.target_critics if target else self.critics
         actions = actions.permute(2, 0, 1, 3).repeat(2, 1, 1, 1)
         return critics(inputs.repeat(2, 1, 1), actions).unflatten(0, (2, len(inputs)))
 
     def first_q_values(self, inputs, actions):
-        """Q_i1(h_i, a_i): [agent, sample, batch]. Gradients reach the actions, but no critic."""
+        """Q_i1(h_i, a_i): [agent, sample, batch]. Gradients reach the actions, not the critics."""
         # The first half of the critics.
         weights = {name: w.detach()[: len(inputs)] for name, w in self.critics.named_parameters()}
         return functional_call(self.critics, weights, (inputs, actions.permute(2, 0, 1, 3)))
@@ -600,7 +600,7 @@ class Team(nn.Module):
 class SyntheticData(nn.Module):
     """The newest rollouts in the world model, kept as a dataset of their own.
 
-    A rollout follows a copy of the ten rows before its first state, for the agents' histories.
+    Before each rollout comes a copy of the ten rows before its first state, for histories.
     """
 
     def __init__(self, dataset: OfflineDataset, args: Args):
@@ -636,11 +636,11 @@ class SyntheticData(nn.Module):
 
     @torch.no_grad()
     def add_rollouts(self, team: Team, model: LocalToGlobal, generation: int) -> None:
-        """Rolls the team out as it is now; these rollouts replace the oldest."""
+        """Rolls out the current team; these rollouts replace the oldest."""
         data, buffer = self.dataset, self.buffer
         rows = self.rows[generation % len(self.rows)]  # [rollout, 10 + step]
 
-        # Copy the past of the first states. It is shorter where an episode has just begun: then
+        # Copy the past of the first states, which is shorter where an episode has just begun: then
         # rows of another episode are copied, too, and `episode_starts` hides them.
         starts = data.sample_rows(len(rows))
         past = starts[:, None] + torch.arange(-HISTORY_LENGTH, 0, device=data.device)
@@ -678,7 +678,7 @@ def rows_of_data(args: Args) -> int:
 @torch.no_grad()
 def td_targets(team: Team, batch: Batch, args: Args):
     """y = r + gamma f min_j Q'_j(s', a') [batch], where a' is the target team's greedy action and f
-    the mask, within the range that returns can have (item 11)."""
+    the mask, clamped to the range that returns can have (item 11)."""
     inputs = team.inputs(batch.next_observations, batch.next_histories, target=True)
     next_actions = team.act(inputs, target=True)[None]
     next_q = team.q_values(inputs, next_actions, target=True)[:, :, 0]
@@ -691,11 +691,11 @@ def conservative_loss(team: Team, inputs, weights, terms, mixture, args: Args):
     """Summed over agents and twins: T log of the integral of exp(Q_j / T) over an agent's actions,
     while the others act as in the batch, minus Q_j at the data's actions (CFCQL, COMBO; item 9).
 
-    `terms` [twin, agent, batch] are w_i Q_ij, which `mixture` [twin, 1, batch] adds up.
+    `terms` [twin, agent, batch] are w_i Q_ij; `mixture` [twin, 1, batch] is their sum plus b.
     """
     stride = args.batch_size // args.cql_batch_size
     rows, data_rows = slice(None, None, stride), slice(None, rows_of_data(args), stride)
-    # Of the mixture only w_i Q_ij depends on a_i, so the rest stands outside the integral.
+    # Only w_i Q_ij depends on a_i, so the rest of the mixture stays outside the integral.
     node_q = weights[:, None, rows] * team.q_values(inputs[:, rows], team.nodes)
     logits = node_q / args.cql_temperature + team.log_weights[:, None]
     soft_maximum = args.cql_temperature * logits.logsumexp(2)  # [twin, agent, row]
@@ -721,7 +721,7 @@ def policies_loss(team: Team, batch: Batch, inputs, weights, mixture, args: Args
 def macql_losses(team: Team, batch: Batch, args: Args, learn_policy: bool, clone: bool = False):
     """TD loss and conservative loss of the critics and, with `learn_policy`, the policies' loss.
 
-    With `clone` policies imitate the data instead of climbing the critics (item 10).
+    With `clone`, policies only imitate the data; they do not climb the critics (item 10).
     """
     inputs = team.inputs(batch.observations, batch.histories)
     weights, bias = team.mixing(batch.states)  # [agent, batch], [batch]
@@ -738,7 +738,7 @@ def macql_losses(team: Team, batch: Batch, args: Args, learn_policy: bool, clone
 
 
 def exported_model(model: LocalToGlobal, args: Args, dataset: OfflineDataset, errors: dict) -> dict:
-    """The model in the form of world_model.py's, for moma_ppo.py --world-model."""
+    """The model in the format of world_model.py's, for moma_ppo.py --world-model."""
     description = {"target": "delta", "activation": "silu"}
     description |= {"seed": args.seed, "total_steps": args.model_steps}
     stride = math.ceil(len(dataset.first_rows) / 1000)
@@ -799,7 +799,7 @@ def finish_model(model: LocalToGlobal, args: Args, dataset: OfflineDataset, rows
 
 
 def check(args: Args) -> None:
-    """Ends with one clear line if an argument makes no sense."""
+    """Raises `InputError` if an argument makes no sense."""
     check_positive(args, "total_steps", "eval_every", "eval_episodes", "batch_size", "model_steps")
     check_positive(args, "model_learning_rate", "model_width", "embedding", "horizon", "rollouts")
     check_positive(args, "refresh_every", "generations", "learning_rate", "memory_learning_rate")
@@ -825,7 +825,7 @@ def check(args: Args) -> None:
 
 
 def descend(losses, optimizer, schedule, max_grad_norm) -> None:
-    """A gradient step of all networks that have gradients, each kind clipped by itself."""
+    """A gradient step of all networks that have gradients, each kind clipped separately."""
     optimizer.zero_grad()
     sum(losses).backward()
     for group in optimizer.param_groups:  # policies have no gradients between their steps
@@ -850,7 +850,7 @@ def train(args: Args) -> dict:
     with Run(args, "logo") as run:
         task, device = run.task, run.device
         if not task.discrete:
-            quadrature(args.cql_points, task.action_dim)  # before a missing dataset is recorded
+            quadrature(args.cql_points, task.action_dim)  # checked before a dataset is recorded
         dataset = load_dataset(task, args.dataset, device)
         training_rows, held_out_rows = dataset.split()
         torch.manual_seed(args.seed)
@@ -859,7 +859,7 @@ def train(args: Args) -> dict:
         synthetic = SyntheticData(dataset, args)
         data_alone = args.synthetic_share == 0
 
-        # The world model, which is trained unless there is one or it is not needed.
+        # The world model, trained unless one is given or none is needed.
         inputs = {"dataset": dataset.description}
         last_model_step = 0 if data_alone or args.world_model else args.model_steps
         if args.world_model:
@@ -906,8 +906,8 @@ def train(args: Args) -> dict:
             learn_policy = step % args.policy_delay == 0
             clone = step <= args.cloning_steps
             if team.policy is not None and step == args.cloning_steps + 1:
-                # Adam's moments come from cloning, whose gradients are far smaller than those
-                # through the critics (item 10).
+                # Reset Adam's moments: they come from cloning, whose gradients are far smaller than
+                # those through the critics (item 10).
                 for parameter in team.policy.parameters():
                     optimizer.state.pop(parameter, None)
             losses = team_loss_function(team, batch, args, learn_policy, clone)

@@ -3,7 +3,7 @@
 Paper: Barde et al., "A Model-Based Solution to the Offline Multi-Agent Reinforcement Learning
 Coordination Problem", AAMAS 2024 (arXiv 2305.17198), Section 5.1 and Appendix A.1, after IQL
 (Kostrikov et al., ICLR 2022, arXiv 2110.06169). Mixers that see the global state turn the agents'
-values and twin critics into the team's. Policies imitate the data, weighted by its advantage.
+values and twin critics into the team's. Policies imitate the data, weighted by advantage.
 
     python baselines/maiql.py --task reacher-leader-only
     python baselines/maiql.py --task ant-medium-fo --finetune    # MAIQL-ft, in the true simulator
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads spin only briefly
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle OpenMP threads spin briefly, then sleep
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -43,13 +43,13 @@ from training_run import FINAL_EPISODES, Run, check_positive, check_range, compi
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """one of docs/tasks.md, or FILE:NAME of your own"""
+    """task name from docs/tasks.md, or FILE:NAME of your own"""
     seed: int = 1
-    """seed of networks, minibatches and rollouts"""
+    """random seed for networks, minibatches and rollouts"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses a CUDA GPU if there is one"""
     total_steps: int = 10_000
-    """gradient steps (the paper: 1,000,000); with --finetune as many again"""
+    """gradient steps (the paper: 1,000,000); --finetune adds as many again"""
     eval_every: int = 1000
     """gradient steps between evaluations; each is followed by a checkpoint"""
     eval_episodes: int = 100
@@ -57,9 +57,9 @@ class Args:
     run_dir: Path | None = None
     """run folder; by default runs/TASK__maiql__SEED__TIME"""
     resume: Path | None = None
-    """run folder to resume; takes only --device, --total-steps and, if FILE has moved, --task"""
+    """run folder to resume; allows only --device, --total-steps and, if FILE has moved, --task"""
     compile: bool = False
-    """use the fastest form of the loss on this device: torch.compile, CUDA graphs on a GPU"""
+    """speed up the loss: torch.compile, with CUDA graphs on a GPU"""
     dataset: Path | None = None
     """HDF5 file, Minari folder or minari:NAME; by default the task's own"""
     memory: Literal["auto", "attention", "none"] = "auto"
@@ -69,11 +69,11 @@ class Args:
     learning_rate: float = 3e-4
     """Adam, all but the history encoders; decays linearly to zero (the paper: constant)"""
     memory_learning_rate: float = 1e-4
-    """Adam, history encoders; decays alike"""
+    """Adam, history encoders; same decay"""
     gamma: float = 0.99
     """discount factor"""
     polyak: float = 0.05
-    """how far targets move at each step (the paper: 0.005, which belongs to a million steps)"""
+    """target update rate, at every step (the paper: 0.005, suited to a million steps)"""
     expectile: float = 0.7
     """expectile of the target critics that the value learns"""
     beta: float = 3.0
@@ -81,12 +81,12 @@ class Args:
     max_weight: float = 100.0
     """largest weight of a transition in advantage-weighted regression"""
     max_grad_norm: float = 1.0
-    """gradient norms of policies, values, critics (with their mixers) and encoders, those of all
-    agents together, are each clipped at this value"""
+    """gradient norms of policies, values, critics (with their mixers) and encoders, each taken over
+    all agents, are clipped at this value"""
     finetune: bool = False
-    """MAIQL-ft: then as many steps again, on the dataset and a growing set of rollouts"""
+    """MAIQL-ft: train for as many steps again, on the dataset and a growing set of rollouts"""
     rollout_length: int = 10
-    """with --finetune: steps of a rollout, which starts from a random state of the dataset"""
+    """with --finetune: steps per rollout, each from a random state of the dataset"""
     rollout_every: int = 10
     """with --finetune: gradient steps between batches of rollouts"""
 
@@ -98,7 +98,7 @@ DEFAULTS = {
 }
 
 
-# Networks. Agents keep separate weights, which run as one batched operation.
+# Networks. Agents have separate weights but run as one batched operation.
 
 
 class BatchedLinear(nn.Module):
@@ -108,7 +108,7 @@ class BatchedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(len(in_dims), max(in_dims), out_dim))
         self.bias = nn.Parameter(torch.zeros(len(in_dims), 1, out_dim))
-        # Each slice starts as an nn.Linear of its true width; weights of padding stay zero.
+        # Each slice starts like an nn.Linear of its true width; padding weights stay zero.
         for weight, bias, width in zip(self.weight.data, self.bias.data, in_dims):
             weight[:width].uniform_(-(width**-0.5), width**-0.5)
             bias.uniform_(-(width**-0.5), width**-0.5)
@@ -130,20 +130,20 @@ class MLP(nn.Sequential):
 class HistoryEncoder(nn.Module):
     """Each agent's last ten (action, observation) pairs as one vector (arXiv 2305.17198, A.1).
 
-    Observations are standardised, pairs embedded and given positions; then come self-attention with
-    a skip connection and LayerNorm, and soft attention over the ten results. Apart from softmax,
-    tanh and LayerNorm's scale all of this is linear in a token (pair, one-hot position), so
-    `forward` multiplies weights with each other before they touch the batch: the same function with
+    Observations are standardised, and pairs embedded with their positions; then come self-attention
+    with a skip connection and LayerNorm, and soft attention over the ten results. Apart from
+    softmax, tanh and LayerNorm's scale, all of this is linear in a token (pair, one-hot position),
+    so `forward` multiplies weights together before they touch the batch: the same function with
     fewer products. docs/history_encoder.md derives it, and a test compares it with the plain form.
     """
 
     def __init__(self, in_dims, pair_mean, pair_std, dim=128):
-        """`pair_mean`, `pair_std` [agent, pair] standardise; missing pairs stay zero."""
+        """`pair_mean`, `pair_std` [agent, pair] standardise the pairs; missing ones stay zero."""
         super().__init__()
         agents = len(in_dims)
         self.embedding = BatchedLinear(in_dims, dim)
         self.query, self.key, self.value = (BatchedLinear([dim] * agents, dim) for _ in range(3))
-        # The embedding starts as noise, so it starts small.
+        # The embedding is noise at first, so its LayerNorm gain starts small.
         self.norm_weight = nn.Parameter(torch.full((agents, 1, dim), 0.1))
         self.norm_bias = nn.Parameter(torch.zeros(agents, 1, dim))
         scale = dim**-0.5
@@ -168,11 +168,11 @@ class HistoryEncoder(nn.Module):
         positions = self.embedding.bias + self.positions
         embedding = torch.cat([self.embedding.weight, positions], dim=1)
 
-        def fold(layer):  # each token has one position, so the bias goes into the positions' rows
+        def fold(layer):  # each token has one position, so position rows can carry the bias
             bias = F.pad(layer.bias.expand(-1, length, -1), (0, 0, width, 0))
             return embedding @ layer.weight + bias
 
-        # Self-attention: queries times keys is a bilinear form in tokens.
+        # Self-attention: the scores are a bilinear form in the tokens.
         scale = self.soft_key.shape[-1] ** -0.5
         form = scale * fold(self.query) @ fold(self.key).transpose(1, 2)
         queries = (tokens.flatten(1, 2) @ form).view_as(tokens)
@@ -198,14 +198,14 @@ class HistoryEncoder(nn.Module):
 def observation_statistics(task: Task, states):
     """Mean and standard deviation of what agents observe in `states` [N, state]: [agent, obs]."""
     mean, std = task.observe(states.mean(0)), task.observe(states.std(0))
-    return mean, torch.where(std < 1e-6, 1, std)  # 1 for padding and for what never changes
+    return mean, torch.where(std < 1e-6, 1, std)  # 1 for padding and constant dimensions
 
 
 def make_memory(task: Task, memory: str, obs_mean, obs_std):
     """The history encoder, or None where --memory or the task does without one."""
     if memory == "none" or (memory == "auto" and not task.partially_observable):
         return None
-    front = (task.action_dim, 0)  # of a pair: its actions, which are not standardised
+    front = (task.action_dim, 0)  # a pair's actions come first and are not standardised
     return HistoryEncoder(task.pair_dims, F.pad(obs_mean, front), F.pad(obs_std, front, value=1))
 
 
@@ -315,7 +315,7 @@ def maiql_losses(team: Team, batch: Batch, args: Args):
 
 
 def normalize_rewards(dataset: OfflineDataset) -> float:
-    """Scales rewards of locomotion so that returns span 1000; returns the factor."""
+    """Scales locomotion rewards so that the data's returns span 1000; returns the factor."""
     returns = dataset.episode_returns()
     span = float(returns.max() - returns.min())
     scale = 1000 / span if dataset.task.locomotion and span > 0 else 1.0
@@ -324,9 +324,9 @@ def normalize_rewards(dataset: OfflineDataset) -> float:
 
 
 class OnlineData:
-    """The dataset followed by rollouts in the true simulator, about as many (Deviation 8).
+    """The dataset, then about as many transitions from the true simulator (Deviation 8).
 
-    A rollout follows a copy of the ten rows before its first state, for the agents' histories.
+    Before each rollout comes a copy of the ten rows before its first state, for histories.
     """
 
     COLUMNS = ("states", "next_states", "actions", "rewards", "masks", "episode_starts")
@@ -349,7 +349,7 @@ class OnlineData:
         self.rows = torch.arange(dataset.size, device=dataset.device)  # of all transitions
 
     def collections_until(self, step: int) -> int:
-        """How many collections there have been; `step` counts the offline steps, too."""
+        """How many collections are due by `step`, which counts the offline steps, too."""
         return step // self.rollout_every - self.total_steps // self.rollout_every
 
     def sample_rows(self, count: int):
@@ -358,19 +358,19 @@ class OnlineData:
 
     @torch.no_grad()
     def collect(self, team: Team, step: int) -> None:
-        """Records rollouts with sampled actions, evenly until the end; they end at a terminal.
+        """Records rollouts with sampled actions, spread evenly over time; a terminal ends one.
 
         `step` counts gradient steps, the offline ones included.
         """
         dataset, rows = self.dataset, self.next_row + self.offsets  # [rollout, 10 + step]
-        # Where one rollout at a time would fill the room too early, some collections are left out.
+        # Rollouts per collection are rounded up, so some collections are skipped to save room.
         filled = self.next_row + rows.numel() - dataset.size
         room = len(dataset.states) - dataset.size
         if filled * self.collections > room * self.collections_until(step):
             return
         self.next_row += rows.numel()
 
-        # Copy the past of the first states. It is shorter where an episode has just begun.
+        # Copy the past of the first states, which is shorter where an episode has just begun.
         starts = dataset.sample_rows(len(rows))
         past = starts[:, None] + torch.arange(-HISTORY_LENGTH, 0, device=dataset.device)
         for column in (dataset.states, dataset.actions):
@@ -436,7 +436,7 @@ def train(args: Args) -> dict:
         data = OnlineData(dataset, args, reward_scale) if args.finetune else dataset
         if args.finetune:
             tracked["online_data"] = data
-            run.algorithm = "maiql_ft"  # the name of the paper's scores
+            run.algorithm = "maiql_ft"  # its name in PAPER_SCORES
         run.restore({"dataset": dataset.description}, **tracked)
         loss_function = compiled(maiql_losses, args, device)
 

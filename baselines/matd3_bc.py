@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads spin only briefly
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle OpenMP threads spin briefly, then sleep
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -36,9 +36,9 @@ from training_run import FINAL_EPISODES, Run, check_positive, check_range, compi
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """one of docs/tasks.md whose actions are numbers, or FILE:NAME of your own"""
+    """task with continuous actions from docs/tasks.md, or FILE:NAME of your own"""
     seed: int = 1
-    """seed of networks, minibatches and noise"""
+    """random seed for networks, minibatches and noise"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses a CUDA GPU if there is one"""
     total_steps: int = 5000
@@ -50,9 +50,9 @@ class Args:
     run_dir: Path | None = None
     """run folder; by default runs/TASK__matd3_bc__SEED__TIME"""
     resume: Path | None = None
-    """run folder to resume; takes only --device, --total-steps and, if FILE has moved, --task"""
+    """run folder to resume; allows only --device, --total-steps and, if FILE has moved, --task"""
     compile: bool = False
-    """use the fastest form of the loss on this device: torch.compile, CUDA graphs on a GPU"""
+    """speed up the loss: torch.compile, with CUDA graphs on a GPU"""
     dataset: Path | None = None
     """HDF5 file, Minari folder or minari:NAME; by default the task's own"""
     memory: Literal["auto", "attention", "none"] = "auto"
@@ -62,21 +62,21 @@ class Args:
     learning_rate: float = 3e-4
     """Adam, all but the history encoders; decays linearly to zero (the paper: constant)"""
     memory_learning_rate: float = 1e-4
-    """Adam, history encoders; decays alike"""
+    """Adam, history encoders; same decay"""
     gamma: float = 0.99
     """discount factor"""
     polyak: float = 0.05
-    """how far targets move at a policy step (the paper: 0.005, which belongs to a million steps)"""
+    """target update rate, at policy steps (the paper: 0.005, suited to a million steps)"""
     policy_delay: int = 2
-    """gradient steps of the critics per step of policies and targets"""
+    """critic updates per update of policies and targets"""
     policy_noise: float = 0.2
     """standard deviation of the noise that smooths the target policies' actions"""
     noise_clip: float = 0.5
-    """largest size of that noise"""
+    """limit at which that noise is clipped"""
     alpha: float = 0.25
-    """weight of the value against cloning (the paper: 2.5, which belongs to a million steps)"""
+    """weight of the value relative to cloning (the paper: 2.5, suited to a million steps)"""
     max_grad_norm: float = 1.0
-    """gradient norms of policies, of critics with mixer, of encoders are each clipped at this"""
+    """gradient norms of policies, critics with mixer, and encoders are each clipped at this"""
 
 
 DEFAULTS = {
@@ -86,7 +86,7 @@ DEFAULTS = {
 }
 
 
-# Networks. Agents keep separate weights, which run as one batched operation.
+# Networks. Agents have separate weights but run as one batched operation.
 
 
 class BatchedLinear(nn.Module):
@@ -96,7 +96,7 @@ class BatchedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(len(in_dims), max(in_dims), out_dim))
         self.bias = nn.Parameter(torch.zeros(len(in_dims), 1, out_dim))
-        # Each slice starts as an nn.Linear of its true width; weights of padding stay zero.
+        # Each slice starts like an nn.Linear of its true width; padding weights stay zero.
         for weight, bias, width in zip(self.weight.data, self.bias.data, in_dims):
             weight[:width].uniform_(-(width**-0.5), width**-0.5)
             bias.uniform_(-(width**-0.5), width**-0.5)
@@ -118,20 +118,20 @@ class MLP(nn.Sequential):
 class HistoryEncoder(nn.Module):
     """Each agent's last ten (action, observation) pairs as one vector (arXiv 2305.17198, A.1).
 
-    Observations are standardised, pairs embedded and given positions; then come self-attention with
-    a skip connection and LayerNorm, and soft attention over the ten results. Apart from softmax,
-    tanh and LayerNorm's scale all of this is linear in a token (pair, one-hot position), so
-    `forward` multiplies weights with each other before they touch the batch: the same function with
+    Observations are standardised, and pairs embedded with their positions; then come self-attention
+    with a skip connection and LayerNorm, and soft attention over the ten results. Apart from
+    softmax, tanh and LayerNorm's scale, all of this is linear in a token (pair, one-hot position),
+    so `forward` multiplies weights together before they touch the batch: the same function with
     fewer products. docs/history_encoder.md derives it, and a test compares it with the plain form.
     """
 
     def __init__(self, in_dims, pair_mean, pair_std, dim=128):
-        """`pair_mean`, `pair_std` [agent, pair] standardise; missing pairs stay zero."""
+        """`pair_mean`, `pair_std` [agent, pair] standardise the pairs; missing ones stay zero."""
         super().__init__()
         agents = len(in_dims)
         self.embedding = BatchedLinear(in_dims, dim)
         self.query, self.key, self.value = (BatchedLinear([dim] * agents, dim) for _ in range(3))
-        # The embedding starts as noise, so it starts small.
+        # The embedding is noise at first, so its LayerNorm gain starts small.
         self.norm_weight = nn.Parameter(torch.full((agents, 1, dim), 0.1))
         self.norm_bias = nn.Parameter(torch.zeros(agents, 1, dim))
         scale = dim**-0.5
@@ -156,11 +156,11 @@ class HistoryEncoder(nn.Module):
         positions = self.embedding.bias + self.positions
         embedding = torch.cat([self.embedding.weight, positions], dim=1)
 
-        def fold(layer):  # each token has one position, so the bias goes into the positions' rows
+        def fold(layer):  # each token has one position, so position rows can carry the bias
             bias = F.pad(layer.bias.expand(-1, length, -1), (0, 0, width, 0))
             return embedding @ layer.weight + bias
 
-        # Self-attention: queries times keys is a bilinear form in tokens.
+        # Self-attention: the scores are a bilinear form in the tokens.
         scale = self.soft_key.shape[-1] ** -0.5
         form = scale * fold(self.query) @ fold(self.key).transpose(1, 2)
         queries = (tokens.flatten(1, 2) @ form).view_as(tokens)
@@ -186,14 +186,14 @@ class HistoryEncoder(nn.Module):
 def observation_statistics(task: Task, states):
     """Mean and standard deviation of what agents observe in `states` [N, state]: [agent, obs]."""
     mean, std = task.observe(states.mean(0)), task.observe(states.std(0))
-    return mean, torch.where(std < 1e-6, 1, std)  # 1 for padding and for what never changes
+    return mean, torch.where(std < 1e-6, 1, std)  # 1 for padding and constant dimensions
 
 
 def make_memory(task: Task, memory: str, obs_mean, obs_std):
     """The history encoder, or None where --memory or the task does without one."""
     if memory == "none" or (memory == "auto" and not task.partially_observable):
         return None
-    front = (task.action_dim, 0)  # of a pair: its actions, which are not standardised
+    front = (task.action_dim, 0)  # a pair's actions come first and are not standardised
     return HistoryEncoder(task.pair_dims, F.pad(obs_mean, front), F.pad(obs_std, front, value=1))
 
 
@@ -213,7 +213,7 @@ class MixedValues(nn.Module):
 
 
 class Team(nn.Module):
-    """Policies, twin critics and history encoders of all agents, a mixer, and a target of each."""
+    """Policies, twin critics and history encoders of all agents, a mixer, and targets of all."""
 
     def __init__(self, task: Task, states, args: Args):
         """The statistics of `states` [N, state] standardise inputs (Deviation 2)."""
@@ -230,7 +230,7 @@ class Team(nn.Module):
         critic_dims = [memory_dim + width for width in task.pair_dims]
         mixer_dim = task.state_dim + task.num_agents * task.action_dim  # Deviation 5
         self.policy = MLP(in_dims, [256, 256], task.action_dim)
-        # The first critics of all agents, then their twins, which start from other weights.
+        # All agents' first critics, then their independently initialised twins.
         self.critics = MixedValues(critic_dims * 2, mixer_dim, task.num_agents)
         self.target_policy = copy.deepcopy(self.policy).requires_grad_(False)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
@@ -337,7 +337,7 @@ def train(args: Args) -> dict:
         for step in run.steps(evaluate_team):
             rows = dataset.sample_rows(args.batch_size)
             batch = dataset.batch(rows, with_histories=bool(team.memory))
-            # The noise is drawn here, so that compiling the losses changes no random number.
+            # Noise is drawn outside the losses, so that compiling them changes no random number.
             noise = torch.randn_like(batch.actions)
             learn_policy = step % args.policy_delay == 0
             losses = loss_function(team, batch, noise, args, learn_policy)

@@ -2,8 +2,8 @@
 
 D4RL (Fu et al. 2020, arXiv 2004.07219) records its datasets with online SAC (Haarnoja et al. 2018,
 arXiv 1812.05905), a single policy for the whole body, and so does this script: "random" with an
-untrained policy, "medium" and "expert" with the first snapshot of a training that is about as good
-as D4RL's, and "full-replay", which stands for the replay buffer, with all snapshots alike.
+untrained policy, "medium" and "expert" with the first snapshot of training that is about as good as
+D4RL's, and "full-replay", which stands for the replay buffer, with equal shares of all snapshots.
 
     python -m data.collect_mujoco dataset --environment ant --name medium        # minutes
     python -m data.collect_mujoco snapshots --environment ant --output ants.pt   # 1.5 hours, a core
@@ -16,7 +16,7 @@ Where it differs from D4RL, why, and by how much: docs/datasets.md.
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # this folder's inspect.py would hide Python's own
+if __name__ == "__main__":  # this folder's inspect.py would shadow Python's own
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import errno
@@ -31,7 +31,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads spin only briefly
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle OpenMP threads spin briefly, then sleep
 
 import h5py
 import numpy as np
@@ -68,26 +68,26 @@ GOOD_ENOUGH = {
 
 @dataclass
 class Snapshots:
-    """Trains one policy for the whole body by online SAC and saves it now and then."""
+    """Trains one policy for the whole body by online SAC and saves it periodically."""
 
     environment: Literal["ant", "halfcheetah", "hopper", "walker2d"] = "ant"
-    """whose policy"""
+    """environment of the policy"""
     seed: int = 1
-    """seed of networks, episodes and exploration"""
+    """random seed for networks, episodes and exploration"""
     total_updates: int = 400_000
-    """gradient steps of the critics; the policy has half as many"""
+    """gradient steps of the critics; the policy takes half as many"""
     updates_per_step: int = 8
-    """gradient steps for each step of all copies"""
+    """gradient steps per step of all copies"""
     num_envs: int = 64
-    """copies of the environment at once"""
+    """parallel copies of the environment"""
     learning_rate: float = 1e-3
     """Adam; decays linearly to 40 %"""
     batch_size: int = 256
     """transitions per gradient step"""
     buffer_size: int = 1_000_000
-    """transitions kept, the newest"""
+    """number of newest transitions kept"""
     warm_up: int = 20_000
-    """transitions with uniform actions before the first gradient step"""
+    """transitions with uniformly random actions before the first gradient step"""
     snapshot_every: int = 20_000
     """gradient steps between snapshots"""
     output: Path | None = None
@@ -99,20 +99,20 @@ class Dataset:
     """Records one of an environment's four datasets, with sampled actions."""
 
     environment: Literal["ant", "halfcheetah", "hopper", "walker2d"] = "ant"
-    """whose dataset"""
+    """environment of the dataset"""
     name: Literal["random", "medium", "full-replay", "expert"] = "medium"
     """which dataset"""
     transitions: int = 1_000_000
-    """its size"""
+    """number of transitions"""
     seed: int = 10101
-    """seed of episodes and exploration"""
+    """random seed for episodes and exploration"""
     snapshots: Path | None = None
     """file that `snapshots` wrote; by default data/weights/ENVIRONMENT_snapshots.pt"""
     output: Path | None = None
     """file to write; by default data/ENVIRONMENT-NAME.hdf5"""
 
 
-# Networks. Twin critics keep separate weights, which run as one batched operation.
+# Networks. Twin critics have separate weights but run as one batched operation.
 
 
 class BatchedLinear(nn.Module):
@@ -122,7 +122,7 @@ class BatchedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(len(in_dims), max(in_dims), out_dim))
         self.bias = nn.Parameter(torch.zeros(len(in_dims), 1, out_dim))
-        # Each slice starts as an nn.Linear of its true width; weights of padding stay zero.
+        # Each slice starts like an nn.Linear of its true width; padding weights stay zero.
         for weight, bias, width in zip(self.weight.data, self.bias.data, in_dims):
             weight[:width].uniform_(-(width**-0.5), width**-0.5)
             bias.uniform_(-(width**-0.5), width**-0.5)
@@ -153,7 +153,7 @@ def make_policy(task: Task) -> MLP:
 
 
 def make_critics(task: Task) -> MLP:
-    """Q of twins that start different: [2, batch, state + action] -> [2, batch, 1]."""
+    """Q of independently initialised twins: [2, batch, state + action] -> [2, batch, 1]."""
     return MLP([task.state_dim + actuators(task)] * 2, [256, 256], 1)
 
 
@@ -165,8 +165,8 @@ def sample_actions(policy, states, noise):
     mean, log_std = policy(states[None])[0].chunk(2, dim=-1)
     log_std = log_std.clamp(-5, 2)
     unsquashed = mean + log_std.exp() * noise
-    # Squashing by tanh changes the density by log(1 - tanh(x)^2) = log(4 / (e^x + e^-x)^2), here in
-    # a form that cannot overflow.
+    # Squashing by tanh subtracts log(1 - tanh(x)^2) = log(4 / (e^x + e^-x)^2) from the log-density,
+    # here in a form that cannot overflow.
     log_derivative = 2 * (np.log(2) - unsquashed - F.softplus(-2 * unsquashed))
     log_probs = (-0.5 * noise.square() - log_std - 0.5 * np.log(2 * np.pi) - log_derivative).sum(-1)
     return unsquashed.tanh(), log_probs
@@ -239,7 +239,7 @@ class SAC:
 
 
 class Copies:
-    """Many copies of the environment; each starts a new episode when its own has ended."""
+    """Many copies of the environment; each starts a new episode when one ends."""
 
     def __init__(self, args: Snapshots):
         self.task = TASKS[args.environment]
@@ -265,7 +265,7 @@ class ReplayBuffer:
     """The newest transitions: states, actions, rewards, next states and masks."""
 
     def __init__(self, args: Snapshots):
-        # A multiple of the copies, so that one step of theirs never wraps around.
+        # A multiple of --num-envs, so that one step of all copies never wraps around.
         self.size = args.buffer_size // args.num_envs * args.num_envs
         task = TASKS[args.environment]
         state, action = (task.state_dim,), (actuators(task),)
@@ -285,7 +285,7 @@ class ReplayBuffer:
 
 
 def train_snapshots(args: Snapshots) -> dict:
-    """Saves all snapshots so far, stacked, with the mean return of each, whenever one is made."""
+    """Trains a policy; with each snapshot, saves all so far, stacked, and their mean returns."""
     check_positive(args, "total_updates", "updates_per_step", "learning_rate", "batch_size")
     check_positive(args, "warm_up", "snapshot_every")
     check_range(args, 1, 10_000, "num_envs")
@@ -358,8 +358,8 @@ def save_snapshots(args: Snapshots, snapshots: list[dict], returns: list[float])
 def play(policy, simulator: Simulator, seeds, generator: torch.Generator, progress):
     """One whole episode per seed with sampled actions.
 
-    Returns columns [episode, step, ...] and the episodes' lengths [episode]; rows from there on
-    mean nothing.
+    Returns columns [episode, step, ...] and the episodes' lengths [episode]; rows beyond these are
+    meaningless.
     """
     task, shape = simulator.task, (len(seeds), simulator.task.episode_length)
     states = simulator.reset([np.random.default_rng(seed) for seed in seeds])
@@ -446,7 +446,7 @@ def record_dataset(args: Dataset) -> None:
                         returns.append(played["rewards"][i, :length].sum(dtype=np.float64))
                         lengths.append(length)
                     if row == end:
-                        # The last episode of a share is cut, which is a time-out.
+                        # The last episode of a share is cut short, which counts as a time-out.
                         columns["timeouts"][row - 1] = ~columns["terminals"][row - 1]
                         break
 
@@ -466,7 +466,7 @@ def spread(values) -> str:
 
 
 def record(task: Task, path: Path) -> None:
-    """Records the dataset of a task for `load_dataset`, whose caller keeps its random state."""
+    """Records a task's dataset for `load_dataset`, whose caller's random state is preserved."""
     with torch.random.fork_rng(devices=[]):
         environment, _, name = task.dataset.partition("-")
         record_dataset(Dataset(environment, name, output=path))
@@ -486,7 +486,7 @@ def empty_columns(task: Task, *shape: int) -> dict[str, np.ndarray]:
 
 
 def size_of_dataset(task: Task, rows: int) -> int:
-    """Bytes of a file with that many transitions, up to a few kB."""
+    """Bytes of a file with that many transitions, to within a few kB."""
     return rows * sum(column.nbytes for column in empty_columns(task, 1).values())
 
 
@@ -500,7 +500,7 @@ def write_dataset(path: Path, columns: dict[str, np.ndarray], **attributes) -> N
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Runs PyTorch on one thread: sums have one order, so datasets are the same to the bit."""
+    """Runs PyTorch on one thread: sums have a fixed order, so datasets match bit for bit."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -536,15 +536,15 @@ def check_room(path: Path, size: float) -> None:
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary file that becomes `path` when the block is done, or is removed if it fails."""
     for debris in path.parent.glob(f"{path.name}.*.tmp"):
-        if time.time() - debris.stat().st_mtime > 3600:  # of a process that was killed
+        if time.time() - debris.stat().st_mtime > 3600:  # left by a killed process
             debris.unlink(missing_ok=True)
-    # With the process in its name, scripts that start together may record at once.
+    # The name contains the process id, so that several scripts can record at the same time.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        # A full disk is a RuntimeError of PyTorch's, and h5py's OSError has two lines.
+        # On a full disk PyTorch raises RuntimeError, and h5py's OSError message has two lines.
         reason = os.strerror(getattr(error, "errno", None) or errno.ENOSPC)
         raise InputError(f"cannot write {path} ({reason}); make room and try again") from None
     finally:
@@ -552,7 +552,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 class Progress:
-    """How far a long command is: a bar in a terminal, elsewhere a line at least every 30 s."""
+    """Progress of a long command: a bar in a terminal, elsewhere a line at least every 30 s."""
 
     def __init__(self, total: int, unit: str, done: int = 0):
         self.total, self.unit, self.done, self.said = total, unit, done, time.monotonic()
@@ -566,7 +566,7 @@ class Progress:
         self.bar.close()
 
     def advance(self, count: int, note: str = "") -> None:
-        """Counts `count` more; `note` says what is going on."""
+        """Advances by `count`; `note` says what is happening."""
         self.done += count
         self.bar.set_postfix_str(note, refresh=False)
         self.bar.update(count)

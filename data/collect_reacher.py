@@ -15,7 +15,7 @@ Where it differs from the paper, why, and by how much: docs/datasets.md.
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # this folder's inspect.py would hide Python's own
+if __name__ == "__main__":  # this folder's inspect.py would shadow Python's own
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import errno
@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads spin only briefly
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle OpenMP threads spin briefly, then sleep
 
 import h5py
 import numpy as np
@@ -51,7 +51,7 @@ WEIGHTS = FOLDER / "weights"
 HIDDEN = [64, 64]  # Deviation 3.
 GAMMA, GAE_LAMBDA = 0.97, 0.95  # Deviation 1.
 EPISODES, EPOCHS, MINIBATCH_SIZE, CLIP = 40, 5, 256, 0.2  # per learning step (Appendix A.2)
-# Deviation 4. Brings every dimension to the order of 1: target and fingertip are within decimetres,
+# Deviation 4. Scales every dimension to order 1: target and fingertip are within decimetres,
 # and joints turn by tens of radians per second.
 STATE_SCALE = torch.tensor([1, 1, 1, 1, 5, 5, 0.1, 0.1, 10, 10, 10])
 RECORDED_AT_ONCE = 500  # episodes
@@ -62,32 +62,32 @@ class Experts:
     """Trains one team by online MAPPO and saves its policies."""
 
     seed: int = 1
-    """seed of networks, episodes and exploration"""
+    """random seed for networks, episodes and exploration"""
     total_steps: int = 1000
     """learning steps of 2000 transitions (40 episodes)"""
     learning_rate: float = 1e-3
     """Adam; decays linearly to zero (the paper: 5e-5, constant)"""
     entropy_target: float = -3.0
-    """joint entropy that the entropy bonus keeps (the paper: -4)"""
+    """joint entropy that the entropy bonus maintains (the paper: -4)"""
     output: Path | None = None
     """file to write; by default data/weights/reacher_expert_SEED.pt"""
 
 
 @dataclass
 class Dataset:
-    """Records two experts of opposite bends, half of the episodes each, with sampled actions."""
+    """Records two experts with opposite bends, half of the episodes each, with sampled actions."""
 
     episodes: int = 20_000
     """episodes of 50 transitions"""
     seed: int = 10101
-    """seed of episodes and exploration"""
+    """random seed for episodes and exploration"""
     experts: tuple[Path, Path] = (WEIGHTS / "reacher_expert_1.pt", WEIGHTS / "reacher_expert_2.pt")
     """files that `experts` wrote; one team ends with theta2 > 0, the other with theta2 < 0"""
     output: Path = FOLDER / "reacher-expert-mix.hdf5"
     """file to write"""
 
 
-# Networks. Agents keep separate weights, which run as one batched operation.
+# Networks. Agents have separate weights but run as one batched operation.
 
 
 class BatchedLinear(nn.Module):
@@ -97,7 +97,7 @@ class BatchedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(len(in_dims), max(in_dims), out_dim))
         self.bias = nn.Parameter(torch.zeros(len(in_dims), 1, out_dim))
-        # Each slice starts as an nn.Linear of its true width; weights of padding stay zero.
+        # Each slice starts like an nn.Linear of its true width; padding weights stay zero.
         for weight, bias, width in zip(self.weight.data, self.bias.data, in_dims):
             weight[:width].uniform_(-(width**-0.5), width**-0.5)
             bias.uniform_(-(width**-0.5), width**-0.5)
@@ -125,7 +125,7 @@ class Team(nn.Module):
         self.policy = MLP(widths, HIDDEN, 2 * TASK.action_dim)
         self.value = MLP(widths, HIDDEN, 1)
         self.mixer = MLP([TASK.state_dim], HIDDEN, TASK.num_agents + 1)
-        # Torques start near zero, with a deviation that is well inside its clamp.
+        # Torques start near zero, with a standard deviation well inside its clamp.
         self.policy[-1].weight.data.mul_(0.1)
         self.policy[-1].bias.data.copy_(torch.tensor([0.0, -1.0]))
 
@@ -149,7 +149,7 @@ def generalized_advantages(rewards, values, next_values, masks, time_out_masks, 
     """Returns and advantages [time, column] (Appendix A.1).
 
     Returns are discounted sums of rewards up to a bootstrapped value, not lambda-returns: lambda
-    counts in the advantages alone. A terminal (mask 0) stops the bootstrap, a time-out does not.
+    affects the advantages alone. A terminal (mask 0) stops bootstrapping, a time-out does not.
     """
     returns, advantages = torch.empty_like(rewards), torch.empty_like(rewards)
     running_return, running_advantage = next_values[-1], torch.zeros_like(rewards[0])
@@ -221,7 +221,7 @@ def mappo_terms(team: Team, batch: Experience):
 
 
 def train_expert(args: Experts) -> dict:
-    """Trains and saves a team; returns what a greedy evaluation says of it."""
+    """Trains and saves a team; returns the results of a greedy evaluation."""
     check_positive(args, "total_steps", "learning_rate")
     check_seed(args.seed)
     output = args.output or WEIGHTS / f"reacher_expert_{args.seed}.pt"
@@ -342,7 +342,7 @@ def record_dataset(args: Dataset) -> None:
 
 
 def record(task: Task, path: Path) -> None:
-    """Records the dataset of a task for `load_dataset`, whose caller keeps its random state."""
+    """Records a task's dataset for `load_dataset`, whose caller's random state is preserved."""
     with torch.random.fork_rng(devices=[]):
         record_dataset(Dataset(output=path))
 
@@ -361,7 +361,7 @@ def empty_columns(task: Task, *shape: int) -> dict[str, np.ndarray]:
 
 
 def size_of_dataset(task: Task, rows: int) -> int:
-    """Bytes of a file with that many transitions, up to a few kB."""
+    """Bytes of a file with that many transitions, to within a few kB."""
     return rows * sum(column.nbytes for column in empty_columns(task, 1).values())
 
 
@@ -375,7 +375,7 @@ def write_dataset(path: Path, columns: dict[str, np.ndarray], **attributes) -> N
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Runs PyTorch on one thread: sums have one order, so datasets are the same to the bit."""
+    """Runs PyTorch on one thread: sums have a fixed order, so datasets match bit for bit."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -411,15 +411,15 @@ def check_room(path: Path, size: float) -> None:
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary file that becomes `path` when the block is done, or is removed if it fails."""
     for debris in path.parent.glob(f"{path.name}.*.tmp"):
-        if time.time() - debris.stat().st_mtime > 3600:  # of a process that was killed
+        if time.time() - debris.stat().st_mtime > 3600:  # left by a killed process
             debris.unlink(missing_ok=True)
-    # With the process in its name, scripts that start together may record at once.
+    # The name contains the process id, so that several scripts can record at the same time.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        # A full disk is a RuntimeError of PyTorch's, and h5py's OSError has two lines.
+        # On a full disk PyTorch raises RuntimeError, and h5py's OSError message has two lines.
         reason = os.strerror(getattr(error, "errno", None) or errno.ENOSPC)
         raise InputError(f"cannot write {path} ({reason}); make room and try again") from None
     finally:
@@ -427,7 +427,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 class Progress:
-    """How far a long command is: a bar in a terminal, elsewhere a line at least every 30 s."""
+    """Progress of a long command: a bar in a terminal, elsewhere a line at least every 30 s."""
 
     def __init__(self, total: int, unit: str, done: int = 0):
         self.total, self.unit, self.done, self.said = total, unit, done, time.monotonic()
@@ -441,7 +441,7 @@ class Progress:
         self.bar.close()
 
     def advance(self, count: int, note: str = "") -> None:
-        """Counts `count` more; `note` says what is going on."""
+        """Advances by `count`; `note` says what is happening."""
         self.done += count
         self.bar.set_postfix_str(note, refresh=False)
         self.bar.update(count)

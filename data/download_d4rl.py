@@ -6,14 +6,14 @@ Scripts use it with `--dataset data/ant-medium-d4rl.hdf5`, and MOMA-PPO needs a 
 docs/datasets.md has the commands. Without D4RL's files, scripts record datasets of their own by the
 same protocol (data/collect_mujoco.py).
 
-A download that broke off is kept, and the same command resumes it. The file gets its name only when
-it is whole and checked.
+An interrupted download is kept, and the same command resumes it. The file gets its final name only
+once it is complete and checked.
 """
 
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # this folder's inspect.py would hide Python's own
+if __name__ == "__main__":  # this folder's inspect.py would shadow Python's own
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import errno
@@ -37,7 +37,7 @@ from training_run import say
 
 HOST = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
 MIRROR = "the dataset imone/D4RL on the Hugging Face hub"
-# One task of each environment, by which its files are checked.
+# One task per environment, against which its files are checked.
 TASKS = {
     "ant": "ant-{}-fo",
     "halfcheetah": "halfcheetah-2x3-{}-fo",
@@ -51,20 +51,20 @@ CHUNK = 1 << 16  # bytes
 @dataclass
 class Args:
     environment: Literal["ant", "halfcheetah", "hopper", "walker2d"] = "ant"
-    """whose dataset"""
+    """environment of the dataset"""
     name: Literal["random", "medium", "full-replay", "expert"] = "medium"
     """which dataset"""
     output: Path | None = None
     """file to write; by default data/ENVIRONMENT-NAME-d4rl.hdf5"""
     host: str = HOST
-    """folder of D4RL's files on the web"""
+    """URL of the folder that holds D4RL's files"""
 
 
 class Part:
     """The file that a download writes to, and what is needed to resume it.
 
-    Next to it lies the server's name for this version of the file (its ETag), so that two versions
-    are never mixed. Without that name a part cannot be resumed.
+    The server's name for this version (its ETag or its date) is stored next to it, so that two
+    versions are never mixed. Without it, a part cannot be resumed.
     """
 
     def __init__(self, output: Path):
@@ -100,7 +100,7 @@ def request_rest(url: str, part: Part) -> None:
             raise OSError("the server sent another part than asked for")
         if response.headers["Content-Length"] is None:
             raise OSError("the server does not say how long the file is")
-        # The server sends the whole file if it has another version, or if it knows no ranges.
+        # The server sends the whole file if it has another version or does not support ranges.
         have = have if resumed else 0
         missing = int(response.headers["Content-Length"])
         check_room(part.path, missing)
@@ -121,7 +121,7 @@ def request_rest(url: str, part: Part) -> None:
 
 
 def fetch(url: str, part: Part) -> None:
-    """Brings all of `url` into `part`, in up to ATTEMPTS attempts, as long as they bring something
+    """Downloads all of `url` to `part`, in up to ATTEMPTS attempts, as long as they make progress
     or the server reports an error of its own.
 
     Raises `OSError` or `http.client.HTTPException` if that fails.
@@ -132,7 +132,7 @@ def fetch(url: str, part: Part) -> None:
             request_rest(url, part)
             return
         except urllib.error.HTTPError as error:
-            # 416: there is nothing after the part. It is whole, or of another version: start again.
+            # 416: nothing follows the part. It is whole, or from another version: start again.
             if error.code == 416:
                 part.whole = error.headers["Content-Range"] == f"bytes */{part.size()}"
                 if part.whole:
@@ -149,7 +149,7 @@ def fetch(url: str, part: Part) -> None:
 
 
 def download(args: Args) -> Path:
-    """The path of the whole, checked file; raises `InputError` with what to do otherwise."""
+    """Returns the path of the whole, checked file, or raises `InputError` with advice."""
     task = find_task(TASKS[args.environment].format(args.name))
     output = args.output or FOLDER / f"{args.environment}-{args.name}-d4rl.hdf5"
     check_output(output, size=0)
@@ -216,7 +216,7 @@ def check_room(path: Path, size: float) -> None:
 
 
 class Progress:
-    """How far a long command is: a bar in a terminal, elsewhere a line at least every 30 s."""
+    """Progress of a long command: a bar in a terminal, elsewhere a line at least every 30 s."""
 
     def __init__(self, total: int, unit: str, done: int = 0):
         self.total, self.unit, self.done, self.said = total, unit, done, time.monotonic()
@@ -230,7 +230,7 @@ class Progress:
         self.bar.close()
 
     def advance(self, count: int, note: str = "") -> None:
-        """Counts `count` more; `note` says what is going on."""
+        """Advances by `count`; `note` says what is happening."""
         self.done += count
         self.bar.set_postfix_str(note, refresh=False)
         self.bar.update(count)

@@ -1,4 +1,4 @@
-"""Says what is in a dataset: columns, episodes, returns, and what may be wrong with it.
+"""Describes a dataset: columns, episodes, returns, and what may be wrong with it.
 
     python -m data.inspect my.hdf5
     python -m data.inspect my.hdf5 --task halfcheetah-2x3-medium-fo --histogram returns.png
@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # this folder's inspect.py would hide Python's own
+if __name__ == "__main__":  # this folder's inspect.py would shadow Python's own
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dataclasses import dataclass
@@ -33,9 +33,9 @@ class Args:
     file: Annotated[Path, tyro.conf.Positional]
     """HDF5 file, folder of a Minari dataset, or minari:NAME"""
     task: str | None = None
-    """task whose data these are to be"""
+    """task that the data are meant for"""
     histogram: Path | None = None
-    """a .png for the returns of the episodes"""
+    """a .png file for a histogram of the episodes' returns"""
 
 
 def list_columns(path: Path) -> dict[str, tuple]:
@@ -60,7 +60,7 @@ def list_columns(path: Path) -> dict[str, tuple]:
 
 
 def stand_in(path: Path, shapes: dict[str, tuple]) -> Task:
-    """A task with the widths of the file and one agent, for files whose task is not given."""
+    """A one-agent task with the widths of the file, for files whose task is not given."""
     missing = ", ".join(name for name in COLUMNS if name not in shapes)
     advice = "name your columns in a Task's layout and give it with --task"
     if missing == "timeouts":
@@ -87,7 +87,7 @@ def fitting_environments(shapes: dict[str, tuple]) -> list[str]:
 
 
 def spread(values) -> str:
-    """Five figures of an array in a line."""
+    """Minimum, mean, median and maximum of an array in a line."""
     middle = f"mean {np.mean(values):.4g}, median {np.median(values):.4g}"
     return f"min {np.min(values):.4g}, {middle}, max {np.max(values):.4g}"
 
@@ -128,7 +128,7 @@ def find_faults(dataset: OfflineDataset) -> list[str]:
 
 
 def find_unflagged_ends(columns: dict[str, np.ndarray]) -> int:
-    """Episodes that end where the next state is not the next row's, and have no flag."""
+    """How many episodes end without a flag, where the next state is not the next row's."""
     flags = columns["terminals"].astype(bool) | columns["timeouts"].astype(bool)
     return int((episode_ends(columns) & ~flags)[:-1].sum())
 

@@ -33,7 +33,7 @@ from mamujoco_envs import (
 )
 
 FOLDER = Path(__file__).resolve().parent
-WEIGHTS = FOLDER / "weights"  # the small files that ship
+WEIGHTS = FOLDER / "weights"  # small files that ship with the code
 SPLIT_SEED = 12345  # the paper's release splits by one fixed permutation, too
 
 # gymnasium's v5 environments whose states and dynamics are those of v4, and how their rewards
@@ -153,7 +153,7 @@ class OfflineDataset:
     def discounted_returns(self, gamma: float) -> torch.Tensor:
         """Discounted sums of rewards to the end of each row's episode [N].
 
-        After a time-out the mean reward is assumed to go on forever.
+        After a time-out, the mean reward is assumed to continue forever.
         """
         rewards, masks = self.rewards.tolist(), self.masks.tolist()
         after_time_out = float(self.rewards.mean()) / (1 - gamma)
@@ -192,9 +192,9 @@ class OfflineDataset:
 
 
 def episode_ends(columns: dict[str, np.ndarray]) -> np.ndarray:
-    """Whether each row ends an episode [N]: flagged, the last, or not continued by the next.
+    """Whether each row ends an episode [N]: it is flagged, the last, or not continued by the next.
 
-    A next state unlike the following row's state ends an episode, whether it is flagged or not.
+    A next state that differs from the following row's state ends an episode, flagged or not.
     """
     ends = columns["terminals"].astype(bool) | columns["timeouts"].astype(bool)
     following, claimed = columns["observations"][1:], columns["next_observations"][:-1]
@@ -217,7 +217,7 @@ def dataset_path(task: Task) -> Path:
 
 
 def record_once(task: Task, path: Path) -> None:
-    """Records the task's dataset; of several runs that lack it one does, and the others wait."""
+    """Records the task's dataset; if several runs need it, one records and the others wait."""
     lock = filelock.FileLock(f"{path}.lock", timeout=20)
     while not lock.is_locked:
         try:
@@ -315,12 +315,12 @@ def read_column(task: Task, path: Path, file: h5py.File, name: str) -> np.ndarra
     if has_contact_forces:
         rewards = "its rewards have a cost of contact, which Ant-v4's have not"
         require(not values[:, 27:].any(), f"'{name}' in {path} has contact forces, so {rewards}")
-        values = values[:, :27].copy()  # lets go of the zeros
+        values = values[:, :27].copy()  # frees the zeros
     return as_column(values, name, path)
 
 
 def find_parts(task: Task, path: Path, file: h5py.File, name: str) -> list[h5py.Dataset]:
-    """What a file has for one of D4RL's columns, under the names of the task's layout."""
+    """The arrays of a file that make up one of D4RL's columns, named as in the task's layout."""
     names = (task.layout or {}).get(name, name)
     kind = "its own" if task.layout else "D4RL's"
     layout = f"{task.name} needs a file in {kind} layout"
@@ -369,7 +369,7 @@ def as_column(values: np.ndarray, name: str, path: Path) -> np.ndarray:
 def read_minari(task: Task, path: Path) -> tuple[dict[str, np.ndarray], str]:
     """The columns of a Minari dataset, "minari:NAME" or a folder, and where they come from.
 
-    Minari is no requirement of this repository, and is imported here alone.
+    Minari is not a requirement of this repository, so it is imported only here.
     """
     try:
         import minari
@@ -392,7 +392,7 @@ def read_minari(task: Task, path: Path) -> tuple[dict[str, np.ndarray], str]:
 
 
 def columns_of_episodes(task: Task, path: Path, episodes: list, alive_bonus) -> dict:
-    """D4RL's columns of Minari's episodes, which have a state more than they have actions."""
+    """D4RL's columns from Minari's episodes, which have one more state than actions."""
     values = [value for x in episodes for value in (x.observations, x.actions)]
     arrays = values and all(isinstance(value, np.ndarray) for value in values)
     message = f"{path} has no episodes whose observations and actions are arrays"
@@ -424,7 +424,7 @@ def columns_of_episodes(task: Task, path: Path, episodes: list, alive_bonus) -> 
 
 
 def check_environment(task: Task, path: Path, recorded: str) -> np.float32:
-    """Raises `InputError` if data that say where they were recorded do not suit the task.
+    """Raises `InputError` if the environment that data were recorded in does not suit the task.
 
     Returns what v4 adds to the reward of a terminal step, which these data lack.
     """

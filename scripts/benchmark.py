@@ -4,9 +4,9 @@
     python scripts/benchmark.py --baseline before.json --scripts ibc maiql
 
 Each script's own train() runs in a process with one thread, unless OMP_NUM_THREADS says otherwise;
-what its loop does between two steps is the update that is timed. The processes of a task take
-turns, a few updates each, so that a busy spell of the machine hits all of them. The figure is the
-median over rounds of the process's CPU time an update. More: docs/benchmark.md.
+the timed update is what its loop does between two steps. The processes of a task take turns, a few
+updates each, so that a busy spell of the machine hits all of them. The figure is the median over
+rounds of the process's CPU time per update. More: docs/benchmark.md.
 """
 
 import json
@@ -40,8 +40,8 @@ MODES = ("eager", "compiled")
 # Scripts with one learner that sees the whole state are timed on the fully observable task.
 CENTRALIZED = ("world_model", "iql")
 OBSERVANT = {"reacher-leader-only": "reacher-all-observant", "ant-medium-po": "ant-medium-fo"}
-# MOMA-PPO's update is a learning step; the cloning before it, InSPO's and LOGO's, is not timed. Six
-# updates hold one turn of InSPO, and one generation of LOGO's rollouts, sized in proportion.
+# MOMA-PPO's update is a learning step; its cloning, like InSPO's and LOGO's, is not timed. Six
+# updates contain one turn of InSPO and one generation of LOGO's rollouts, sized in proportion.
 OVERRIDES = {
     "moma_ppo": {"cloning_steps": 0},
     "inspo": {"cloning_share": 0.0, "turn_steps": 6, "pool_size": 1200},
@@ -53,7 +53,7 @@ WARM_UP = 6  # updates, in which torch.compile compiles
 @dataclass
 class Args:
     tasks: tuple[str, ...] = ("reacher-leader-only", "ant-medium-po", "ant-medium-fo")
-    """tasks; those whose dataset is not there are left out"""
+    """tasks; those whose dataset is missing are left out"""
     scripts: tuple[str, ...] = SCRIPTS
     """scripts, without .py"""
     modes: tuple[str, ...] = MODES
@@ -61,7 +61,7 @@ class Args:
     rounds: int = 5
     """rounds, over which the median is taken"""
     updates: int = 6
-    """updates in a row in each round: a multiple of 6, whole turns of InSPO and LOGO"""
+    """consecutive updates per round: a multiple of 6, for whole turns of InSPO and LOGO"""
     baseline: Path | None = None
     """an earlier --output to compare with"""
     output: Path | None = None
@@ -85,7 +85,7 @@ class TimedRun(Run):
     """CPU seconds spent in each function that goes through `compiled`"""
 
     def steps(self, evaluate, total=None):
-        """Yields like `Run.steps`, but neither evaluates nor saves nor comes to an end."""
+        """Yields like `Run.steps`, but never evaluates, saves or ends."""
         while True:
             count = self.pipe.recv()
             self.parts.clear()
@@ -98,7 +98,7 @@ class TimedRun(Run):
 
 
 def timed_compiled(function, args, device):
-    """`compiled`, with the CPU time of its calls on record."""
+    """`compiled`, but records the CPU time of its calls."""
     fast, parts = compiled(function, args, device), TimedRun.parts
 
     def call(*inputs):
@@ -123,7 +123,7 @@ def serve(cell: Cell, run_dir: Path, pipe) -> None:
         module.train(replace(default_args(module.DEFAULTS, cell.task), **own))
     except InputError as error:
         pipe.send(str(error))
-    except (KeyboardInterrupt, EOFError):  # stopped, or nobody asks any more
+    except (KeyboardInterrupt, EOFError):  # stopped, or the asking process has ended
         pass
 
 
@@ -143,7 +143,7 @@ class Worker:
         other_end.close()
 
     def time(self, updates: int) -> dict[str, float]:
-        """CPU milliseconds an update and in its parts."""
+        """CPU milliseconds per update and in its parts."""
         try:
             self.pipe.send(updates)
             answer = self.pipe.recv()
@@ -155,7 +155,7 @@ class Worker:
 
 
 def choose_cells(args: Args) -> dict[str, list[Cell]]:
-    """The cells of each task whose dataset is there."""
+    """The cells of each task whose dataset exists."""
     cells = {}
     for name in args.tasks:
         task = find_task(name)
@@ -171,7 +171,7 @@ def choose_cells(args: Args) -> dict[str, list[Cell]]:
 
 
 def time_task(cells: list[Cell], args: Args, folder: Path) -> dict[str, dict]:
-    """Milliseconds of every cell, of which the processes take turns."""
+    """Milliseconds of every cell; their processes take turns."""
     workers = []
     for cell in cells:
         say(f"starting {' '.join(cell)}")

@@ -5,12 +5,12 @@
         --models data/weights/reacher-expert-mix.pt runs/logo/world_model.pt
 
 Models start from held-out states of the data and are compared with the true simulator for ten
-steps, with the data's own actions, with noise of 0.3 on them, and with uniformly random ones. Of an
-ensemble a random member's mean is the next state. "correlation" is that of the logarithms of the
+steps, with the data's own actions, with noise of 0.3 on them, and with uniformly random ones. An
+ensemble's next state is a random member's mean. "correlation" is between the logarithms of the
 uncertainty (eps_g, which is quadratic and includes the reward, or u) and of the true one-step error
 of the state, in standard deviations of the data. "worst dimension" is the lowest correlation, over
-all dimensions of the state that move, of predicted and true changes after one step: a model may be
-good on average and blind in one.
+all dimensions of the state that move, between predicted and true changes after one step: a model
+may be good on average and blind in one.
 """
 
 import math
@@ -34,7 +34,7 @@ from training_run import check_range, say
 @dataclass
 class Args:
     task: str = "reacher-leader-only"
-    """one of docs/tasks.md, or FILE:NAME of your own"""
+    """task name from docs/tasks.md, or FILE:NAME of your own"""
     models: tuple[Path, ...] = ()
     """files that world_model.py or baselines/logo.py wrote"""
     dataset: Path | None = None
@@ -46,7 +46,7 @@ class Args:
 def worst_correlation(predicted, true) -> float:
     """The lowest correlation of a column of `predicted` [N, state] with that of `true`.
 
-    A column that is always predicted alike counts as 0.
+    A column whose prediction is constant counts as 0.
     """
     moves = true.std(0) > 1e-6
     columns = torch.stack([predicted[:, moves].T, true[:, moves].T], dim=1)  # [dimension, 2, N]
@@ -93,7 +93,7 @@ def errors(model, dataset, rows, behavior: str) -> dict[str, float]:
 
 @torch.no_grad()
 def milliseconds(model, dataset, count: int = 400, repeats: int = 30) -> float:
-    """Of one step of 400 rollouts, the median of many."""
+    """Median time of one step of 400 rollouts."""
     rows, times = torch.arange(count) % dataset.size, []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -103,7 +103,7 @@ def milliseconds(model, dataset, count: int = 400, repeats: int = 30) -> float:
 
 
 def main(args: Args) -> None:
-    check_range(args, 2, 10_000, "starts")  # a simulator each
+    check_range(args, 2, 10_000, "starts")  # each has its own simulator
     require(args.models, "give --models, files of world_model.py or baselines/logo.py")
     task = find_task(args.task)
     message = f"{task.name} has no simulator that starts from the data's states"

@@ -5,7 +5,7 @@
     python scripts/evaluate.py --run runs/RUN --episodes 10 --video    # and films the first one
 
 The run may be finished, stopped or still running. With the default seed the episodes are those of
-the run's own evaluations, by which a setting may have been chosen. --seed 20000 gives others:
+the run's own evaluations, on which settings may have been tuned. --seed 20000 gives others:
 episode i starts from seed + i, so a seed nearby repeats most of them. A run needs neither its
 dataset nor its world model here, unless its task has no environment.
 """
@@ -37,11 +37,11 @@ class Args:
     video: bool = False
     """also film the first episode, as RUN/film.gif (scripts/render.py)"""
     task: str | None = None
-    """FILE:NAME of a task of your own whose file has moved; by default as the run knows it"""
+    """FILE:NAME of your own task, if its file has moved; by default, as the run knows it"""
 
 
 def main(args: Args) -> dict:
-    check_range(args, 1, 10_000, "episodes")  # a simulator each
+    check_range(args, 1, 10_000, "episodes")  # each has its own simulator
     require(args.seed >= 0, f"--seed must not be negative; it is {args.seed}")
     if args.output:
         require(args.output.suffix == ".json", f"--output must end in .json; it is {args.output}")
@@ -49,7 +49,7 @@ def main(args: Args) -> dict:
         require(folder.is_dir(), f"no folder {folder} to write to")
         require(os.access(folder, os.W_OK), f"cannot write to {folder}; give another --output")
         require(not args.output.exists(), f"{args.output} exists; give another --output")
-    checkpoint = load_checkpoint(args.run)  # only once: the run may be saving others
+    checkpoint = load_checkpoint(args.run)  # only once: the run may be saving newer ones
     team = load_team(args.run, args.task, checkpoint)
     if args.video:  # before the episodes, because not every machine renders
         render = importlib.import_module("scripts.render")

@@ -50,11 +50,11 @@ class Args:
     output: Path | None = None
     """a .gif film or a .png of eight moments; by default film.gif in the run folder"""
     seed: int = EVALUATION_SEED
-    """seed of the episode; the default is the first episode of an evaluation"""
+    """random seed for the episode; the default is the first episode of an evaluation"""
     steps: int = 300
     """film at most this many steps"""
     task: str | None = None
-    """FILE:NAME of a task of your own whose file has moved; by default as the run knows it"""
+    """FILE:NAME of your own task, if its file has moved; by default, as the run knows it"""
 
 
 class Film(NamedTuple):
@@ -68,7 +68,7 @@ class Film(NamedTuple):
 
 
 def open_environment(task: Task) -> ParallelEnv:
-    """The task's environment, once it is certain that this machine renders it."""
+    """The task's environment, after a test that this machine renders it."""
     can_be_filmed = task.has_environment and not task.columns
     require(can_be_filmed, f"{task.name} cannot be filmed; it has no gymnasium environment")
     if sys.platform == "linux" and "DISPLAY" not in os.environ:

@@ -69,7 +69,7 @@ VARIANT_NAMES = NAMES | {
     "logo-penalty": "LOGO-style, a penalty instead of weights",
 }
 FILES = {"coordination": "table-3", "reacher": "table-4a", "ant": "table-4b"}
-# Tables of docs/agreement.md: how the names of their tasks start, and who is compared, if not all.
+# Tables of docs/agreement.md: prefixes of their tasks' names, and who is compared, if not all.
 AGREEMENT = {
     "scaling": "coordination-unfavorable",
     "continuous": "continuous-",
@@ -99,7 +99,7 @@ class Args:
 
 
 def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Writes a file atomically."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
@@ -114,7 +114,7 @@ def read_table(path: Path) -> dict[str, dict]:
 
 
 def add_run(run_dir: Path, folder: Path = RESULTS) -> None:
-    """Adds a run to its table's file, in the place of an older one of its task and seed."""
+    """Adds a run to its table's file, replacing an older one of the same name."""
     path = run_dir / "result.json"
     require(path.is_file(), f"no result at {path}; give folders of finished runs")
     task, algorithm, seed, *more = run_dir.name.split("__") + ["", ""]
@@ -123,7 +123,7 @@ def add_run(run_dir: Path, folder: Path = RESULTS) -> None:
         known and not any(more),
         f"{run_dir} must be named TASK__ALGORITHM__SEED, as reproduce.py names runs",
     )
-    # All greedy episodes of a game are alike, so those beyond the paper keep their mean return.
+    # All greedy episodes of a game are alike, so games beyond the paper keep the mean return only.
     is_game = all_tasks()[task].columns and task not in PAPER_SCORES["moma_ppo"]
     columns = KEPT_OF_GAMES if is_game else KEPT
     name = "table-games" if is_game else FILES[task.split("-")[0]]
@@ -131,7 +131,7 @@ def add_run(run_dir: Path, folder: Path = RESULTS) -> None:
     runs = read_table(table) if table.is_file() else {}
     result = load_result(path)
     result["args"].pop("run_dir", None)  # a place on somebody's machine
-    if result["args"].get("world_model"):  # of another run: without the place where it is
+    if result["args"].get("world_model"):  # of another run: keeps the end of the path
         result["args"]["world_model"] = "/".join(Path(result["args"]["world_model"]).parts[-2:])
     run = {"task": task, "algorithm": algorithm, "seed": int(seed)}
     run |= {name: rounded(result[name]) for name in columns if name in result}
@@ -156,7 +156,7 @@ def read_runs(folder: Path = RESULTS) -> dict[tuple[str, str], list[dict]]:
 
 
 def score(runs: list[dict]) -> str:
-    """Mean and standard error over seeds; the error of one run, over its episodes, is starred."""
+    """Mean and standard error over seeds; a single run's error, over its episodes, is starred."""
     if not runs:
         return "not run"
     scores = [run["score"] for run in runs]
@@ -177,14 +177,14 @@ def span(values) -> str:
 
 
 def median_seconds(finished: dict[str, list[dict]]) -> list[int]:
-    """Of a run on each task."""
+    """Median training time of a run on each task."""
     return [round(statistics.median(run["seconds"] for run in runs)) for runs in finished.values()]
 
 
 def table_of_paper(prefix: str, cells) -> str:
     """A row for each algorithm, a column for each task, the paper's scores in brackets.
 
-    What is not in the paper has a row as soon as it has run.
+    Algorithms that the paper does not have get a row once they have run.
     """
     columns = [
         task
@@ -254,7 +254,7 @@ def interval(statistic, *samples: list[float]) -> str:
 
 def interquartile_mean(scores, axis=-1):
     """The mean without the lowest and the highest quarter of the seeds, rounded down (Agarwal et
-    al., NeurIPS 2021); of three seeds nothing is cut."""
+    al., NeurIPS 2021); with three seeds, nothing is cut."""
     return trim_mean(scores, 0.25, axis=axis)
 
 
@@ -263,7 +263,7 @@ def difference(ours, theirs, axis=-1):
 
 
 def table_of_intervals(cells) -> str:
-    """Cells and ablations with three seeds or more, and how far MOMA-PPO is above."""
+    """Cells and ablations with three seeds or more, and MOMA-PPO's lead over each."""
     rows = []
     for task in PAPER_SCORES["moma_ppo"]:
         ours = [run["score"] for run in cells.get(("moma_ppo", task), [])]
@@ -306,7 +306,7 @@ def table_of_time(cells) -> str:
 
 
 def runs_of_variant(variant: str, task: str, cells) -> list[dict]:
-    """Its runs, or MOMA-PPO's where it has the same options, as k = 50 on the ant."""
+    """A variant's runs, or MOMA-PPO's if it has the same options, as with k = 50 on the ant."""
     runs = cells.get((variant, task), [])
     if not runs and default_options(variant, task) == default_options("moma_ppo", task):
         return cells.get(("moma_ppo", task), [])
@@ -368,7 +368,7 @@ def make_table(name: str, cells) -> str:
 
 
 def with_tables(text: str, cells) -> str:
-    """A page with its tables made anew."""
+    """A page with its tables regenerated."""
 
     def replaced(match):
         return f"{match[1]}\n{make_table(match[2], cells)}\n{match[3]}"

@@ -1,4 +1,4 @@
-"""Runs what is behind a table of the paper, prints it next to the paper's figures, draws curves.
+"""Runs what a table of the paper reports, prints it next to the paper's figures, draws curves.
 
     python scripts/reproduce.py --table 3          # the coordination game, Table 3
     python scripts/reproduce.py --table scaling    # agreement of 2 to 16 agents
@@ -16,15 +16,15 @@
     python scripts/reproduce.py --table other --tasks halfcheetah-2x3-medium-fo --algorithms ibc
 
 Every run is a process with one thread, and as many run at once as there are cores. Ctrl-C or
-SIGTERM stops them after saving; the same command then resumes. What it has finished, as
-FOLDER/TASK__ALGORITHM__SEED, is not run again.
-The curves are FOLDER/table_TABLE.png, over time, and FOLDER/table_TABLE_steps.png, with the tasks
-and algorithms that were chosen in the name. Where there are GPUs, runs take turns on them.
+SIGTERM stops them after saving; the same command then resumes. Runs that have finished, in
+FOLDER/TASK__ALGORITHM__SEED, are not repeated.
+Curves over time are in FOLDER/table_TABLE.png, over steps in FOLDER/table_TABLE_steps.png; chosen
+tasks and algorithms are added to the names. If there are GPUs, runs are spread over them.
 
     python scripts/reproduce.py --table 4b --cluster slurm --gpus 1 --slurm partition=gpu mem=16G
     python scripts/reproduce.py --table 4b --dry-run | parallel    # or xargs, or an array job
 
---cluster slurm submits an array of jobs, one a run, through submitit (pip install submitit), and
+--cluster slurm submits an array of jobs, one per run, through submitit (pip install submitit), and
 waits for them. A job that is preempted, requeued or out of time resumes its run.
 """
 
@@ -83,9 +83,9 @@ ALGORITHMS = {
     "moma_ppo": ["moma_ppo.py"],
 }
 OFFLINE = tuple(name for name in ALGORITHMS if name not in ("maiql_ft", "logo"))
-# The model of LOGO's run of the same task and seed.
+# The model from LOGO's run with the same task and seed.
 IN_LOGOS_MODEL = ["--world-model", "{folder}/{task}__logo__{seed}/world_model.pt"]
-# MOMA-PPO and LOGO with something changed: a run of one is named after it.
+# MOMA-PPO and LOGO with changed options; runs are named after the variant.
 VARIANTS = {
     "moma_ppo-ground-truth": ["--ground-truth"],
     "moma_ppo-aleatoric": ["--penalty", "aleatoric"],
@@ -105,32 +105,32 @@ VARIANTS = {
 ALGORITHMS |= {
     name: ALGORITHMS[name.partition("-")[0]] + options for name, options in VARIANTS.items()
 }
-# The rows of Table 5, of the figures and of comparisons of ours, and where they are compared.
+# The rows of Table 5, of the figures and of our own comparisons, and the tasks of each.
 ABLATIONS = {
     "5": ("moma_ppo", "moma_ppo-ground-truth"),
     "finetuning": ("maiql", "maiql_ft"),
     "figure-4": ("moma_ppo", "moma_ppo-aleatoric", "moma_ppo-aleatoric-no-cuts"),
     "figure-8": ("moma_ppo", "moma_ppo-no-penalty", "moma_ppo-no-cuts", "moma_ppo-neither"),
     "figure-9": tuple(f"moma_ppo-k{k}" for k in (5, 10, 25, 50)),
-    # Those in LOGO's model come after LOGO, whose run makes it.
+    # Runs in LOGO's model come after LOGO's own, which make it.
     "local-to-global": ("logo", "logo-data-alone", "logo-penalty", "moma_ppo-in-logo", "moma_ppo"),
 }
 COMPARED_ON = {name: ("reacher-leader-only", "ant-medium-fo") for name in ABLATIONS}
 COMPARED_ON["5"] += ("ant-medium-po",)
 COMPARED_ON["local-to-global"] += ("reacher-independent", "ant-medium-po")
-# One thread a run; waiting threads leave a busy core to others.
+# One thread per run; waiting threads yield a busy core to others.
 JOB_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
 class Table(NamedTuple):
     tasks: str | tuple[str, ...] | None
-    """how the names of its tasks start; None: any that --tasks names, also tasks of your own"""
+    """prefix of its tasks' names; None: any that --tasks names, including tasks of your own"""
     seeds: int
-    """seeds of the paper"""
+    """number of seeds, as in the paper"""
     compile: bool
     """whether runs are long enough to be worth compiling"""
     algorithms: tuple[str, ...] = ()
-    """those of a table that goes beyond the paper; else whatever the paper has a figure for"""
+    """algorithms of a table beyond the paper; otherwise all that the paper has a figure for"""
 
 
 TABLES = {
@@ -152,11 +152,11 @@ class Args:
         "3", "4a", "4b", "5", "finetuning", "figure-4", "figure-8", "figure-9",
         "scaling", "continuous", "climbing", "local-to-global", "other",
     ] = "3"  # fmt: skip
-    """table of the paper, or one of the last five, which go beyond it; "other" is any tasks"""
+    """table of the paper, or one of the last five, which go beyond it; "other" means any tasks"""
     seeds: int | None = None
     """run seeds 1 to this; by default 10 for games and 3 for the others, as in the paper"""
     tasks: tuple[str, ...] = ()
-    """only these tasks of the table; with --table other any, also FILE:NAME of your own"""
+    """only these tasks of the table; with --table other any, including FILE:NAME of your own"""
     algorithms: tuple[str, ...] = ()
     """only these algorithms of the table"""
     workers: int = field(default_factory=available_cores)
@@ -164,9 +164,9 @@ class Args:
     folder: Path = Path("runs")
     """folder of the run folders and of the curves"""
     dry_run: bool = False
-    """print the commands that can run now, one a line, and stop"""
+    """print the commands that can run now, one per line, and stop"""
     cluster: Literal["local", "slurm"] = "local"
-    """where runs run: on this machine, or as jobs of the Slurm cluster that it belongs to"""
+    """where to run: on this machine, or as jobs of the Slurm cluster that it belongs to"""
     hours: float = 12.0
     """time limit of a Slurm job, after which it is requeued, up to three times"""
     gpus: int = 0
@@ -236,7 +236,7 @@ def other_cells(args: Args) -> list[Cell]:
 
 
 def own_options(job: Job) -> list[str]:
-    """What makes the run one of its variant."""
+    """The options that set the run's variant."""
     _, *options = ALGORITHMS[job.cell.algorithm]
     task = find_task(job.cell.task).name
     places = {"folder": job.run_dir.parent, "task": task, "seed": job.seed}
@@ -244,7 +244,7 @@ def own_options(job: Job) -> list[str]:
 
 
 def job_command(job: Job, options: list[str]) -> list[str]:
-    """Starts the run, or resumes it if there is a checkpoint."""
+    """The command that starts the run, or resumes it if there is a checkpoint."""
     script = ALGORITHMS[job.cell.algorithm][0]
     command = [sys.executable, os.path.relpath(REPOSITORY / script)]
     if (job.run_dir / "checkpoint.pt").is_file():
@@ -259,7 +259,7 @@ def needs_another_run(algorithm: str) -> bool:
 
 
 def missing_model(job: Job) -> str:
-    """What is wrong if the run needs the world model of another run that has not made it."""
+    """What is wrong if the run needs a world model that another run has not made yet."""
     if not needs_another_run(job.cell.algorithm):
         return ""
     path = own_options(job)[-1]
@@ -279,7 +279,7 @@ def compile_options() -> list[str]:
 
 
 def rounded(value):
-    """Floats in five digits, which is more than errors justify."""
+    """Floats rounded to five digits, which is more than errors justify."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
@@ -288,13 +288,13 @@ def rounded(value):
 
 
 def script_of(algorithm: str) -> str:
-    """As runs name it, such as "maiql" for maiql_ft."""
+    """The name of its script, such as "maiql" for maiql_ft."""
     return Path(ALGORITHMS[algorithm][0]).stem
 
 
 @cache
 def default_options(algorithm: str, task: str) -> dict:
-    """The options of a run of a table, as they are kept."""
+    """The options of a table's run, rounded as in kept results."""
     script, *options = ALGORITHMS[algorithm]
     module = import_module(script.removesuffix(".py").replace("/", "."))
     defaults = default_args(module.DEFAULTS, task)
@@ -314,7 +314,7 @@ def calibrated(task: str, ground_truth: bool) -> dict:
 
 
 def changed_options(algorithm: str, task: str, options: dict) -> str:
-    """Options of a run that are not what its algorithm has today, such as "total_steps 400"."""
+    """Options of a run that differ from its algorithm's today, such as "total_steps 400"."""
     expected, changed = default_options(algorithm, task), []
     for name in expected | options:
         # An option that the run did not have yet counts as None.
@@ -325,7 +325,7 @@ def changed_options(algorithm: str, task: str, options: dict) -> str:
             values = calibrated(task, expected["ground_truth"]) if known else {}
             wanted = str(values.get(name, found))
         if name == "cql_points" and wanted == "None" and found in ("24", "6"):
-            continue  # what older runs call it
+            continue  # older runs saved the default's value
         if needs_another_run(algorithm) and name == "world_model":
             # The model of that run for this task and seed, in whatever folder.
             places = {"task": find_task(task).name, "seed": options.get("seed")}
@@ -337,7 +337,7 @@ def changed_options(algorithm: str, task: str, options: dict) -> str:
 
 
 def check_folder(job: Job) -> None:
-    """Raises `InputError` if the folder of a run holds another one."""
+    """Raises `InputError` if the folder of a run holds a different run."""
     run = read_result(job)
     if run is None:
         try:
@@ -355,9 +355,9 @@ def check_folder(job: Job) -> None:
 
 
 def check_task(job: Job, run: dict) -> None:
-    """Raises `InputError` if a task of one's own has changed since a run of it.
+    """Raises `InputError` if a task of your own has changed since its run.
 
-    What is noticed: who observes and drives what, and the returns that scores 0 and 1 stand for.
+    Checks who observes and drives what, and the returns that scores 0 and 1 stand for.
     """
     task, advice = find_task(job.cell.task), "move it away, or give another --folder"
     if not task.file:
@@ -375,7 +375,7 @@ def check_task(job: Job, run: dict) -> None:
 
 
 def check_cluster(args: Args) -> None:
-    """Raises `InputError` where runs could not be submitted as `args` say."""
+    """Raises `InputError` if runs cannot be submitted as `args` say."""
     check_positive(args, "hours")
     require(args.gpus >= 0, f"--gpus must not be negative; it is {args.gpus}")
     wrong = ", ".join(option for option in args.slurm if "=" not in option)
@@ -419,8 +419,8 @@ class SlurmJob:
             raise subprocess.CalledProcessError(status, command)
 
     def checkpoint(self):
-        """Lets the run save, and says what to submit again, when the job is preempted or its time
-        is up: the same."""
+        """When the job is preempted or its time is up, lets the run save and has the same job
+        submitted again."""
         from submitit.helpers import DelayedSubmission
 
         self.process.terminate()
@@ -489,7 +489,7 @@ def read_result(job: Job) -> dict | None:
 
 
 def why_it_failed(output: str, exit_status: int) -> str:
-    """The run's own error lines, its world model's first; without one its last line."""
+    """The run's own error lines, its world model's first; if there are none, its last line."""
     lines = [line for line in output.splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     last = lines[-1] if lines else "no output"
@@ -499,7 +499,7 @@ def why_it_failed(output: str, exit_status: int) -> str:
 def run_all(jobs: list[Job], workers: int, options: list[str], environment: dict) -> int | None:
     """Runs the jobs; returns the signal that stopped it, or None if it came to the end.
 
-    Where there are GPUs, each of the runs at once has the one whose turn it is.
+    If there are GPUs, concurrent runs are spread over them.
     """
     waiting, running, finished, stopped_by = list(jobs), {}, 0, None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -529,7 +529,7 @@ def run_all(jobs: list[Job], workers: int, options: list[str], environment: dict
                 report(job, log, process.returncode, f"{finished} of {len(jobs)}")
             time.sleep(0.1)
     finally:
-        # Only a signal or an error leaves runs behind, which save and stop.
+        # Only a signal or an error leaves runs behind; these save and stop.
         for process in running:
             process.terminate()
         for process in running:
@@ -555,7 +555,7 @@ def report(job: Job, log, exit_status: int, progress: str) -> None:
 
 
 def score_columns(results: list[dict]) -> tuple[str, str]:
-    """The score and what its error is over."""
+    """The score, and what its error is taken over."""
     if not results:
         return "-", "no run"
     scores = [result["score"] for result in results]
@@ -585,9 +585,9 @@ def print_table(results: dict[Cell, list[dict]], seeds: int) -> None:
 
 
 def color_of(algorithm: str):
-    """MOMA-PPO is black; the others take turns on twenty colours, the strong ones first.
+    """MOMA-PPO is black; the others cycle through twenty colours, the strong ones first.
 
-    So do variants, which the tables do not mix with other baselines than LOGO.
+    So do variants, which the tables do not mix with baselines other than LOGO.
     """
     if algorithm == "moma_ppo":
         return "black"
@@ -603,7 +603,7 @@ def learning_curve(results: list[dict]) -> list[tuple[int, float, float, float]]
     for result in results:
         last = {"step": result["steps"], "seconds": result["seconds"], "score": result["score"]}
         points = [*result["evaluations"], last]
-        # Without those of a world model that is trained first.
+        # Leave out evaluations of a world model that is trained first.
         curves.append({point["step"]: point for point in points if "score" in point})
     points = []
     for step in sorted(set.intersection(*map(set, curves))):
@@ -638,7 +638,7 @@ def plot_panel(axes, task: str, results: dict[str, list[dict]], over: str) -> No
 
 
 def plot_curves(results: dict[Cell, list[dict]], path: Path, over: str) -> None:
-    """Learning curves of all cells with a result, a panel a task, `over` what the x axis shows."""
+    """Learning curves of all cells with a result, one panel per task, with `over` on the x axis."""
     panels: dict[str, dict[str, list[dict]]] = {}
     for cell, finished in results.items():
         if finished:
