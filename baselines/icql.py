@@ -71,7 +71,7 @@ class Args:
     policy_delay: int = 2
     """critic updates per update of policies and targets"""
     policy_noise: float = 0.0
-    """standard deviation of noise on the target policies' actions (TD3 and the paper: 0.2)"""
+    """standard deviation of noise on the target policies' actions (TD3 and the release: 0.2)"""
     noise_clip: float = 0.5
     """limit at which that noise is clipped"""
     cql_alpha: float = 1.0

@@ -67,7 +67,7 @@ class Args:
     batch_size: int = 256
     """transitions per gradient step"""
     learning_rate: float = 3e-4
-    """Adam, policy, value and critics; decays linearly to zero (the paper: constant)"""
+    """Adam, policy, value and critics; decays linearly to zero (MOMA-PPO's paper: constant)"""
     memory_learning_rate: float = 1e-4
     """Adam, history encoder; same decay"""
     gamma: float = 0.99

@@ -89,7 +89,7 @@ class Args:
     reconstruction: float = 0.1
     """weight of the losses that reconstruct the agents' pairs and predicted changes"""
     horizon: int = 15
-    """steps per rollout in the model (the paper: 15 is best)"""
+    """steps per rollout in the model (the paper, on SMAC: 15 is best)"""
     synthetic_share: float = 0.5
     """share of a batch that comes from rollouts; 0 leaves the model out"""
     rollouts: int = 400

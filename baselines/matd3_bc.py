@@ -3,8 +3,8 @@
 Papers: Fujimoto and Gu, "A Minimalist Approach to Offline Reinforcement Learning", NeurIPS 2021
 (TD3+BC, arXiv 2106.06860). Barde et al., "A Model-Based Solution to the Offline Multi-Agent
 Reinforcement Learning Coordination Problem", AAMAS 2024 (arXiv 2305.17198), Section 5.1, trains it
-centrally: a mixer of state and joint action weighs the agents' critics (Eq. 4). All policies climb
-the team's value, each from its own observation and history, and stay close to the data's actions.
+centrally: a mixer weighs the agents' critics (Eq. 4; here it also sees the joint action, Deviation
+5). All policies climb the team's value and stay close to the data's actions.
 
     python baselines/matd3_bc.py --task reacher-leader-only
     python baselines/matd3_bc.py --resume runs/RUN

@@ -136,7 +136,7 @@ class Team(nn.Module):
         return Normal(mean, log_std.clamp(-6, 0).exp(), validate_args=False)
 
     def team_value(self, states):
-        """V(s) = sum_i w_i(s) V_i(s) + b(s) (Eq. 4): [batch, state] -> [batch]."""
+        """V(s) = sum_i w_i(s) V_i(s) + b(s) (Section 3.2): [batch, state] -> [batch]."""
         x = (states * STATE_SCALE).expand(TASK.num_agents, -1, -1)
         weights, bias = self.mixer(x[:1])[0].split([TASK.num_agents, 1], dim=-1)
         return (weights * self.value(x)[..., 0].T).sum(-1) + bias[:, 0]

@@ -115,7 +115,7 @@ class OfflineDataset:
     def histories(self, rows: torch.Tensor) -> torch.Tensor:
         """The agents' last ten (action, observation) pairs before `rows` [B]: [B, agent, 10, pair].
 
-        Oldest first. Pairs from before the episode's start are zero (Appendix A.1).
+        Oldest first (Appendix A.1). Pairs from before the episode's start are zero.
         """
         past = rows[:, None] + self._offsets
         known = past >= self.episode_starts[rows][:, None]
