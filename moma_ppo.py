@@ -87,7 +87,7 @@ class Args:
     start_states: Literal["first", "any"] = "first"
     """start rollouts from first states of episodes, or from any state (the paper)"""
     rollout_length: int = 50
-    """k: steps per rollout (the release: 10; the paper's Figure 9: 5 to 50 perform alike)"""
+    """k: steps per rollout (the paper: 10; in its Figure 9, 5 to 50 perform alike)"""
     penalty: Literal["epistemic", "aleatoric", "none"] = "epistemic"
     """uncertainty penalty subtracted from the reward (Figures 4 and 8)"""
     lambda_r: float = 0.05
