@@ -130,7 +130,8 @@ class BatchedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(len(in_dims), max(in_dims), out_dim))
         self.bias = nn.Parameter(torch.zeros(len(in_dims), 1, out_dim))
-        # Each slice starts like an nn.Linear of its true width; padding weights stay zero.
+        # Each slice starts like an nn.Linear of its true width. Padding weights start at zero and,
+        # as padded inputs are zero, stay there.
         for weight, bias, width in zip(self.weight.data, self.bias.data, in_dims):
             weight[:width].uniform_(-(width**-0.5), width**-0.5)
             bias.uniform_(-(width**-0.5), width**-0.5)
@@ -271,7 +272,10 @@ def with_rare(rows, rare_rows):
 
 
 def clip_each_agent(parameters, agents, max_norm):
-    """Clips the gradient norm of each agent or member: [agent, ...] or [twin * agent, ...]."""
+    """Clips each agent's (or member's) gradient norm, over all its parameters and both twins.
+
+    Parameters are [agent, ...] or [twin * agent, ...].
+    """
     gradients = [parameter.grad.unflatten(0, (-1, agents)) for parameter in parameters]
     squares = [gradient.square().transpose(0, 1).flatten(1).sum(1) for gradient in gradients]
     factors = max_norm / torch.stack(squares).sum(0).sqrt().clamp(min=max_norm)  # [agent]

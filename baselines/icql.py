@@ -103,7 +103,8 @@ class BatchedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(len(in_dims), max(in_dims), out_dim))
         self.bias = nn.Parameter(torch.zeros(len(in_dims), 1, out_dim))
-        # Each slice starts like an nn.Linear of its true width; padding weights stay zero.
+        # Each slice starts like an nn.Linear of its true width. Padding weights start at zero and,
+        # as padded inputs are zero, stay there.
         for weight, bias, width in zip(self.weight.data, self.bias.data, in_dims):
             weight[:width].uniform_(-(width**-0.5), width**-0.5)
             bias.uniform_(-(width**-0.5), width**-0.5)
@@ -154,7 +155,7 @@ class HistoryEncoder(nn.Module):
         agents = len(in_dims)
         self.embedding = BatchedLinear(in_dims, dim)
         self.query, self.key, self.value = (BatchedLinear([dim] * agents, dim) for _ in range(3))
-        # The embedding is noise at first, so its LayerNorm gain starts small.
+        # The encoder's output is noise at first, so the gain of its LayerNorm starts small.
         self.norm_weight = nn.Parameter(torch.full((agents, 1, dim), 0.1))
         self.norm_bias = nn.Parameter(torch.zeros(agents, 1, dim))
         scale = dim**-0.5
@@ -179,7 +180,9 @@ class HistoryEncoder(nn.Module):
         positions = self.embedding.bias + self.positions
         embedding = torch.cat([self.embedding.weight, positions], dim=1)
 
-        def fold(layer):  # each token has one position, so position rows can carry the bias
+        # A token has one position, and attention weights sum to 1, so the rows of positions can
+        # carry a layer's bias, that of the values included.
+        def fold(layer):
             bias = F.pad(layer.bias.expand(-1, length, -1), (0, 0, width, 0))
             return embedding @ layer.weight + bias
 
@@ -290,7 +293,7 @@ class Team(nn.Module):
         return functional_call(self.critics, weights, (inputs, actions.permute(2, 0, 1, 3)))
 
     def act_greedily(self, observations, histories):
-        """[batch, agent, action] in [-1, 1]."""
+        """Greedy actions [batch, agent, action] in [-1, 1]."""
         return self.act(self.inputs(observations, histories))
 
 
@@ -337,7 +340,10 @@ def icql_losses(team: Team, batch: Batch, noise, args: Args, learn_policy: bool)
 
 
 def clip_each_agent(parameters, agents, max_norm):
-    """Clips the gradient norm of each agent or member: [agent, ...] or [twin * agent, ...]."""
+    """Clips each agent's (or member's) gradient norm, over all its parameters and both twins.
+
+    Parameters are [agent, ...] or [twin * agent, ...].
+    """
     gradients = [parameter.grad.unflatten(0, (-1, agents)) for parameter in parameters]
     squares = [gradient.square().transpose(0, 1).flatten(1).sum(1) for gradient in gradients]
     factors = max_norm / torch.stack(squares).sum(0).sqrt().clamp(min=max_norm)  # [agent]

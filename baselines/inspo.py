@@ -108,7 +108,8 @@ class BatchedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(len(in_dims), max(in_dims), out_dim))
         self.bias = nn.Parameter(torch.zeros(len(in_dims), 1, out_dim))
-        # Each slice starts like an nn.Linear of its true width; padding weights stay zero.
+        # Each slice starts like an nn.Linear of its true width. Padding weights start at zero and,
+        # as padded inputs are zero, stay there.
         for weight, bias, width in zip(self.weight.data, self.bias.data, in_dims):
             weight[:width].uniform_(-(width**-0.5), width**-0.5)
             bias.uniform_(-(width**-0.5), width**-0.5)
@@ -143,7 +144,7 @@ class HistoryEncoder(nn.Module):
         agents = len(in_dims)
         self.embedding = BatchedLinear(in_dims, dim)
         self.query, self.key, self.value = (BatchedLinear([dim] * agents, dim) for _ in range(3))
-        # The embedding is noise at first, so its LayerNorm gain starts small.
+        # The encoder's output is noise at first, so the gain of its LayerNorm starts small.
         self.norm_weight = nn.Parameter(torch.full((agents, 1, dim), 0.1))
         self.norm_bias = nn.Parameter(torch.zeros(agents, 1, dim))
         scale = dim**-0.5
@@ -168,7 +169,9 @@ class HistoryEncoder(nn.Module):
         positions = self.embedding.bias + self.positions
         embedding = torch.cat([self.embedding.weight, positions], dim=1)
 
-        def fold(layer):  # each token has one position, so position rows can carry the bias
+        # A token has one position, and attention weights sum to 1, so the rows of positions can
+        # carry a layer's bias, that of the values included.
+        def fold(layer):
             bias = F.pad(layer.bias.expand(-1, length, -1), (0, 0, width, 0))
             return embedding @ layer.weight + bias
 
@@ -209,15 +212,17 @@ def make_memory(task: Task, memory: str, obs_mean, obs_std):
     return HistoryEncoder(task.pair_dims, F.pad(obs_mean, front), F.pad(obs_std, front, value=1))
 
 
-def call_slices(network, rows, x):
-    """Applies only the slices `rows` of a batched network, to their inputs `x`."""
+def call_slices(network, members, x):
+    """Applies only the slices of these agents (or twins) of a batched network, to their inputs."""
     tensors = [*network.named_parameters(), *network.named_buffers()]
-    slices = {name: tensor[rows] for name, tensor in tensors if tensor.dim() == 3}
+    # What has three dimensions has a slice per member; the encoder's positions are shared.
+    slices = {name: tensor[members] for name, tensor in tensors if tensor.dim() == 3}
     return functional_call(network, slices, x)
 
 
 class Team(nn.Module):
-    """Policies and encoders, frozen clones of the data's, twin critics of state and own action."""
+    """Policies and encoders, frozen copies of both that stand for the data's policies once these
+    have been cloned, and twin critics of the state and an agent's own action."""
 
     def __init__(self, task: Task, states, args: Args):
         """The statistics of `states` [N, state] standardise inputs (Deviation 9)."""
@@ -243,7 +248,7 @@ class Team(nn.Module):
         self.behavior_memory = self.memory and copy.deepcopy(self.memory).requires_grad_(False)
 
     def freeze_behavior(self):
-        """Copies the cloned policies, which stand for the data's from then on."""
+        """Keeps a copy of the cloned policies, to stand for the data's from then on."""
         self.behavior.load_state_dict(self.policy.state_dict())
         if self.memory:
             self.behavior_memory.load_state_dict(self.memory.state_dict())
@@ -267,7 +272,7 @@ class Team(nn.Module):
         return Independent(TransformedDistribution(normal, TanhTransform()), 1)
 
     def act_greedily(self, observations, histories):
-        """[batch, agent, action] in [-1, 1]."""
+        """Greedy actions [batch, agent, action] in [-1, 1]."""
         outputs = self.policy(self.inputs(observations, histories)).transpose(0, 1)
         if self.task.discrete:
             return OneHotCategorical(logits=outputs).mode
@@ -367,7 +372,7 @@ def inspo_losses(team: Team, batch: Batch, learners, noise, args: Args, phase: s
     if phase == "clone":
         return critic_loss, -log_probs.mean(0).sum()
 
-    # pi_i ~ mu_i exp(A_i / temperature): the data's policy, reweighted, by maximum likelihood.
+    # The data's policy, reweighted by exp(A_i / temperature), learned by maximum likelihood.
     with torch.no_grad():
         advantages = q.amin(0) - team.values(batch.states, distribution, noise[1], learners)
         temperature = args.alpha * advantages.abs().mean(0) + 1e-6  # Deviation 3
@@ -376,7 +381,10 @@ def inspo_losses(team: Team, batch: Batch, learners, noise, args: Args, phase: s
 
 
 def clip_each_agent(parameters, agents, max_norm):
-    """Clips the gradient norm of each agent or member: [agent, ...] or [twin * agent, ...]."""
+    """Clips each agent's (or member's) gradient norm, over all its parameters and both twins.
+
+    Parameters are [agent, ...] or [twin * agent, ...].
+    """
     gradients = [parameter.grad.unflatten(0, (-1, agents)) for parameter in parameters]
     squares = [gradient.square().transpose(0, 1).flatten(1).sum(1) for gradient in gradients]
     factors = max_norm / torch.stack(squares).sum(0).sqrt().clamp(min=max_norm)  # [agent]

@@ -4,7 +4,8 @@ Papers: Pan et al., "Plan Better Amid Conservatism: Offline Multi-Agent Reinforc
 Actor Rectification", ICML 2022 (OMAR, arXiv 2111.11188). Barde et al., "A Model-Based Solution to
 the Offline Multi-Agent Reinforcement Learning Coordination Problem", AAMAS 2024 (arXiv 2305.17198),
 Section 5.1. Each agent's critics are trained as in icql.py. A sampler searches for the action that
-the first one values most; the policy imitates it, as gradients might end in a poor local optimum.
+the first critic values most, and the policy imitates it: gradients might end in a poor local
+optimum.
 
     python baselines/iomar.py --task reacher-leader-only
     python baselines/iomar.py --resume runs/RUN
@@ -115,7 +116,8 @@ class BatchedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(len(in_dims), max(in_dims), out_dim))
         self.bias = nn.Parameter(torch.zeros(len(in_dims), 1, out_dim))
-        # Each slice starts like an nn.Linear of its true width; padding weights stay zero.
+        # Each slice starts like an nn.Linear of its true width. Padding weights start at zero and,
+        # as padded inputs are zero, stay there.
         for weight, bias, width in zip(self.weight.data, self.bias.data, in_dims):
             weight[:width].uniform_(-(width**-0.5), width**-0.5)
             bias.uniform_(-(width**-0.5), width**-0.5)
@@ -166,7 +168,7 @@ class HistoryEncoder(nn.Module):
         agents = len(in_dims)
         self.embedding = BatchedLinear(in_dims, dim)
         self.query, self.key, self.value = (BatchedLinear([dim] * agents, dim) for _ in range(3))
-        # The embedding is noise at first, so its LayerNorm gain starts small.
+        # The encoder's output is noise at first, so the gain of its LayerNorm starts small.
         self.norm_weight = nn.Parameter(torch.full((agents, 1, dim), 0.1))
         self.norm_bias = nn.Parameter(torch.zeros(agents, 1, dim))
         scale = dim**-0.5
@@ -191,7 +193,9 @@ class HistoryEncoder(nn.Module):
         positions = self.embedding.bias + self.positions
         embedding = torch.cat([self.embedding.weight, positions], dim=1)
 
-        def fold(layer):  # each token has one position, so position rows can carry the bias
+        # A token has one position, and attention weights sum to 1, so the rows of positions can
+        # carry a layer's bias, that of the values included.
+        def fold(layer):
             bias = F.pad(layer.bias.expand(-1, length, -1), (0, 0, width, 0))
             return embedding @ layer.weight + bias
 
@@ -302,7 +306,7 @@ class Team(nn.Module):
         return functional_call(self.critics, weights, (inputs, actions.permute(2, 0, 1, 3)))
 
     def act_greedily(self, observations, histories):
-        """[batch, agent, action] in [-1, 1]."""
+        """Greedy actions [batch, agent, action] in [-1, 1]."""
         return self.act(self.inputs(observations, histories))
 
 
@@ -347,6 +351,7 @@ def best_sampled_actions(team: Team, inputs, policy_actions, noise, args: Args):
         return team.first_q_values(inputs, actions).permute(1, 2, 0)  # [sample, batch, agent]
 
     mean, std = torch.zeros_like(policy_actions), torch.full_like(policy_actions, args.omar_std)
+    # No elites yet: [0, batch, agent, action] and [0, batch, agent].
     elites, elite_scores = noise[0, :0], noise[0, :0, ..., 0]
     for z in noise:
         # Sample from a Gaussian, and refit it to the best of the samples and the last elites.
@@ -368,8 +373,8 @@ def iomar_losses(team: Team, batch: Batch, noise, sampler_noise, args: Args, lea
     if not learn_policy:
         return losses
 
-    # Policies minimise omega (pi_i(h_i) - a*_i)^2 - (1 - omega) Q_i1(h_i, pi_i(h_i)) (OMAR, Eq. 4).
-    # Deviations 3 and 4.
+    # Policies minimise omega (pi_i(h_i) - a*_i)^2 - (1 - omega) Q_i1(h_i, pi_i(h_i)) (OMAR, Eq. 4)
+    # and, as in OMAR's code, a small penalty on their actions. Deviations 3 and 4.
     actions = team.act(inputs)
     best_actions = best_sampled_actions(team, inputs, actions, sampler_noise, args)
     policy_loss = args.omega * (actions - best_actions).square().mean((0, 2)).sum()
@@ -381,7 +386,10 @@ def iomar_losses(team: Team, batch: Batch, noise, sampler_noise, args: Args, lea
 
 
 def clip_each_agent(parameters, agents, max_norm):
-    """Clips the gradient norm of each agent or member: [agent, ...] or [twin * agent, ...]."""
+    """Clips each agent's (or member's) gradient norm, over all its parameters and both twins.
+
+    Parameters are [agent, ...] or [twin * agent, ...].
+    """
     gradients = [parameter.grad.unflatten(0, (-1, agents)) for parameter in parameters]
     squares = [gradient.square().transpose(0, 1).flatten(1).sum(1) for gradient in gradients]
     factors = max_norm / torch.stack(squares).sum(0).sqrt().clamp(min=max_norm)  # [agent]

@@ -2,8 +2,8 @@
 
 Paper: Kostrikov et al., "Offline Reinforcement Learning with Implicit Q-Learning", ICLR 2022
 (arXiv 2110.06169). Barde et al., AAMAS 2024 (arXiv 2305.17198), Section 5.1, use it as the upper
-bound on strategy agreement: a single learner cannot disagree with itself. It sets the joint action,
-and in the coordination game it chooses among all joint actions.
+bound on strategy agreement: a single learner cannot disagree with itself. In the coordination
+game, its policy is a categorical distribution over all joint actions.
 
     python baselines/iql.py --task reacher-all-observant
     python baselines/iql.py --resume runs/RUN
@@ -101,7 +101,8 @@ class BatchedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(len(in_dims), max(in_dims), out_dim))
         self.bias = nn.Parameter(torch.zeros(len(in_dims), 1, out_dim))
-        # Each slice starts like an nn.Linear of its true width; padding weights stay zero.
+        # Each slice starts like an nn.Linear of its true width. Padding weights start at zero and,
+        # as padded inputs are zero, stay there.
         for weight, bias, width in zip(self.weight.data, self.bias.data, in_dims):
             weight[:width].uniform_(-(width**-0.5), width**-0.5)
             bias.uniform_(-(width**-0.5), width**-0.5)
@@ -136,7 +137,7 @@ class HistoryEncoder(nn.Module):
         agents = len(in_dims)
         self.embedding = BatchedLinear(in_dims, dim)
         self.query, self.key, self.value = (BatchedLinear([dim] * agents, dim) for _ in range(3))
-        # The embedding is noise at first, so its LayerNorm gain starts small.
+        # The encoder's output is noise at first, so the gain of its LayerNorm starts small.
         self.norm_weight = nn.Parameter(torch.full((agents, 1, dim), 0.1))
         self.norm_bias = nn.Parameter(torch.zeros(agents, 1, dim))
         scale = dim**-0.5
@@ -161,7 +162,9 @@ class HistoryEncoder(nn.Module):
         positions = self.embedding.bias + self.positions
         embedding = torch.cat([self.embedding.weight, positions], dim=1)
 
-        def fold(layer):  # each token has one position, so position rows can carry the bias
+        # A token has one position, and attention weights sum to 1, so the rows of positions can
+        # carry a layer's bias, that of the values included.
+        def fold(layer):
             bias = F.pad(layer.bias.expand(-1, length, -1), (0, 0, width, 0))
             return embedding @ layer.weight + bias
 
@@ -229,7 +232,7 @@ class Team(nn.Module):
         if not task.discrete:  # log standard deviations start inside their clamp (Deviation 7)
             self.policy[-1].bias.data[..., task.action_dim :] = -1.5
         self.value = MLP([width], [256, 256], 1)
-        self.critics = MLP([task.action_dim + width] * 2, [256, 256], 1)
+        self.critics = MLP([task.action_dim + width] * 2, [256, 256], 1)  # twins
         self.target_memory = copy.deepcopy(self.memory)
         self.target_critics = copy.deepcopy(self.critics)
 
@@ -255,7 +258,7 @@ class Team(nn.Module):
         return policy.log_prob(actions)
 
     def act_greedily(self, observations, histories):
-        """[batch, 1, action] in [-1, 1]."""
+        """Greedy actions [batch, 1, action] in [-1, 1]."""
         outputs = self.policy(self.inputs(observations, histories)).transpose(0, 1)
         if self.task.discrete:
             return self.options[outputs.argmax(dim=-1)]

@@ -121,7 +121,7 @@ class Args:
     cql_alpha: float = 0.01
     """weight of the conservative loss, for rewards with a standard deviation of 1 - gamma"""
     cql_temperature: float = 0.01
-    """its temperature, in the same units; value differences far below it are ignored"""
+    """temperature of its soft maximum, for such rewards; smaller differences hardly count"""
     cql_points: int | None = None
     """quadrature points per action dimension; by default 24, or 6 with several dimensions"""
     cql_batch_size: int = 32
@@ -150,7 +150,8 @@ class BatchedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(len(in_dims), max(in_dims), out_dim))
         self.bias = nn.Parameter(torch.zeros(len(in_dims), 1, out_dim))
-        # Each slice starts like an nn.Linear of its true width; padding weights stay zero.
+        # Each slice starts like an nn.Linear of its true width. Padding weights start at zero and,
+        # as padded inputs are zero, stay there.
         for weight, bias, width in zip(self.weight.data, self.bias.data, in_dims):
             weight[:width].uniform_(-(width**-0.5), width**-0.5)
             bias.uniform_(-(width**-0.5), width**-0.5)
@@ -201,7 +202,7 @@ class HistoryEncoder(nn.Module):
         agents = len(in_dims)
         self.embedding = BatchedLinear(in_dims, dim)
         self.query, self.key, self.value = (BatchedLinear([dim] * agents, dim) for _ in range(3))
-        # The embedding is noise at first, so its LayerNorm gain starts small.
+        # The encoder's output is noise at first, so the gain of its LayerNorm starts small.
         self.norm_weight = nn.Parameter(torch.full((agents, 1, dim), 0.1))
         self.norm_bias = nn.Parameter(torch.zeros(agents, 1, dim))
         scale = dim**-0.5
@@ -226,7 +227,9 @@ class HistoryEncoder(nn.Module):
         positions = self.embedding.bias + self.positions
         embedding = torch.cat([self.embedding.weight, positions], dim=1)
 
-        def fold(layer):  # each token has one position, so position rows can carry the bias
+        # A token has one position, and attention weights sum to 1, so the rows of positions can
+        # carry a layer's bias, that of the values included.
+        def fold(layer):
             bias = F.pad(layer.bias.expand(-1, length, -1), (0, 0, width, 0))
             return embedding @ layer.weight + bias
 
@@ -364,7 +367,8 @@ class LocalToGlobal(nn.Module):
 
     def predict(self, states, actions):
         """(Next state, reward) as deduced and as predicted directly, each [batch, state + 1], and
-        their distance, the uncertainty u(s, a) [batch] (Eq. 5)."""
+        the uncertainty u(s, a) [batch]: the distance between the two next states, in standard
+        deviations of the data (Eq. 5)."""
         joint, context, pairs = self.network_inputs(states, actions)
         deduced, _ = self.deduce(context, self.predict_locally(context, pairs)[0])
         start = torch.cat([states + self.change_mean, self.reward_mean.expand(len(states), 1)], 1)
@@ -506,7 +510,8 @@ def quadrature(points, dims):
 class Team(nn.Module):
     """Policies, twin critics, their mixer and history encoders of all agents, and targets.
 
-    Where actions are options there are no policies: an agent takes the one that its critic prefers.
+    Where actions are options there are no policies: an agent takes the one that its first critic
+    prefers.
     """
 
     def __init__(self, task: Task, states, args: Args):
@@ -518,8 +523,7 @@ class Team(nn.Module):
         self.register_buffer("obs_std", obs_std)
         self.register_buffer("state_mean", states.mean(0))
         self.register_buffer("state_std", torch.where(states.std(0) < 1e-6, 1, states.std(0)))
-        # Item 8.
-        self.memory = make_memory(task, args.memory, obs_mean, obs_std)
+        self.memory = make_memory(task, args.memory, obs_mean, obs_std)  # item 8
         memory_dim = 128 if self.memory else 0
         in_dims = [memory_dim + width for width in task.obs_dims]
         critic_dims = [memory_dim + width for width in task.pair_dims]
@@ -579,7 +583,7 @@ class Team(nn.Module):
         return policy(inputs).tanh().transpose(0, 1)
 
     def act_greedily(self, observations, histories):
-        """[batch, agent, action] in [-1, 1]."""
+        """Greedy actions [batch, agent, action] in [-1, 1]."""
         return self.act(self.inputs(observations, histories))
 
     def explore(self, observations, histories, scale):
@@ -714,8 +718,9 @@ def policies_loss(team: Team, batch: Batch, inputs, weights, mixture, args: Args
         return imitation_loss
     own_q = team.first_q_values(inputs.detach(), actions[None])[:, 0]  # [agent, batch]
     value = (weights.detach() * own_q).sum(0).mean()
-    # TD3+BC's weight: alpha over the mean size of a value (item 12).
-    return imitation_loss - args.alpha / mixture[0].abs().mean().detach() * value
+    # TD3+BC's lambda: alpha over the mean size of the team's value (item 12).
+    scale = args.alpha / mixture[0].abs().mean().detach()
+    return imitation_loss - scale * value
 
 
 def macql_losses(team: Team, batch: Batch, args: Args, learn_policy: bool, clone: bool = False):

@@ -2,8 +2,9 @@
 
 Paper: Barde et al., "A Model-Based Solution to the Offline Multi-Agent Reinforcement Learning
 Coordination Problem", AAMAS 2024 (arXiv 2305.17198), Section 5.1 and Appendix A.1, after IQL
-(Kostrikov et al., ICLR 2022, arXiv 2110.06169). Mixers that see the global state turn the agents'
-values and twin critics into the team's. Policies imitate the data, weighted by advantage.
+(Kostrikov et al., ICLR 2022, arXiv 2110.06169). Mixers turn the agents' values and twin critics
+into the team's; they see the global state and, for critics, the joint action (Deviation 6).
+Policies imitate the data, weighted by advantage.
 
     python baselines/maiql.py --task reacher-leader-only
     python baselines/maiql.py --task ant-medium-fo --finetune    # MAIQL-ft, in the true simulator
@@ -108,7 +109,8 @@ class BatchedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(len(in_dims), max(in_dims), out_dim))
         self.bias = nn.Parameter(torch.zeros(len(in_dims), 1, out_dim))
-        # Each slice starts like an nn.Linear of its true width; padding weights stay zero.
+        # Each slice starts like an nn.Linear of its true width. Padding weights start at zero and,
+        # as padded inputs are zero, stay there.
         for weight, bias, width in zip(self.weight.data, self.bias.data, in_dims):
             weight[:width].uniform_(-(width**-0.5), width**-0.5)
             bias.uniform_(-(width**-0.5), width**-0.5)
@@ -143,7 +145,7 @@ class HistoryEncoder(nn.Module):
         agents = len(in_dims)
         self.embedding = BatchedLinear(in_dims, dim)
         self.query, self.key, self.value = (BatchedLinear([dim] * agents, dim) for _ in range(3))
-        # The embedding is noise at first, so its LayerNorm gain starts small.
+        # The encoder's output is noise at first, so the gain of its LayerNorm starts small.
         self.norm_weight = nn.Parameter(torch.full((agents, 1, dim), 0.1))
         self.norm_bias = nn.Parameter(torch.zeros(agents, 1, dim))
         scale = dim**-0.5
@@ -168,7 +170,9 @@ class HistoryEncoder(nn.Module):
         positions = self.embedding.bias + self.positions
         embedding = torch.cat([self.embedding.weight, positions], dim=1)
 
-        def fold(layer):  # each token has one position, so position rows can carry the bias
+        # A token has one position, and attention weights sum to 1, so the rows of positions can
+        # carry a layer's bias, that of the values included.
+        def fold(layer):
             bias = F.pad(layer.bias.expand(-1, length, -1), (0, 0, width, 0))
             return embedding @ layer.weight + bias
 
@@ -219,9 +223,10 @@ class MixedValues(nn.Module):
 
     def forward(self, inputs, mixer_inputs):
         """[twin * agent, batch, in], [batch, mixer] -> [twin, batch]; twins share the mixer."""
-        weights = self.mixer(mixer_inputs[None])[0].T  # [agent + 1, batch]
-        values = self.values(inputs)[..., 0].unflatten(0, (-1, len(weights) - 1))
-        return (weights[:-1] * values).sum(1) + weights[-1]
+        outputs = self.mixer(mixer_inputs[None])[0].T  # [agent + 1, batch]
+        weights, bias = outputs[:-1], outputs[-1]
+        values = self.values(inputs)[..., 0].unflatten(0, (-1, len(weights)))
+        return (weights * values).sum(1) + bias
 
 
 class Team(nn.Module):
@@ -245,6 +250,7 @@ class Team(nn.Module):
         if not task.discrete:  # log standard deviations start inside their clamp (Deviation 10)
             self.policy[-1].bias.data[..., task.action_dim :] = -1.5
         self.value = MixedValues(in_dims, task.state_dim, task.num_agents)
+        # All agents' first critics, then their independently initialised twins.
         self.critics = MixedValues(critic_dims * 2, mixer_dim, task.num_agents)
         self.target_memory = copy.deepcopy(self.memory)
         self.target_critics = copy.deepcopy(self.critics)
@@ -267,7 +273,7 @@ class Team(nn.Module):
         return Independent(TransformedDistribution(normal, TanhTransform()), 2)
 
     def act_greedily(self, observations, histories):
-        """[batch, agent, action] in [-1, 1]."""
+        """Greedy actions [batch, agent, action] in [-1, 1]."""
         outputs = self.policy(self.inputs(observations, histories)).transpose(0, 1)
         if self.task.discrete:
             return OneHotCategorical(logits=outputs).mode
@@ -346,7 +352,8 @@ class OnlineData:
             room = column.new_zeros(rollouts * length, *column.shape[1:])
             setattr(dataset, name, torch.cat([column, room]))
         self.offsets = torch.arange(at_once * length, device=dataset.device).view(at_once, length)
-        self.rows = torch.arange(dataset.size, device=dataset.device)  # of all transitions
+        # Rows to learn from: the data's, later also those of rollouts, without their copied pasts.
+        self.rows = torch.arange(dataset.size, device=dataset.device)
 
     def collections_until(self, step: int) -> int:
         """How many collections are due by `step`, which counts the offline steps, too."""
@@ -358,7 +365,8 @@ class OnlineData:
 
     @torch.no_grad()
     def collect(self, team: Team, step: int) -> None:
-        """Records rollouts with sampled actions, spread evenly over time; a terminal ends one.
+        """Records rollouts with sampled actions, each until its first terminal; skips some calls,
+        so that the data grow evenly.
 
         `step` counts gradient steps, the offline ones included.
         """
@@ -370,7 +378,8 @@ class OnlineData:
             return
         self.next_row += rows.numel()
 
-        # Copy the past of the first states, which is shorter where an episode has just begun.
+        # Copy the past of the first states, which is shorter where an episode has just begun: then
+        # rows of another episode are copied, too, and `episode_starts` hides them.
         starts = dataset.sample_rows(len(rows))
         past = starts[:, None] + torch.arange(-HISTORY_LENGTH, 0, device=dataset.device)
         for column in (dataset.states, dataset.actions):

@@ -96,7 +96,8 @@ class BatchedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(len(in_dims), max(in_dims), out_dim))
         self.bias = nn.Parameter(torch.zeros(len(in_dims), 1, out_dim))
-        # Each slice starts like an nn.Linear of its true width; padding weights stay zero.
+        # Each slice starts like an nn.Linear of its true width. Padding weights start at zero and,
+        # as padded inputs are zero, stay there.
         for weight, bias, width in zip(self.weight.data, self.bias.data, in_dims):
             weight[:width].uniform_(-(width**-0.5), width**-0.5)
             bias.uniform_(-(width**-0.5), width**-0.5)
@@ -131,7 +132,7 @@ class HistoryEncoder(nn.Module):
         agents = len(in_dims)
         self.embedding = BatchedLinear(in_dims, dim)
         self.query, self.key, self.value = (BatchedLinear([dim] * agents, dim) for _ in range(3))
-        # The embedding is noise at first, so its LayerNorm gain starts small.
+        # The encoder's output is noise at first, so the gain of its LayerNorm starts small.
         self.norm_weight = nn.Parameter(torch.full((agents, 1, dim), 0.1))
         self.norm_bias = nn.Parameter(torch.zeros(agents, 1, dim))
         scale = dim**-0.5
@@ -156,7 +157,9 @@ class HistoryEncoder(nn.Module):
         positions = self.embedding.bias + self.positions
         embedding = torch.cat([self.embedding.weight, positions], dim=1)
 
-        def fold(layer):  # each token has one position, so position rows can carry the bias
+        # A token has one position, and attention weights sum to 1, so the rows of positions can
+        # carry a layer's bias, that of the values included.
+        def fold(layer):
             bias = F.pad(layer.bias.expand(-1, length, -1), (0, 0, width, 0))
             return embedding @ layer.weight + bias
 
@@ -207,9 +210,10 @@ class MixedValues(nn.Module):
 
     def forward(self, inputs, mixer_inputs):
         """[twin * agent, batch, in], [batch, mixer] -> [twin, batch]; twins share the mixer."""
-        weights = self.mixer(mixer_inputs[None])[0].T  # [agent + 1, batch]
-        values = self.values(inputs)[..., 0].unflatten(0, (-1, len(weights) - 1))
-        return (weights[:-1] * values).sum(1) + weights[-1]
+        outputs = self.mixer(mixer_inputs[None])[0].T  # [agent + 1, batch]
+        weights, bias = outputs[:-1], outputs[-1]
+        values = self.values(inputs)[..., 0].unflatten(0, (-1, len(weights)))
+        return (weights * values).sum(1) + bias
 
 
 class Team(nn.Module):
@@ -269,7 +273,7 @@ class Team(nn.Module):
         return functional_call(self.critics, weights, (inputs, mixer_inputs))[0]
 
     def act_greedily(self, observations, histories):
-        """[batch, agent, action] in [-1, 1]."""
+        """Greedy actions [batch, agent, action] in [-1, 1]."""
         return self.act(self.inputs(observations, histories))
 
 
@@ -301,7 +305,7 @@ def matd3_bc_losses(team: Team, batch: Batch, noise, args: Args, learn_policy: b
     # lambda = alpha / mean |Q_1| (Eq. 5). Deviations 3, 4, 8 and 9.
     actions = team.act(inputs)
     policy_q = team.first_team_critic(inputs.detach(), batch.states, actions)  # [batch]
-    scale = args.alpha / policy_q.abs().mean().detach()
+    scale = args.alpha / policy_q.abs().mean().detach()  # lambda
     cloning = (actions - batch.actions).square().mean((0, 2)).sum()
     return critic_loss, cloning - scale * policy_q.mean()
 
