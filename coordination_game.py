@@ -262,8 +262,13 @@ def make_columns(task: Task, seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def train_world_model(task: Task, seed: int, device: str, run_dir: Path) -> Path:
-    """Trains the game's world model in `run_dir`; this is quick, so none ships."""
+def train_world_model(
+    task: Task, seed: int, device: str, run_dir: Path, dataset: Path | None = None
+) -> Path:
+    """Trains the game's world model in `run_dir`, by default on the game's own dataset.
+
+    This is quick, so none ships.
+    """
     path = run_dir / "world_model.pt"
     begun = (run_dir / "checkpoint.pt").is_file()
     if begun:
@@ -275,6 +280,7 @@ def train_world_model(task: Task, seed: int, device: str, run_dir: Path) -> Path
         options = ["--resume", run_dir]
         if not begun:
             options = ["--task", task.option, "--seed", str(seed), "--run-dir", run_dir]
+            options += ["--dataset", dataset] if dataset else []
         if task.discrete and not begun:
             # Agreement gets rarer with every agent, so its reward takes longer to learn.
             options += ["--total-steps", str(500 * (task.num_agents - 1))]
@@ -312,3 +318,5 @@ if __name__ == "__main__":
         describe(tyro.cli(Args))
     except InputError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

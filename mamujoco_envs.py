@@ -47,7 +47,7 @@ from gymnasium.envs.mujoco.walker2d_v4 import Walker2dEnv
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import SyncVectorEnv
 
-NAMED_DEFAULTS = ("", "Ant-v4", "Reacher-v4", "coordination", "continuous")  # for Task.defaults
+NAMED_DEFAULTS = ("", "Ant-v4", "Reacher-v4", "coordination")  # for Task.defaults
 HISTORY_LENGTH = 10  # past (action, observation) pairs that an agent remembers (Appendix A.1)
 ACTION_LIMIT = 1 - 1e-5  # actions in histories and datasets are clamped to +-ACTION_LIMIT
 EVALUATION_SEED = 10102  # episode i of an evaluation starts from seed EVALUATION_SEED + i
@@ -174,17 +174,22 @@ class Task:
     have none for this environment"""
     file: str = ""
     """FILE:NAME of a task of your own, as --task names it; set by `find_task`"""
-    chosen_for: object = None
-    """environment for which `simulator` was chosen by default; set here"""
 
     def __post_init__(self):
         for field in ("observed", "driven"):  # ranges and lists will do, too
-            groups = tuple(tuple(map(operator.index, group)) for group in getattr(self, field))
+            message = f"'{field}' needs dimensions for each agent, such as ((0, 1), (2,))"
+            try:
+                groups = tuple(tuple(map(operator.index, group)) for group in getattr(self, field))
+            except TypeError:
+                raise InputError(message) from None
             object.__setattr__(self, field, groups)
         message = f"defaults of {self.name or 'the task'} are '{self.defaults}'"
         require(self.defaults in NAMED_DEFAULTS, f"{message}; take Ant-v4 or Reacher-v4")
-        message = 'environment must be a class, a gymnasium id, or "" for none'
-        require(isinstance(self.environment, (str, type)), message)
+        known = self.environment
+        is_class = isinstance(known, type) and issubclass(known, MujocoEnvironment)
+        message = "environment must be a gymnasium id (gymnasium.register gives one to a class of"
+        message += ' gymnasium), a subclass of MujocoEnvironment, or "" for none'
+        require(isinstance(known, str) or is_class, message)
         check_split(self)
         check_reference(self)
         check_layout(self)
@@ -197,10 +202,6 @@ class Task:
             "dataset": str(self.dataset or self.name),  # a Path would be in every checkpoint
             "entropy_target": entropy_target,
         }
-        # Chosen again where `replace` has changed the environment.
-        if self.simulator is None or self.chosen_for not in (None, self.environment):
-            derived["simulator"] = choose_simulator(self.environment)
-            derived["chosen_for"] = self.environment
         for field, value in derived.items():
             object.__setattr__(self, field, value)
         message = f"an agent of {self.name or 'the task'} observes dimension {widest - 1}"
@@ -221,14 +222,23 @@ class Task:
         return ENVIRONMENTS.get(known) if isinstance(known, str) else known
 
     @property
+    def simulator_class(self) -> type:
+        """The class of the simulator: the task's own, or the best one for its environment."""
+        return self.simulator or choose_simulator(self.environment)
+
+    def make_simulator(self, num_envs: int):
+        """Copies of the environment, with the methods of `Simulator`."""
+        return self.simulator_class(self, num_envs)
+
+    @property
     def has_environment(self) -> bool:
         """Whether a team can be evaluated in anything but its world model."""
-        return self.simulator is not WorldModelSimulator
+        return self.simulator_class is not WorldModelSimulator
 
     @property
     def continues_from_states(self) -> bool:
         """Whether the simulator can start from any state of a dataset."""
-        return hasattr(self.simulator, "set_states")
+        return hasattr(self.simulator_class, "set_states")
 
     @property
     def option(self) -> str:
@@ -332,8 +342,12 @@ def check_split(task: Task) -> None:
     require(agents == others, message)
     message = f"every agent of {name} must observe and drive at least one dimension"
     require(all(task.observed) and all(task.driven), message)
-    message = f"agents of {name} drive different numbers of actions; give each the same"
+    message = f"agents of {name} drive different numbers of actions; split an agent that drives"
+    message += " more into several that observe the same"
     require(len({len(driven) for driven in task.driven}) == 1, message)
+    message = f"agents of {name} choose among options, so each drives as many actions as it has"
+    options = len(task.driven[0]) > 1 or not task.discrete
+    require(options, f"{message} options, such as blocks(3, 3)")
     actions = sorted(index for driven in task.driven for index in driven)
     message = f"agents of {name} must drive each action once, 0 to {len(actions) - 1}"
     require(actions == list(range(len(actions))), f"{message}; not {actions}")
@@ -352,7 +366,7 @@ def check_reference(task: Task) -> None:
 
 
 def check_layout(task: Task) -> None:
-    """Raises `InputError` unless the layout maps D4RL's columns to names."""
+    """Raises `InputError` unless the layout maps D4RL's columns to a name or several."""
     name, layout = task.name or "the task", task.layout or {}
     require(isinstance(layout, dict), f"layout of {name} must be a dict from D4RL's columns")
     unknown = ", ".join(column for column in layout if column not in COLUMNS)
@@ -360,6 +374,10 @@ def check_layout(task: Task) -> None:
     require(not unknown, message)
     empty = ", ".join(column for column, names in layout.items() if not names)
     require(not empty, f"layout of {name} has no name for {empty}")
+    for column, names in layout.items():
+        names = (names,) if isinstance(names, str) else names
+        named = isinstance(names, (tuple, list)) and all(isinstance(x, str) for x in names)
+        require(named, f"layout of {name} must name {column} by a string, or several in a tuple")
 
 
 # The state: 0 cos(theta1), 1 cos(theta2), 2 sin(theta1), 3 sin(theta2), 4-5 target, 6-7 angular
@@ -536,7 +554,8 @@ def find_task(name: str) -> Task:
     tasks = all_tasks()
     if name not in tasks:
         near = difflib.get_close_matches(name, tasks, n=3, cutoff=0.3) or list(tasks)[:3]
-        raise InputError(f"unknown task '{name}'; did you mean {', '.join(near)}?")
+        message = f"unknown task '{name}'; did you mean {', '.join(near)}?"
+        raise InputError(f"{message} One of your own is FILE.py:NAME")
     return tasks[name]
 
 
@@ -627,8 +646,7 @@ class MujocoEnvironment:
         """[B], given the environment's actions [B, joint] within [-1, 1]."""
         raise NotImplementedError
 
-    @staticmethod
-    def terminal(after: Moment):
+    def terminal(self, after: Moment):
         """[B] bool: never, unless a subclass says otherwise."""
         return np.zeros(len(after.states), dtype=bool)
 
@@ -648,7 +666,7 @@ class Reacher(MujocoEnvironment):
     """`Reacher-v4`.
 
     The fingertip's position is MuJoCo's own `xpos`: after a step, it is that of the integrator's
-    last stage and lags a few millimetres behind the joints, so it cannot be computed from them.
+    last stage and lags up to 5 mm behind the joints, so it cannot be computed from them.
     """
 
     gymnasium = ReacherEnv
@@ -708,8 +726,7 @@ class Ant(MujocoEnvironment):
         speed = (after.xpos[:, self.torso, 0] - before.xpos[:, self.torso, 0]) / self.dt
         return speed + 1 - 0.5 * np.square(actions).sum(1)
 
-    @staticmethod
-    def terminal(after: Moment):
+    def terminal(self, after: Moment):
         """[B]: the torso is too low or too high, or the state is not finite."""
         states, height = after.states, after.states[:, 0]
         return ~((abs(states) < np.inf).all(1) & (height >= 0.2) & (height <= 1.0))
@@ -747,8 +764,7 @@ class Hopper(MujocoEnvironment):
         speed = (after.qpos[:, 0] - before.qpos[:, 0]) / self.dt
         return speed + 1 - 0.001 * np.square(actions).sum(1)
 
-    @staticmethod
-    def terminal(after: Moment):
+    def terminal(self, after: Moment):
         """[B]: the torso is too low or tilted, or a value reaches 100."""
         height, pitch = after.states[:, 0], after.states[:, 1]
         moderate = (abs(after.states[:, 1:5]) < 100).all(1) & (abs(after.qvel) < 100).all(1)
@@ -760,8 +776,7 @@ class Walker2d(Hopper):
 
     gymnasium = Walker2dEnv
 
-    @staticmethod
-    def terminal(after: Moment):
+    def terminal(self, after: Moment):
         """[B]: the torso is too low, too high or tilted."""
         height, pitch = after.states[:, 0], after.states[:, 1]
         return ~((height > 0.8) & (height < 2) & (abs(pitch) < 1))
@@ -784,8 +799,10 @@ def available_cores() -> int:
 class Simulator:
     """Copies of a task's environment, stepped together on all cores.
 
-    Matches gymnasium's environment bit for bit at every step. It works on global states, so it can
-    continue from any row of a dataset. Time-outs are left to the caller: it does not count steps.
+    After `reset`, it matches gymnasium's environment bit for bit at every step. It works on global
+    states, so it can continue from any row of a dataset (`set_states`); the positions of bodies are
+    computed anew there, which shifts the ant's first reward by 0.003 on average and by 0.1 at most.
+    Time-outs are left to the caller: it does not count steps.
 
     Each copy has its own `MjData`, because `mj_step` runs without Python's lock, and keeps views of
     its arrays, because looking up an attribute of `MjData` costs half as much as a step of Reacher.
@@ -813,8 +830,11 @@ class Simulator:
         copies = range(len(self.data)) if where is None else np.flatnonzero(where)
         message = f"{len(copies)} copies start an episode, so as many generators are needed"
         require(len(generators) == len(copies), f"{message}, not {len(generators)}")
+        message = f"'reset' of {self.task.environment_name} must return qpos and qvel"
         for i, rng in zip(copies, generators):
-            self._place([i], *[[x] for x in self.environment.reset(rng)])
+            start = self.environment.reset(rng)
+            require(isinstance(start, tuple) and len(start) == 2, message)
+            self._place([i], *[[x] for x in start])
         self._read()
         return self.states
 
@@ -843,13 +863,12 @@ class Simulator:
         list(self.pool.map(lambda chunk: self._step_chunk(chunk, joint), chunks))
         before = self.moment
         self._read()
-        rewards = self.environment.reward(before, joint, self.moment)
-        terminals = self.environment.terminal(self.moment)
+        rewards = np.asarray(self.environment.reward(before, joint, self.moment))
+        terminals = np.asarray(self.environment.terminal(self.moment), dtype=bool)
         one_each = joint.shape[:1]  # [copy]
         for method, values in {"reward": rewards, "terminal": terminals}.items():
             message = f"'{method}' of {self.task.environment_name} must be one number per copy"
-            shape = np.shape(values)
-            require(shape == one_each, f"{message}, {one_each}; it is {shape}")
+            require(values.shape == one_each, f"{message}, {one_each}; it is {values.shape}")
         return self.states, rewards, terminals
 
     def step_from(self, states: torch.Tensor, actions: torch.Tensor) -> list[torch.Tensor]:
@@ -899,10 +918,15 @@ class GymnasiumSimulator:
         weakref.finalize(self, self.copies.close)  # they may hold files or processes
 
     def reset(self, generators: list) -> np.ndarray:
-        """States [B, state] of the episodes that the generators' seeds start in gymnasium."""
-        # The seed that `np.random.default_rng` was given.
-        seeds = [int(rng.bit_generator.seed_seq.entropy) for rng in generators]
-        states, _ = self.copies.reset(seed=seeds)
+        """States [B, state] of the episodes that the generators' seeds start in gymnasium.
+
+        Generators do not advance; the same ones start the same episodes again.
+        """
+        # The seeds that `np.random.default_rng` was given.
+        seeds = [rng.bit_generator.seed_seq.entropy for rng in generators]
+        whole = all(isinstance(seed, (int, np.integer)) for seed in seeds)
+        require(whole, "gymnasium needs generators made by default_rng(SEED) from a whole number")
+        states, _ = self.copies.reset(seed=[int(seed) for seed in seeds])
         return states.astype(np.float64)
 
     def step(self, actions: np.ndarray, where: np.ndarray | None = None):
@@ -934,7 +958,7 @@ class GameEnvironment(gymnasium.Env):
     """One copy of a coordination game behind gymnasium's API."""
 
     def __init__(self, task: Task):
-        self.task, self.simulator = task, task.simulator(task, 1)
+        self.task, self.simulator = task, task.make_simulator(1)
         self.observation_space = Box(-np.inf, np.inf, (task.state_dim,), np.float64)
         self.action_space = Box(-1.0, 1.0, (task.num_agents * task.action_dim,), np.float64)
 
@@ -948,13 +972,13 @@ class GameEnvironment(gymnasium.Env):
         return states[0], rewards[0], terminals[0], False, {}
 
 
-def make_by_id(name: str, **options):
+def make_by_id(name: str, advice: str = "", **options):
     """gymnasium's environment of that id; raises `InputError` if it cannot be made."""
     try:
         return gymnasium.make(name, **options)
     except Exception as error:  # each environment fails in its own way
         reason = " ".join(str(error).split())
-        raise InputError(f"gymnasium cannot make '{name}' ({reason})") from None
+        raise InputError(f"gymnasium cannot make '{name}' ({reason}){advice}") from None
 
 
 def make_environment(task: Task, render_mode: str | None = None):
@@ -970,7 +994,8 @@ def make_environment(task: Task, render_mode: str | None = None):
         return env
     name, length = task.environment, task.episode_length
     pictures = {"render_mode": render_mode} if render_mode else {}
-    env = make_by_id(name, max_episode_steps=length, disable_env_checker=True, **pictures)
+    films = "; films need a class that takes render_mode" if pictures else ""
+    env = make_by_id(name, films, max_episode_steps=length, disable_env_checker=True, **pictures)
     states, actions = env.observation_space, env.action_space
     actuators = task.num_agents * task.action_dim
     for space, width, kind in ((states, task.state_dim, "states"), (actions, actuators, "actions")):
@@ -1039,7 +1064,8 @@ def state_width(environment: "str | type[MujocoEnvironment]") -> int:
     space = env.observation_space
     env.close()
     flat = isinstance(space, Box) and len(space.shape) == 1
-    require(flat, f"states of {environment} must be a flat Box, not {space}")
+    advice = "wrap it in gymnasium.wrappers.FlattenObservation"
+    require(flat, f"states of {environment} must be a flat Box, not {space}; {advice}")
     return space.shape[0]
 
 
@@ -1049,25 +1075,24 @@ def largest_difference(task: Task, steps: int = 1000) -> dict[str, float]:
     Both get the same random actions; when an episode ends, a new one starts. The simulator has a
     second copy with other actions, to catch a `reward` that mixes up copies.
     """
+    require(task.environment_class, f"{task.name} has no class to compare with gymnasium")
     env, simulator, rng = make_environment(task), Simulator(task, 2), np.random.default_rng(0)
-    differences = {"states": 0.0, "rewards": 0.0, "terminals": 0.0}
-    seed, ended = 0, True
+    seed, ended, found = 0, True, []
     for _ in range(steps):
         if ended:
             state, _ = env.reset(seed=seed)
             states = simulator.reset([np.random.default_rng(seed), np.random.default_rng(seed + 1)])
-            found = np.maximum(differences["states"], abs(states[0] - state).max())
-            differences["states"] = float(found)  # unlike max, this keeps nan
+            found.append((abs(states[0] - state).max(), 0, 0))
             seed += 1
         actions = rng.uniform(-1, 1, (2, task.num_agents, task.action_dim))
         joint = task.join_actions(torch.as_tensor(actions))[0].numpy()
         state, reward, terminated, truncated, _ = env.step(joint)
         ended = terminated or truncated
         states, rewards, terminals = simulator.step(actions)
-        found = abs(states[0] - state).max(), abs(rewards[0] - reward), terminals[0] != ended
-        for name, difference in zip(differences, found):
-            differences[name] = float(np.maximum(differences[name], difference))
-    return differences
+        difference = abs(states[0] - state).max(), abs(rewards[0] - reward), terminals[0] != ended
+        found.append(difference)
+    # Unlike Python's max, NumPy's keeps nan.
+    return dict(zip(("states", "rewards", "terminals"), np.max(found, axis=0).tolist()))
 
 
 # Evaluation.
@@ -1117,7 +1142,7 @@ def evaluate(task: Task, act: Callable, episodes: int, seed=EVALUATION_SEED, dev
     `act` maps observations [B, agent, obs] and histories [B, agent, 10, pair] to actions
     [B, agent, action] in [-1, 1]. Returns an `Evaluation`.
     """
-    simulator = task.simulator(task, episodes)
+    simulator = task.make_simulator(episodes)
     states = simulator.reset([np.random.default_rng(seed + i) for i in range(episodes)])
     first_states = last_states = states
     histories = torch.zeros(episodes, *task.history_shape, device=device)
@@ -1249,7 +1274,9 @@ def plot_ant_paths(evaluation: Evaluation, path: Path) -> None:
     velocities = np.zeros((*lasts.shape, 2))
     velocities[lasts] = states[:, 13:15]
     positions = np.cumsum(velocities * ANT_STEP_SECONDS, axis=0)
-    ends, falls = positions[-1], evaluation.lengths < evaluation.task.episode_length
+    fell = np.zeros(lasts.shape, dtype=bool)
+    fell[lasts] = evaluation.transitions["ends"] > 0
+    ends, falls = positions[-1], fell.any(axis=0)
     w, x, y, z = states[:, 1:5].T
     headings = np.degrees(np.arctan2(2 * (w * z + x * y), 1 - 2 * (y**2 + z**2)))
 
@@ -1284,7 +1311,7 @@ class ParallelEnv:
         self.environment = make_environment(task, render_mode)
         self.metadata = {
             "name": task.name,
-            "render_modes": ["human", "rgb_array"],
+            "render_modes": self.environment.metadata.get("render_modes", []),
             "render_fps": self.environment.metadata.get("render_fps", 30),
             "is_parallelizable": True,
         }
@@ -1306,7 +1333,7 @@ class ParallelEnv:
     def observation_space(self, agent: str) -> Box:
         return self.observation_spaces[agent]
 
-    def action_space(self, agent: str) -> Box:
+    def action_space(self, agent: str) -> Box | Discrete:
         return self.action_spaces[agent]
 
     @property
@@ -1379,7 +1406,7 @@ class ParallelEnv:
 def parallel_env(task: str | Task, render_mode: str | None = None) -> ParallelEnv:
     """A task, or one by name such as "reacher-leader-only", behind PettingZoo's Parallel API."""
     task = find_task(task) if isinstance(task, str) else task
-    require(task.has_environment, f"{task.name} has no gymnasium environment to play in")
+    require(task.environment, f"{task.name} has no gymnasium environment to play in")
     return ParallelEnv(task, render_mode)
 
 

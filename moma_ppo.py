@@ -70,7 +70,8 @@ class Args:
     run_dir: Path | None = None
     """run folder; by default runs/TASK__moma_ppo__SEED__TIME"""
     resume: Path | None = None
-    """run folder to resume; allows only --device, --total-steps and, if FILE has moved, --task"""
+    """run folder to resume; allows only --device, --total-steps and, for files that have moved,
+    --dataset and --task"""
     compile: bool = False
     """speed up rollout step and loss: torch.compile, with CUDA graphs on a GPU"""
     dataset: Path | None = None
@@ -485,7 +486,7 @@ class GroundTruth:
 
     def __init__(self, task: Task, num_envs: int):
         # Otherwise torch.compile would trace the simulator's NumPy code, with graph breaks.
-        self.step_from = torch.compiler.disable(task.simulator(task, num_envs).step_from)
+        self.step_from = torch.compiler.disable(task.make_simulator(num_envs).step_from)
         self.description = {"name": f"the simulator of {task.environment_name}", "sha256": None}
 
     def step(self, states, actions, generator=None):
@@ -749,7 +750,8 @@ def make_model(path, dataset, args, run):
         return GroundTruth(task, args.transitions // args.rollout_length)
     if not path:  # a game's world model is trained first
         folder = run.dir / "world_model"
-        path = coordination_game.train_world_model(task, args.seed, run.device.type, folder)
+        where = run.device.type, folder
+        path = coordination_game.train_world_model(task, args.seed, *where, args.dataset)
     model = open_world_model(task, path, run.device, args.next_states)
     message = f"{path} predicts no variances, which --penalty aleatoric needs"
     require(args.penalty != "aleatoric" or type(model) is WorldModel, message)
@@ -763,7 +765,7 @@ def compare_lengths(args, task):
     """Warns if the rollout length does not suit the episodes of a task of your own."""
     rollout, episode = args.rollout_length, task.episode_length
     if task.file and rollout > episode:
-        say(f"note: rollouts have {rollout} steps, episodes {episode}; give --rollout-length")
+        say(f"note: rollouts have {rollout} steps; give --rollout-length {episode}, as in episodes")
     if task.file and rollout < episode and args.start_states == "first":
         message = f"rollouts from first states never see what follows step {rollout} of {episode}"
         say(f"note: {message}; give --start-states any, or the task defaults='Ant-v4'")
@@ -782,7 +784,8 @@ def check(args):
     count = args.transitions // args.rollout_length  # rollouts, a tenth of which is held out
     trained = (count - count // 10) * args.rollout_length
     message = f"--minibatch-size is {args.minibatch_size}, but of --transitions only {trained} are"
-    message += " trained on: rollouts have --rollout-length steps, and a tenth of them is held out"
+    message += " trained on: rollouts have --rollout-length steps, and a tenth of them is held out;"
+    message += " lower the one, or raise the other"
     require(trained >= args.minibatch_size, message)
     message = "--ground-truth is instead of a world model; leave --world-model out"
     require(not (args.ground_truth and args.world_model), message)

@@ -19,7 +19,7 @@ import ctypes
 import dataclasses
 import errno
 import hashlib
-import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -128,18 +128,18 @@ def too_large(args, usual) -> str:
 
 def resumed_args(args_type: type, run_dir: Path, words: list[str]):
     """The arguments of the run in `run_dir`; `words` may change its device and total steps, and
-    tell where the file of your own task is now.
+    tell where its dataset and the file of your own task are now.
 
     From Python: `train(resumed_args(Args, RUN, ["--resume", str(RUN)]))`.
     """
     flags = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
     checkpoint = load_checkpoint(run_dir)
     saved, started_by = checkpoint["args"], checkpoint["script"]
-    free = ["--device", "--total-steps"]
+    free = ["--device", "--total-steps", "--dataset"]
     if ":" in saved["task"]:  # FILE:NAME, whose file may have moved
         free.append("--task")
-    others = ", ".join(sorted(flags - {"--resume", *free}))
-    require(not others, f"--resume goes with {' and '.join(free)} only, not with {others}")
+    others = ", ".join(sorted(flags - {"--resume", "--help", *free}))
+    require(not others, f"--resume goes with {', '.join(free)} only, not with {others}")
     script = Path(sys.modules[args_type.__module__].__file__).stem
     require(started_by == script, f"{run_dir} is a run of {started_by}.py, not of {script}.py")
     fields = {field.name: field.type for field in dataclasses.fields(args_type)}
@@ -210,6 +210,14 @@ def check_range(args, low: float, high: float, *names: str) -> None:
         value = low if value is None else value  # None: a default that is determined later
         bounds = f"from {low:.10g} to {high:.10g}"
         require(low <= value <= high, f"{flag} must be {bounds}; it is {value}")
+
+
+def check_output(path: Path) -> None:
+    """Raises `InputError` unless a new file can be written there."""
+    folder = path.absolute().parent
+    require(folder.is_dir(), f"no folder {folder} to write to")
+    require(os.access(folder, os.W_OK), f"cannot write to {folder}; give another --output")
+    require(not path.exists(), f"{path} exists; give another --output, or move it away")
 
 
 def find_device(name: str) -> torch.device:
@@ -365,7 +373,10 @@ def load_team(run_dir: Path, task: str | None = None, checkpoint: dict | None = 
     require("team" in checkpoint["state"], f"{run_dir} is a run of {script}.py and has no team")
     if str(REPOSITORY) not in sys.path:
         sys.path.append(str(REPOSITORY))
-    module = importlib.import_module(script if script == "moma_ppo" else f"baselines.{script}")
+    name = script if (REPOSITORY / f"{script}.py").is_file() else f"baselines.{script}"
+    message = f"{run_dir} is a run of {script}.py, which is not in this repository"
+    require(importlib.util.find_spec(name), message)
+    module = importlib.import_module(name)
     saved["task"] = task or restored(saved["task"], run_dir)
     task = find_task(saved["task"])
     check_agents(checkpoint, task, run_dir)
@@ -415,7 +426,7 @@ class Run:
         self.task = find_task(args.task)
         is_shipped = self.task.continues_from_states and not self.task.file
         if hasattr(args, "eval_episodes") and not is_shipped:
-            self.task.simulator(self.task, 1)  # reports what is missing before any long work
+            self.task.make_simulator(1)  # reports what is missing before any long work
             message = f"{self.task.name} has no environment, so its data are those beside the model"
             has_environment = self.task.has_environment or not args.dataset
             require(has_environment, f"{message}; name them in the task, not with --dataset")
@@ -426,7 +437,7 @@ class Run:
         if self.checkpoint:
             started_by, saved = self.checkpoint["script"], self.checkpoint["args"]
             require(started_by == script, f"{args.resume} is a run of {started_by}.py")
-            free = "device", "total_steps", "run_dir", "resume"
+            free = "device", "total_steps", "dataset", "run_dir", "resume"
             given = [(name, value) for name, value in vars(args).items() if name not in free]
             given = {name: portable(value, Path(args.resume)) for name, value in given}
             for task in (given, saved):  # FILE:NAME, whose file may have moved
@@ -444,6 +455,8 @@ class Run:
                 args.compile = False
                 say("note: there is no C++ compiler, so the run goes on without --compile")
         self.dir, self.lock = self._open_folder()
+        if args.resume:  # whoever held the lock until now may have saved since
+            self.checkpoint = load_checkpoint(args.resume)
 
     def _open_folder(self) -> tuple[Path, filelock.FileLock]:
         args = self.args
@@ -488,8 +501,8 @@ class Run:
         return self
 
     def _stop(self, number, _) -> None:
-        self.signal = number
-        if not self.updating:
+        first, self.signal = self.signal is None, number
+        if first and not self.updating:  # a second signal must not interrupt __exit__
             raise KeyboardInterrupt(number)
 
     def __exit__(self, kind, error, traceback) -> None:

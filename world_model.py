@@ -29,7 +29,16 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from data.offline_dataset import OfflineDataset, load_dataset
 from mamujoco_envs import Task, require
-from training_run import Run, check_positive, check_range, compiled, main, save, say
+from training_run import (
+    Run,
+    check_output,
+    check_positive,
+    check_range,
+    compiled,
+    main,
+    save,
+    say,
+)
 
 BEHAVIORS = ("on_data", "perturbed", "random")
 OPEN_LOOPS, OPEN_LOOP_STEPS = 1000, 10
@@ -51,7 +60,8 @@ class Args:
     run_dir: Path | None = None
     """run folder; by default runs/TASK__world_model__SEED__TIME"""
     resume: Path | None = None
-    """run folder to resume; allows only --device, --total-steps and, if FILE has moved, --task"""
+    """run folder to resume; allows only --device, --total-steps and, for files that have moved,
+    --dataset and --task"""
     compile: bool = False
     """speed up the loss: torch.compile, with CUDA graphs on a GPU"""
     dataset: Path | None = None
@@ -369,7 +379,7 @@ def open_loop(ensemble, dataset: OfflineDataset, rows, scale, behavior) -> dict:
     generator = torch.Generator().manual_seed(0)
     states = dataset.states[rows]
     if task.continues_from_states:
-        simulator = task.simulator(task, count)
+        simulator = task.make_simulator(count)
         simulator.set_states(states.cpu().numpy())
     model_return, true_return = torch.zeros(count), torch.zeros(count)
     alive = torch.ones(count, dtype=torch.bool)
@@ -486,11 +496,7 @@ def check(args: Args) -> None:
     if args.output and not args.resume:
         output = Path(args.output)
         require(output.suffix != ".json", "--output is a PyTorch file; name it *.pt")
-        message = f"{output} exists; give another --output, or move it away"
-        require(not output.exists(), message)
-        folder = output.absolute().parent
-        require(folder.is_dir(), f"no folder {folder} to write {output.name} to")
-        require(os.access(folder, os.W_OK), f"{folder} is not writable; give another --output")
+        check_output(output)
 
 
 def train(args: Args) -> dict:

@@ -56,7 +56,8 @@ class Args:
     run_dir: Path | None = None
     """run folder; by default runs/TASK__inspo__SEED__TIME"""
     resume: Path | None = None
-    """run folder to resume; allows only --device, --total-steps and, if FILE has moved, --task"""
+    """run folder to resume; allows only --device, --total-steps and, for files that have moved,
+    --dataset and --task"""
     compile: bool = False
     """speed up the loss: torch.compile, with CUDA graphs on a GPU"""
     dataset: Path | None = None

@@ -58,7 +58,8 @@ class Args:
     run_dir: Path | None = None
     """run folder; by default runs/TASK__maiql__SEED__TIME"""
     resume: Path | None = None
-    """run folder to resume; allows only --device, --total-steps and, if FILE has moved, --task"""
+    """run folder to resume; allows only --device, --total-steps and, for files that have moved,
+    --dataset and --task"""
     compile: bool = False
     """speed up the loss: torch.compile, with CUDA graphs on a GPU"""
     dataset: Path | None = None
@@ -345,7 +346,7 @@ class OnlineData:
         at_once = math.ceil(rollouts / self.collections)
         advice = "lower --rollout-every or raise --total-steps"
         require(at_once <= 2000, f"{at_once} rollouts at once are too many; {advice}")
-        self.simulator = dataset.task.simulator(dataset.task, at_once)
+        self.simulator = dataset.task.make_simulator(at_once)
         length = HISTORY_LENGTH + args.rollout_length
         for name in self.COLUMNS:
             column = getattr(dataset, name)

@@ -42,7 +42,7 @@ import tyro
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from mamujoco_envs import InputError, Simulator, Task, find_task, require
+from mamujoco_envs import BEHAVIORS, InputError, Simulator, Task, find_task, require
 from training_run import check_positive, check_range, load, say
 
 FOLDER = Path(__file__).resolve().parent
@@ -467,6 +467,9 @@ def spread(values) -> str:
 
 def record(task: Task, path: Path) -> None:
     """Records a task's dataset for `load_dataset`, whose caller's random state is preserved."""
+    known = [f"{body}-{behavior}" for body in TASKS for behavior in BEHAVIORS]
+    message = f"data.collect_mujoco records {', '.join(known)}; not '{task.dataset}'"
+    require(task.dataset in known, message)
     with torch.random.fork_rng(devices=[]):
         environment, _, name = task.dataset.partition("-")
         record_dataset(Dataset(environment, name, output=path))

@@ -104,7 +104,11 @@ def find_faults(dataset: OfflineDataset) -> list[str]:
     if idle:
         faults.append(f"actions that never change: {idle}")
     clamped = float((abs(flat_actions) > 0.999).mean())
-    if clamped > 0.2 and not dataset.task.discrete:
+    are_ones = np.isclose(flat_actions, 1, atol=1e-4)
+    if not dataset.task.discrete and are_ones.any() and (are_ones | (flat_actions == 0)).all():
+        faults.append("all actions are 0 or 1: if they are options, set discrete=True in the task")
+        faults[-1] += " and store them as one-hot vectors"
+    elif not dataset.task.discrete and clamped > 0.2:
         faults.append(f"{clamped:.0%} of the actions are at -1 or 1: were they rescaled?")
     stds = states.std(0)
     usual = np.median(stds[stds > 1e-6]) if (stds > 1e-6).any() else 1.0
@@ -114,9 +118,21 @@ def find_faults(dataset: OfflineDataset) -> list[str]:
     rewards = dataset.rewards.numpy()
     if rewards.std() < 1e-6:
         faults.append("rewards never change")
-    absorbing = (dataset.masks[dataset.last_rows] == 0).numpy()
-    if absorbing.sum() > 1 and (lengths[absorbing] == lengths.max()).all():
-        faults.append("all terminals come at the longest episodes' ends: are they time-outs?")
+    absorbing, longest = (dataset.masks[dataset.last_rows] == 0).numpy(), lengths == lengths.max()
+    late = int((absorbing & longest).sum())
+    if late > 1 and not (longest & ~absorbing).any():
+        faults.append(f"{late} terminals come at the longest length, {lengths.max()}, and no")
+        faults[-1] += " time-out does: are they time-outs?"
+    cut, limit = lengths[~absorbing], dataset.task.episode_length
+    if dataset.task.file and len(cut) > 1 and cut.max() < limit:
+        faults.append(f"time-outs come after {cut.max()} steps at most, but episode_length is")
+        faults[-1] += f" {limit}: a team's return will not compare with the data's"
+    last = dataset.last_rows[:-1].numpy()
+    nexts, firsts = dataset.next_states.numpy()[last], states[last + 1]
+    leaks = int(np.isclose(nexts, firsts, rtol=1e-4, atol=1e-4).all(1).sum())
+    if leaks and len(still) < states.shape[1]:
+        faults.append(f"{leaks} episodes end in the first state of the next one: does")
+        faults[-1] += " next_observations have an episode's own last state at its end?"
     if len(lengths) > 1 and np.median(lengths) == 1 and dataset.task.episode_length > 1:
         faults.append("most episodes have one row: are rows shuffled, or those of several copies")
         faults[-1] += " by turns? Write one episode after the other"

@@ -33,7 +33,6 @@ from mamujoco_envs import (
 )
 
 FOLDER = Path(__file__).resolve().parent
-WEIGHTS = FOLDER / "weights"  # small files that ship with the code
 SPLIT_SEED = 12345  # the paper's release splits by one fixed permutation, too
 
 # gymnasium's v5 environments whose states and dynamics are those of v4, and how their rewards
@@ -218,6 +217,10 @@ def dataset_path(task: Task) -> Path:
 
 def record_once(task: Task, path: Path) -> None:
     """Records the task's dataset; if several runs need it, one records and the others wait."""
+    try:
+        recorder = importlib.import_module(task.recorder)
+    except ModuleNotFoundError as error:
+        raise InputError(f"the recorder of {task.name} cannot be imported ({error})") from None
     lock = filelock.FileLock(f"{path}.lock", timeout=20)
     while not lock.is_locked:
         try:
@@ -228,7 +231,7 @@ def record_once(task: Task, path: Path) -> None:
             raise InputError(f"cannot write to {path.parent} ({error}); change its mode") from None
     try:
         if not path.is_file():
-            importlib.import_module(task.recorder).record(task, path)
+            recorder.record(task, path)
     finally:
         lock.release()
 
@@ -309,7 +312,13 @@ def read_column(task: Task, path: Path, file: h5py.File, name: str) -> np.ndarra
     # D4RL's ant files have 84 contact forces behind the state, all zero.
     has_contact_forces = column.shape == (size, 111) and shape == (size, 27)
     fits = column.shape == shape or has_contact_forces
-    require(fits, f"'{name}' in {path} has shape {column.shape}; {task.name} needs {shape}")
+    advice = ""
+    if is_own and column.size == np.prod(shape):
+        advice = "; name it in the task's layout, and it is flattened"
+    elif task.file and not task.environment and name == "observations":
+        advice = "; if agents see only a part of the state, set the task's state_dim"
+    message = f"'{name}' in {path} has shape {column.shape}; {task.name} needs {shape}{advice}"
+    require(fits, message)
 
     values = column[()]
     if has_contact_forces:
@@ -326,7 +335,10 @@ def find_parts(task: Task, path: Path, file: h5py.File, name: str) -> list[h5py.
     layout = f"{task.name} needs a file in {kind} layout"
     parts = []
     for own_name in (names,) if isinstance(names, str) else names:
-        require(own_name in file, f"{path} has no '{own_name}'; {layout}")
+        advice = ""
+        if name == "next_observations":
+            advice = ": the following row's observation, and at an episode's end its own last state"
+        require(own_name in file, f"{path} has no '{own_name}'{advice}; {layout}")
         part = file[own_name]
         numbers = isinstance(part, h5py.Dataset) and part.dtype.kind in "biuf"
         require(numbers, f"'{own_name}' in {path} holds no numbers; {layout}")
@@ -341,7 +353,7 @@ def join_parts(task: Task, path: Path, parts: list[h5py.Dataset], shape: tuple) 
     found = ", ".join(f"'{part.name.strip('/')}' {part.shape}" for part in parts)
     fits = same_rows and sum(widths) == int(np.prod(shape[1:]))
     require(fits, f"{path} has {found}; side by side, {task.name} needs {shape}")
-    values = [part[()].reshape(len(part), -1) for part in parts]
+    values = [part[()].reshape(len(part), width) for part, width in zip(parts, widths)]
     return np.concatenate(values, axis=1).reshape(shape)
 
 

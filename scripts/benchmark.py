@@ -32,7 +32,16 @@ import tyro
 
 from data.offline_dataset import dataset_path
 from mamujoco_envs import InputError, available_cores, find_task, require
-from training_run import PACKAGES, Run, check_positive, compiled, default_args, save, say
+from training_run import (
+    PACKAGES,
+    Run,
+    check_output,
+    check_positive,
+    compiled,
+    default_args,
+    save,
+    say,
+)
 
 BASELINES = ("iql", "maiql", "matd3_bc", "ibc", "itd3_bc", "icql", "iomar", "inspo", "logo")
 SCRIPTS = ("world_model", "moma_ppo", *BASELINES)
@@ -123,7 +132,7 @@ def serve(cell: Cell, run_dir: Path, pipe) -> None:
         module.train(replace(default_args(module.DEFAULTS, cell.task), **own))
     except InputError as error:
         pipe.send(str(error))
-    except (KeyboardInterrupt, EOFError):  # stopped, or the asking process has ended
+    except (KeyboardInterrupt, EOFError, ConnectionError):  # stopped, or the parent has ended
         pass
 
 
@@ -147,7 +156,7 @@ class Worker:
         try:
             self.pipe.send(updates)
             answer = self.pipe.recv()
-        except (EOFError, BrokenPipeError):
+        except (EOFError, ConnectionError):
             answer = "its process died; the reason is above"
         name = " ".join(self.cell)
         require(isinstance(answer, dict), f"{name}: {answer}")
@@ -250,10 +259,7 @@ def main(args: Args) -> None:
         require(not unknown, f"cannot time {unknown}; take one of {', '.join(known)}")
     if args.output:
         require(args.output.suffix == ".json", f"--output must end in .json; it is {args.output}")
-        folder = args.output.absolute().parent
-        require(folder.is_dir(), f"no folder {folder} to write to")
-        require(os.access(folder, os.W_OK), f"cannot write to {folder}; give another --output")
-        require(not args.output.exists(), f"{args.output} exists; give another --output")
+        check_output(args.output)
     before, earlier = {}, {}
     if args.baseline:
         require(args.baseline.is_file(), f"no file {args.baseline} to compare with")

@@ -60,7 +60,7 @@ def errors(model, dataset, rows, behavior: str) -> dict[str, float]:
     task = dataset.task
     # Models draw from a generator of their own, so that all get the same actions.
     generator, own_generator = (torch.Generator().manual_seed(seed) for seed in (0, 1))
-    states, simulator = dataset.states[rows], task.simulator(task, len(rows))
+    states, simulator = dataset.states[rows], task.make_simulator(len(rows))
     simulator.set_states(states.numpy())
     std = dataset.states.std(0)
     std = torch.where(std < 1e-6, 1, std)
@@ -115,6 +115,9 @@ def main(args: Args) -> None:
     dataset = load_dataset(task, args.dataset)
     rows = world_model.open_loop_starts(dataset, dataset.split()[1])[: args.starts]
     for path, model in models.items():
+        same = model.description["dataset"]["sha256"] == dataset.description["sha256"]
+        if not same and (args.dataset or task.own_dataset):
+            say(f"note: {path} was trained on other data, so it may have seen these states")
         say(f"{path}: {milliseconds(model, dataset):.1f} ms for a step of 400 rollouts")
         for behavior in world_model.BEHAVIORS:
             found = errors(model, dataset, rows, behavior)

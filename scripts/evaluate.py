@@ -11,7 +11,6 @@ dataset nor its world model here, unless its task has no environment.
 """
 
 import importlib
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,15 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from mamujoco_envs import EVALUATION_SEED, InputError, evaluate, require
-from training_run import FINAL_EPISODES, check_range, load_checkpoint, load_team, save
+from training_run import (
+    FINAL_EPISODES,
+    check_output,
+    check_range,
+    load_checkpoint,
+    load_team,
+    save,
+    say,
+)
 
 
 @dataclass
@@ -45,10 +52,7 @@ def main(args: Args) -> dict:
     require(args.seed >= 0, f"--seed must not be negative; it is {args.seed}")
     if args.output:
         require(args.output.suffix == ".json", f"--output must end in .json; it is {args.output}")
-        folder = args.output.absolute().parent
-        require(folder.is_dir(), f"no folder {folder} to write to")
-        require(os.access(folder, os.W_OK), f"cannot write to {folder}; give another --output")
-        require(not args.output.exists(), f"{args.output} exists; give another --output")
+        check_output(args.output)
     checkpoint = load_checkpoint(args.run)  # only once: the run may be saving newer ones
     team = load_team(args.run, args.task, checkpoint)
     if args.video:  # before the episodes, because not every machine renders
@@ -57,18 +61,18 @@ def main(args: Args) -> dict:
         render.check(film, team)
     task, script, step = team.task, checkpoint["script"], checkpoint["step"]
     record = evaluate(task, team.act_greedily, args.episodes, args.seed).record()
+    if args.output:
+        origin = {"task": task.name, "script": script, "step": step, "seed": args.seed}
+        save(origin | record, args.output)
 
     # One episode has no standard error.
     error = "" if record["score_stderr"] is None else f" ± {record['score_stderr']:.3f}"
     episodes = f"{args.episodes} greedy episode{'s' if args.episodes > 1 else ''}"
-    print(f"{task.name}, {script}.py after {step} steps: {episodes} from seed {args.seed}")
+    say(f"{task.name}, {script}.py after {step} steps: {episodes} from seed {args.seed}")
     where = f" in {record['evaluated_in']}" if "evaluated_in" in record else ""
     paper = task.paper_score(checkpoint.get("algorithm", script)) or "no figure"
-    print(f"score {record['score']:.3f}{error}{where} (paper: {paper})")
-    print(f"mean return {record['return']:.4g}")
-    if args.output:
-        origin = {"task": task.name, "script": script, "step": step, "seed": args.seed}
-        save(origin | record, args.output)
+    say(f"score {record['score']:.3f}{error}{where} (paper: {paper})")
+    say(f"mean return {record['return']:.4g}")
     if args.video:
         render.main(film, team)
     return record

@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+import filelock
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
@@ -101,8 +102,13 @@ class Args:
 def write(path: Path, text: str) -> None:
     """Writes a file atomically."""
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_table(path: Path) -> dict[str, dict]:
@@ -452,17 +458,18 @@ def draw_figures(cells: dict, folder: Path) -> None:
 
 def main(args: Args) -> None:
     left_out = 0
-    for run_dir in args.runs:
-        try:
-            add_run(run_dir)
-        except InputError as error:
-            say(f"left out: {error}")
-            left_out += 1
-    cells = read_runs()
-    draw_figures(cells, REPOSITORY / "docs" / "figures")
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        write(page, with_tables(text, cells))
+    with filelock.FileLock(RESULTS / ".lock"):  # another report.py waits
+        for run_dir in args.runs:
+            try:
+                add_run(run_dir)
+            except InputError as error:
+                say(f"left out: {error}")
+                left_out += 1
+        cells = read_runs()
+        draw_figures(cells, REPOSITORY / "docs" / "figures")
+        for page in PAGES:
+            text = page.read_text(encoding="utf-8")
+            write(page, with_tables(text, cells))
     say(f"{sum(map(len, cells.values()))} runs in {RESULTS}; tables written")
     require(
         not left_out, f"{left_out} of {len(args.runs)} runs were left out; the reasons are above"

@@ -63,6 +63,7 @@ from training_run import (
     check_positive,
     default_args,
     find_compiler,
+    load,
     load_checkpoint,
     restored,
     say,
@@ -130,7 +131,7 @@ class Table(NamedTuple):
     compile: bool
     """whether runs are long enough to be worth compiling"""
     algorithms: tuple[str, ...] = ()
-    """algorithms of a table beyond the paper; otherwise all that the paper has a figure for"""
+    """its algorithms; if empty, all that the paper has a figure for, and InSPO"""
 
 
 TABLES = {
@@ -160,7 +161,7 @@ class Args:
     algorithms: tuple[str, ...] = ()
     """only these algorithms of the table"""
     workers: int = field(default_factory=available_cores)
-    """runs at once"""
+    """runs at once on this machine; Slurm limits its own jobs"""
     folder: Path = Path("runs")
     """folder of the run folders and of the curves"""
     dry_run: bool = False
@@ -307,10 +308,10 @@ def calibrated(task: str, ground_truth: bool) -> dict:
     if ground_truth:
         return {"lambda_g": 0.0, "max_uncertainty": math.inf}
     path = find_task(task).world_model_path
-    if not path.is_file():
-        return {}
-    model = torch.load(path, map_location="cpu", weights_only=True)
-    return rounded({"lambda_g": model["lambda_g"], "max_uncertainty": model["l_epsilon"]})
+    with suppress(Exception):  # a run itself says what is wrong with its model
+        model = load(path)
+        return rounded({"lambda_g": model["lambda_g"], "max_uncertainty": model["l_epsilon"]})
+    return {}
 
 
 def changed_options(algorithm: str, task: str, options: dict) -> str:
@@ -324,8 +325,9 @@ def changed_options(algorithm: str, task: str, options: dict) -> str:
             known = not needs_another_run(algorithm) and found != "None"
             values = calibrated(task, expected["ground_truth"]) if known else {}
             wanted = str(values.get(name, found))
-        if name == "cql_points" and wanted == "None" and found in ("24", "6"):
-            continue  # older runs saved the default's value
+        if name == "cql_points" and wanted == "None":  # older runs saved the default's value
+            usual = "24" if find_task(task).action_dim == 1 else "6"
+            wanted = found if found == usual else wanted
         if needs_another_run(algorithm) and name == "world_model":
             # The model of that run for this task and seed, in whatever folder.
             places = {"task": find_task(task).name, "seed": options.get("seed")}
@@ -578,10 +580,10 @@ def print_table(results: dict[Cell, list[dict]], seeds: int) -> None:
         rows.append((cell.algorithm, find_task(cell.task).name, score, runs, paper, median))
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, tuple("-" * width for width in widths))
-    print()
+    say("")
     for row in rows:
-        print(f"| {' | '.join(text.ljust(width) for text, width in zip(row, widths))} |")
-    print()
+        say(f"| {' | '.join(text.ljust(width) for text, width in zip(row, widths))} |")
+    say("")
 
 
 def color_of(algorithm: str):
@@ -671,6 +673,22 @@ def plot_curves(results: dict[Cell, list[dict]], path: Path, over: str) -> None:
     figure.savefig(path, dpi=120)
 
 
+def print_commands(unfinished: list[Job], options: list[str]) -> None:
+    """The commands that can run now, one per line; what is left out goes to stderr."""
+    prefix = " ".join(f"{name}={value}" for name, value in JOB_ENVIRONMENT.items())
+    ready = [job for job in unfinished if not missing_model(job)]
+    for job in ready:
+        print(prefix, shlex.join(job_command(job, options)))
+    to_come = [job.run_dir / "world_model.pt" for job in ready]
+    for job in unfinished:
+        if missing_model(job) and Path(own_options(job)[-1]) in to_come:
+            note = "needs the world model of one of these; repeat --dry-run when it has ended"
+            print(f"note: {job.run_dir.name} {note}", file=sys.stderr)
+        elif missing_model(job):
+            note = f"left out: {job.run_dir.name}, for which {missing_model(job)}"
+            print(note, file=sys.stderr)
+
+
 def main(args: Args) -> None:
     check_positive(args, "workers")
     check_cluster(args)
@@ -694,18 +712,7 @@ def main(args: Args) -> None:
         check_folder(job)
     unfinished = [job for job in jobs if not (job.run_dir / "result.json").is_file()]
     if args.dry_run:
-        prefix = " ".join(f"{name}={value}" for name, value in JOB_ENVIRONMENT.items())
-        ready = [job for job in unfinished if not missing_model(job)]
-        for job in ready:
-            print(prefix, shlex.join(job_command(job, options)))
-        to_come = [job.run_dir / "world_model.pt" for job in ready]
-        for job in unfinished:
-            if missing_model(job) and Path(own_options(job)[-1]) in to_come:
-                note = "needs the world model of one of these; repeat --dry-run when it has ended"
-                print(f"note: {job.run_dir.name} {note}", file=sys.stderr)
-            elif missing_model(job):
-                note = f"left out: {job.run_dir.name}, for which {missing_model(job)}"
-                print(note, file=sys.stderr)
+        print_commands(unfinished, options)
         return
 
     try:

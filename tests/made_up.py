@@ -33,7 +33,7 @@ def import_script(name):
 
 def recorded_columns(task, episodes=4, length=50, scale=0.3):
     """Columns of a dataset: episodes of random actions, cut after `length` steps."""
-    rng, simulator, steps = np.random.default_rng(0), task.simulator(task, episodes), []
+    rng, simulator, steps = np.random.default_rng(0), task.make_simulator(episodes), []
     states = simulator.reset([np.random.default_rng(seed) for seed in range(episodes)])
     for step in range(length):
         actions = rng.uniform(-scale, scale, (episodes, task.num_agents, task.action_dim))

@@ -322,7 +322,7 @@ def online_data(request):
 def test_online_data_are_rollouts_in_the_true_simulator_with_their_histories(online_data):
     """Their rewards are scaled as the dataset's were."""
     team, online = online_data
-    dataset, task, simulator = online.dataset, team.task, team.task.simulator(team.task, 1)
+    dataset, task, simulator = online.dataset, team.task, team.task.make_simulator(1)
     returns = dataset.episode_returns()
     for step in (6, 8):  # after four steps offline
         online.collect(team, step)

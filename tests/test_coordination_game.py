@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -209,3 +210,15 @@ def test_a_stopped_world_model_is_resumed_by_the_same_command(monkeypatch, tmp_p
     assert train_world_model(task, 1, "cpu", run_dir) == run_dir / "world_model.pt"
     assert commands[0][:4] == ["--task", "coordination-neutral", "--seed", "1"]
     assert commands[1:] == [["--resume", run_dir, "--device", "cpu"]]
+
+
+def test_a_games_world_model_learns_the_given_data(monkeypatch, tmp_path):
+    commands = []
+
+    def trained(command):
+        commands.append(command[2:])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(coordination_game.subprocess, "run", trained)
+    train_world_model(coordination_task("neutral"), 1, "cpu", tmp_path, Path("my.hdf5"))
+    assert commands[0][commands[0].index("--dataset") + 1] == Path("my.hdf5")

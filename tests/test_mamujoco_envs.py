@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from made_up import ANT, REACHER
+from matplotlib.axes import Axes
 
 import mamujoco_envs
 from mamujoco_envs import (
@@ -429,14 +430,18 @@ def test_plot_team_strategy_writes_a_png(tmp_path):
     assert (tmp_path / "strategy.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
-def test_plot_ant_paths_writes_a_png(tmp_path):
+def test_plot_ant_paths_writes_a_png(tmp_path, monkeypatch):
     generator = torch.Generator().manual_seed(0)
 
     def act(observations, _):
         return 2 * torch.rand(len(observations), 4, 2, generator=generator) - 1
 
     evaluation = evaluate(replace(ANT, episode_length=20), act, episodes=3)
+    evaluation.transitions["ends"][-1] = 1  # a fall in the last step
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda axes, title: titles.append(title))
     plot_ant_paths(evaluation, tmp_path / "strategy.png")
+    assert titles[0] == "33% of episodes end in a fall"
     assert (tmp_path / "strategy.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 

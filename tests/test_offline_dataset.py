@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import replace
 from threading import Thread
 from types import ModuleType
 
@@ -325,7 +326,10 @@ def test_a_truncated_file_is_named(kept, path):
 @pytest.mark.parametrize("rows", [0, 1])
 def test_a_file_without_transitions_is_named(rows, tmp_path, columns):
     few = {name: column[:rows] for name, column in columns.items()}
-    assert_refused(REACHER, write_dataset(tmp_path / "few.hdf5", few), f"{rows} transitions")
+    path = write_dataset(tmp_path / "few.hdf5", few)
+    assert_refused(REACHER, path, f"{rows} transitions")
+    renamed = replace(REACHER, layout={"rewards": "rewards"})
+    assert_refused(renamed, path, f"{rows} transitions")
 
 
 # D4RL's own files.

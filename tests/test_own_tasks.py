@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.envs.mujoco.inverted_pendulum_v5 import InvertedPendulumEnv
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, MultiDiscrete
 from made_up import documented_blocks, import_script, recorded_columns, write_dataset
 
 import data.inspect
@@ -125,11 +125,11 @@ def assert_refused(call, *parts):
 def test_what_a_task_derives(folder):
     task = find_task(f"{folder}/own.py:PAIR")
     assert task.name == "PAIR" and task.option == f"{folder}/own.py:PAIR"
-    assert task.state_dim == 17 and task.entropy_target == -6 and task.simulator is Simulator
+    assert task.state_dim == 17 and task.entropy_target == -6 and task.simulator_class is Simulator
     assert task.normalized_score(3.5) == 3.5  # without reference returns
     assert task.world_model_path == folder / "cheetah.pt"
     swimmers = find_task(f"{folder}/own.py:SWIMMERS")
-    assert swimmers.state_dim == 8 and swimmers.simulator is GymnasiumSimulator
+    assert swimmers.state_dim == 8 and swimmers.simulator_class is GymnasiumSimulator
     assert not swimmers.continues_from_states
     logged = find_task(f"{folder}/own.py:LOGGED")
     assert logged.state_dim == 17 and not logged.has_environment
@@ -185,7 +185,10 @@ BAD_TASKS = {
         "MINE = Task('', A, ((0,), (1,)), 5, defaults='Hopper-v4')",
         "defaults of the task are 'Hopper-v4'; take Ant-v4 or Reacher-v4",
     ),
-    "no environment": ("MINE = Task(None, A, ((0,), (1,)), 5)", "environment must be a class"),
+    "no environment": (
+        "MINE = Task(None, A, ((0,), (1,)), 5)",
+        "environment must be a gymnasium id",
+    ),
     "an unknown column": (
         "MINE = Task('', A, ((0,), (1,)), 5, layout={'timeout': 'cut'})",
         "layout of the task has timeout; D4RL's columns are observations, actions",
@@ -193,6 +196,19 @@ BAD_TASKS = {
     "no column": (
         "MINE = Task('', A, ((0,), (1,)), 5, layout={'timeouts': ()})",
         "layout of the task has no name for timeouts",
+    ),
+    "a column's number": (
+        "MINE = Task('', A, ((0,), (1,)), 5, layout={'rewards': ('r', 5)})",
+        "layout of the task must name rewards by a string, or several in a tuple",
+    ),
+    "flat": ("MINE = Task('', (0, 1), ((0,), (1,)), 5)", "'observed' needs dimensions for each"),
+    "one option": (
+        "MINE = Task('', A, ((0,), (1,)), 5, discrete=True)",
+        "each drives as many actions as it has options, such as blocks(3, 3)",
+    ),
+    "a class of gymnasium": (
+        "import gymnasium\nMINE = Task(gymnasium.Env, A, ((0,), (1,)), 5)",
+        "environment must be a gymnasium id",
     ),
     "no dictionary": (
         "MINE = Task('', A, ((0,), (1,)), 5, layout=(('timeouts', 'cut'),))",
@@ -246,7 +262,20 @@ def test_a_replaced_environment_has_its_own_simulator():
     newer = dataclasses.replace(shipped, environment="HalfCheetah-v5")
     assert newer.has_environment and not newer.continues_from_states
     given = dataclasses.replace(shipped, simulator=GymnasiumSimulator)
-    assert given.simulator is GymnasiumSimulator
+    assert given.simulator_class is GymnasiumSimulator
+
+
+def test_a_recorder_that_cannot_record_is_one_line(tmp_path):
+    path = tmp_path / "pair.py"
+    path.write_text(
+        "from mamujoco_envs import Task\n"
+        "ONE = Task('', ((0,), (1,)), ((0,), (1,)), 5, dataset='mine.hdf5', recorder='no_module')\n"
+        "TWO = Task('', ((0,), (1,)), ((0,), (1,)), 5, dataset='mine.hdf5', "
+        "recorder='data.collect_mujoco')\n"
+    )
+    assert_refused(lambda: load_dataset(find_task(f"{path}:ONE")), "recorder of ONE", "no_module")
+    unknown = "data.collect_mujoco records ant-random", "not 'mine.hdf5'"
+    assert_refused(lambda: load_dataset(find_task(f"{path}:TWO")), *unknown)
 
 
 def test_agents_that_do_not_fit_are_told_before_data_are_read(run_own):
@@ -307,6 +336,19 @@ def test_a_time_out_of_the_environments_own_ends_an_episode():
     assert not env.agents and all(truncations.values())
 
 
+def test_gymnasiums_copies_start_from_whole_seeds():
+    swimmers = Task("Swimmer-v5", (range(8),) * 2, blocks(1, 1), 5, name="swimmers")
+    simulator = swimmers.make_simulator(2)
+
+    def started(*seeds):
+        return simulator.reset([np.random.default_rng(seed) for seed in seeds])
+
+    first, again, other = started(1, 2), started(1, 2), started(3, 2)
+    assert (first == again).all() and (first[0] != other[0]).any() and (first[1] == other[1]).all()
+    assert_refused(lambda: started([1, 2], 3), "from a whole number")
+    assert_refused(lambda: largest_difference(swimmers), "no class to compare with gymnasium")
+
+
 def test_actuators_of_a_class_take_what_agents_give():
     class Pendulum(MujocoEnvironment):
         gymnasium = InvertedPendulumEnv  # its force is within [-3, 3]
@@ -314,7 +356,7 @@ def test_actuators_of_a_class_take_what_agents_give():
     assert_refused(lambda: Pendulum(), "actuators of Pendulum must take [-1, 1]", "gymnasium id")
 
 
-def test_a_reward_that_mixes_up_copies_is_noticed():
+def test_what_a_class_returns_is_checked():
     class Mixed(HalfCheetah):
         def reward(self, before, actions, after):
             return super().reward(before, actions, after) - np.square(actions).sum()
@@ -323,7 +365,20 @@ def test_a_reward_that_mixes_up_copies_is_noticed():
         def reward(self, before, actions, after):
             return after.qpos[:, :1] - before.qpos[:, :1]
 
+    class Falling(HalfCheetah):
+        """With numbers where arrays are usual."""
+
+        def reward(self, before, actions, after):
+            return super().reward(before, actions, after).tolist()
+
+        @staticmethod
+        def terminal(after):
+            return (np.arange(len(after.states)) == 1).astype(int)
+
     task = find_task("halfcheetah-2x3-medium-fo")
+    falling = dataclasses.replace(task, environment=Falling, episode_length=3)
+    lengths = evaluate(falling, lambda seen, _: torch.zeros(len(seen), 2, 3), 3).lengths
+    assert lengths.tolist() == [3, 1, 3]
     mixed, column = (dataclasses.replace(task, environment=wrong) for wrong in (Mixed, Column))
     assert largest_difference(mixed, 5)["rewards"] > 0
     assert_refused(lambda: largest_difference(column, 5), "one number per copy", "(2, 1)")
@@ -417,6 +472,18 @@ class my_parallel_env:
 """
 
 
+class Choices(gymnasium.Env):
+    """Pays ten times the first agent's option and once the second's."""
+
+    observation_space, action_space = Box(-1, 1, (1,)), MultiDiscrete([2, 2])
+
+    def reset(self, seed=None, options=None):
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(1, np.float32), float(10 * action[0] + action[1]), False, False, {}
+
+
 def test_the_document_runs_as_written(run_script, monkeypatch, capsys):
     """All its commands and its Python, on data and with budgets so small that it takes seconds.
 
@@ -424,7 +491,9 @@ def test_the_document_runs_as_written(run_script, monkeypatch, capsys):
     """
     short = dataclasses.replace(collect_mujoco.TASKS["halfcheetah"], episode_length=20)
     monkeypatch.setitem(collect_mujoco.TASKS, "halfcheetah", short)
-    task, swimmer, rule, joint, logged, layout, act, train, sweep = documented_blocks("python")
+    blocks_of_page = documented_blocks("python")
+    task, random, swimmer, rule, wrapped, joint, logged, layout, *programs = blocks_of_page
+    act, train, sweep = programs
     Path("pair.py").write_text(task.replace("episode_length=1000", "episode_length=20"))
     extra = TINY | {"baselines/matd3_bc.py": ["--batch-size", 16], "world_model.py": TINY_MODEL}
     record, commands, tables, loop = documented_blocks("")
@@ -446,6 +515,15 @@ def test_the_document_runs_as_written(run_script, monkeypatch, capsys):
         assert status == 0, output
     assert Path("returns.png").is_file() and "PAIR, moma_ppo.py after 2 steps" in output
 
+    exec(random.replace("episodes=100", "episodes=2"), {})
+    exec(wrapped, {"Choices": Choices})
+    pendulum = Task("UnitPendulum-v0", (range(3),), ((0,),), 210, name="pendulum")
+    swing = evaluate(pendulum, lambda x, _: torch.ones(len(x), 1, 1), 2)
+    assert swing.lengths.tolist() == [210] * 2  # by itself it ends after 200 steps
+    choices = Task("Choices-v0", ((0,), (0,)), blocks(2, 2), 3, name="choices", discrete=True)
+    chosen = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    paid = evaluate(choices, lambda x, _: chosen.expand(len(x), 2, 2), 2).returns
+    assert paid.tolist() == [30] * 2
     Path("swimmers.py").write_text(swimmer)
     task = find_task("swimmers.py:SWIMMERS")
     assert set(largest_difference(task, 50).values()) == {0.0}
@@ -455,7 +533,7 @@ def test_the_document_runs_as_written(run_script, monkeypatch, capsys):
     names = {"Task": Task, "blocks": blocks}
     for text in (logged, layout):
         exec(text, names)
-    assert names["PLANT"].state_dim == 21 and "staticmethod" in rule
+    assert names["PLANT"].state_dim == 21 and "def terminal" in rule
     for text in (act, train.replace("00", ""), sweep):
         exec(text, {})
     status, output = run_script("scripts/reproduce.py", *shlex.split(tables)[2:], "--dry-run")
@@ -469,7 +547,7 @@ def test_rollouts_that_do_not_suit_the_episodes_are_noted(folder, capsys):
     """Episodes of PAIR have 12 steps."""
     module, task = import_script("moma_ppo"), find_task(f"{folder}/own.py:PAIR")
     for length, start_states, note in [
-        (50, "first", "rollouts have 50 steps, episodes 12; give --rollout-length"),
+        (50, "first", "rollouts have 50 steps; give --rollout-length 12, as in episodes"),
         (5, "first", "rollouts from first states never see what follows step 5 of 12"),
         (5, "any", ""),
         (12, "first", ""),
@@ -751,6 +829,18 @@ def test_inspecting_data(columns, tmp_path, capsys):
     data.inspect.main(data.inspect.Args(write_dataset(tmp_path / "both.hdf5", columns)))
     assert "1 rows have both flags" in capsys.readouterr().out
     by_turns = np.arange(36).reshape(3, 12).T.flatten()  # rows of three copies, step by step
+    for name, column in columns.items():  # the mistakes of files that are made at home
+        columns[name] = column.copy()
+    columns["terminals"][:] = columns["timeouts"][:] = False
+    columns["terminals"][[5, 23, 35]] = columns["timeouts"][11] = True
+    columns["next_observations"][:] = np.roll(columns["observations"], -1, axis=0)
+    columns["actions"][:] = columns["actions"] > 0
+    task = "halfcheetah-2x3-random-fo"
+    data.inspect.main(data.inspect.Args(write_dataset(tmp_path / "home.hdf5", columns), task=task))
+    output = capsys.readouterr().out
+    assert "3 episodes end in the first state of the next one" in output
+    assert "2 terminals come at the longest length, 12, and no time-out" in output
+    assert "if they are options, set discrete=True" in output
     turns = {name: column[by_turns] for name, column in columns.items()}
     data.inspect.main(data.inspect.Args(write_dataset(tmp_path / "turns.hdf5", turns)))
     assert "most episodes have one row" in capsys.readouterr().out

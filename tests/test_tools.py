@@ -102,6 +102,9 @@ def test_bad_input_of_scoring(make_run, tmp_path):
     checkpoint["state"] = {"ensemble": checkpoint["state"]["team"]}
     save(checkpoint | {"script": "world_model"}, tmp_path / "checkpoint.pt")
     assert_refused(evaluate, evaluate.Args(tmp_path), "world_model.py and has no team")
+    checkpoint["state"] = {"team": checkpoint["state"]["ensemble"]}
+    save(checkpoint | {"script": "my_ibc"}, tmp_path / "checkpoint.pt")
+    assert_refused(evaluate, evaluate.Args(tmp_path), "my_ibc.py, which is not in this repository")
     (tmp_path / "checkpoint.pt").write_text("nothing")
     assert_refused(evaluate, evaluate.Args(tmp_path), "damaged")
 
@@ -310,8 +313,10 @@ def test_the_run_of_another_script_is_not_taken_for_this_one(tmp_path):
 def test_how_many_points_older_runs_had_is_the_default():
     options = reproduce.default_options("icql", "ant-medium-fo")
     assert not reproduce.changed_options("icql", "ant-medium-fo", options | {"cql_points": 6})
-    changed = reproduce.changed_options("icql", "ant-medium-fo", options | {"cql_points": 3})
-    assert changed == "cql_points 3"
+    for points in (3, 24):
+        given = options | {"cql_points": points}
+        changed = reproduce.changed_options("icql", "ant-medium-fo", given)
+        assert changed == f"cql_points {points}"
 
 
 def test_a_run_that_fails_in_a_table_is_named(stub, tmp_path, capsys):
@@ -505,6 +510,7 @@ def alarm_when(path):
 
 
 def test_runs_take_turns_on_gpus(stub, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     stub(
         "import os, pathlib, sys\nfolder = pathlib.Path(sys.argv[1])\nfolder.mkdir(parents=True)\n"
         "(folder / 'gpu').write_text(os.environ['CUDA_VISIBLE_DEVICES'])\nsys.exit(1)\n"
@@ -711,6 +717,8 @@ def test_runs_of_games_beyond_the_paper_are_kept_short_and_drawn(tmp_path):
 
 
 def test_bad_input_of_adding_runs(tmp_path):
+    with pytest.raises(InputError, match="cannot write .*Is a directory"):
+        report.write(tmp_path, "a table")
     with pytest.raises(InputError, match="no result at"):
         report.add_run(tmp_path)
     for name in ("run", "ant-medium-fo__nothing__1", "ant-medium-fo__ibc"):

@@ -231,6 +231,18 @@ def test_a_moved_run_resumes(args, whole, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_whose_data_have_moved_resumes(args, whole, tmp_path):
+    (tmp_path / "here").mkdir()
+    data = Path(shutil.copy(args.dataset, tmp_path / "here"))
+    with pytest.raises(KeyboardInterrupt), stopped_at_step(15):
+        ibc.train(replace(args, dataset=data))
+    (tmp_path / "here").rename(tmp_path / "there")
+    with pytest.raises(InputError, match="no dataset at"):
+        resume(args.run_dir)
+    resume(args.run_dir, dataset=tmp_path / "there" / data.name)
+    assert_same_run(args.run_dir, whole)
+
+
 # Stopping and resuming.
 
 
@@ -258,6 +270,26 @@ def test_an_update_is_finished_before_a_stop(number, args, whole, tmp_path, caps
     assert f"stopped at step 15; continue with --resume {args.run_dir}" in capsys.readouterr().out
     resume(tmp_path / "run")
     assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_second_signal_does_not_keep_a_run_from_saving(args, whole, monkeypatch):
+    """As when a table is stopped: it sends its runs another one after Ctrl-C."""
+    numbers = signal.SIGINT, signal.SIGTERM
+    handlers = [signal.getsignal(number) for number in numbers]
+
+    def stopped_twice(*arguments, **options):
+        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ibc, "evaluate", stopped_twice)
+        with pytest.raises(KeyboardInterrupt):
+            ibc.train(args)
+    assert [signal.getsignal(number) for number in numbers] == handlers
+    resume(args.run_dir)
+    assert_same_run(args.run_dir, whole)
 
 
 def test_a_killed_run_resumes(args, whole, tmp_path, environment):
@@ -483,7 +515,7 @@ def test_other_options_with_resume_are_refused(option, ibc_script, copy_of_whole
     before = sorted(copy_of_whole.iterdir())
     status, _ = ibc_script("--resume", copy_of_whole, *option, resumed=True)
     flag = option[0].partition("=")[0].replace("_", "-")
-    assert_one_line(status, "--device and --total-steps only", flag)
+    assert_one_line(status, "--device, --total-steps, --dataset only", flag)
     assert sorted(copy_of_whole.iterdir()) == before
 
 
