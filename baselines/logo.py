@@ -10,7 +10,8 @@ more uncertain they are.
     python baselines/logo.py --task reacher-leader-only --synthetic-share 0     # data alone: MACQL
     python baselines/logo.py --resume runs/RUN
 
-What is ours where the sources are silent, and why: docs/logo.md. Comments refer to its items.
+What is ours where the sources are silent, and why: docs/logo.md. Comments refer to its items, and to
+equations by the numbers that public sources give.
 """
 
 import copy
