@@ -1,4 +1,4 @@
-"""Coordination games: discrete (Section 5.2), continuous, and one whose best play is rarely shown.
+"""Coordination games: the paper's (Section 5.2), games of numbers, and the climbing game.
 
 Paper: Barde et al., "A Model-Based Solution to the Offline Multi-Agent Reinforcement Learning
 Coordination Problem", AAMAS 2024 (arXiv 2305.17198), Figure 3 (a), Tables 1 and 3. Agents act
@@ -94,7 +94,7 @@ def game_of(task: Task) -> Game:
     kind, _, rest = task.dataset.partition("-")
     advice = "keep the game's dataset, and give yours with --dataset"
     require(kind in REWARDS and rest, f"'{task.dataset}' names no game; {advice}")
-    behavior, *size = rest.split("-")
+    behavior, *size = rest.split("-")  # size: "4" agents, "4x3" with three options; or usual
     agents, _, actions = size[0].partition("x") if size else ("2", "", "")
     usual = {"coordination": 2, "climbing": 3}.get(kind, 1)
     return Game(kind, behavior, int(agents), int(actions or usual))
@@ -238,8 +238,8 @@ def draw_choices(task: Task, rng: np.random.Generator, size: int) -> np.ndarray:
 def draw_numbers(task: Task, rng: np.random.Generator, size: int) -> np.ndarray:
     """Draws the numbers in the data [size, agent]: each is a sign times a uniform in [0, 1]."""
     game = game_of(task)
-    leaning = 0.5 if game.behavior == "neutral" else np.where(lean_left(game), 0.25, 0.75)
-    signs = np.where(rng.random((size, game.agents)) < leaning, 1, -1)
+    positive = 0.5 if game.behavior == "neutral" else np.where(lean_left(game), 0.25, 0.75)
+    signs = np.where(rng.random((size, game.agents)) < positive, 1, -1)
     return signs * rng.random((size, game.agents))
 
 
@@ -280,7 +280,7 @@ def train_world_model(
         options = ["--resume", run_dir]
         if not begun:
             options = ["--task", task.option, "--seed", str(seed), "--run-dir", run_dir]
-            options += ["--dataset", dataset] if dataset else []
+        options += ["--dataset", dataset] if dataset else []
         if task.discrete and not begun:
             # Agreement gets rarer with every agent, so its reward takes longer to learn.
             options += ["--total-steps", str(500 * (task.num_agents - 1))]

@@ -3,7 +3,7 @@
 Paper: Barde et al., "A Model-Based Solution to the Offline Multi-Agent Reinforcement Learning
 Coordination Problem", AAMAS 2024 (arXiv 2305.17198). Each learning step rolls the team out for k
 steps from states of the dataset, in the ensemble world model that world_model.py trained
-(Section 3.1), and trains it on these transitions with multi-agent PPO (Section 3.2, Appendix A).
+(Section 3.1), and trains the team on them with multi-agent PPO (Section 3.2, Appendix A).
 
     python moma_ppo.py --task reacher-leader-only
     python moma_ppo.py --task ant-medium-fo --ground-truth                 # Table 5
@@ -240,9 +240,10 @@ class HistoryEncoder(nn.Module):
         variance = ((x @ gram) * x).sum(dim=-1, keepdim=True)
         x = x * (variance + 1e-5).rsqrt()
 
-        # Soft attention: weights from tanh(hidden @ soft_key) @ soft_query, then the average.
-        soft_key = centred @ (self.norm_weight.transpose(1, 2) * self.soft_key)
-        keys = torch.baddbmm(self.norm_bias @ self.soft_key, x, soft_key).tanh()
+        # Soft attention over H, what LayerNorm would give: weights from
+        # tanh(H @ soft_key) @ soft_query, then the average. H itself is never formed.
+        folded_key = centred @ (self.norm_weight.transpose(1, 2) * self.soft_key)
+        keys = torch.baddbmm(self.norm_bias @ self.soft_key, x, folded_key).tanh()
         scores = (keys * self.soft_query).sum(dim=-1).view(agents, batch, length, 1)
         average = (scores.softmax(dim=2) * x.view(agents, batch, length, -1)).sum(dim=2)
         return (average @ centred) * self.norm_weight + self.norm_bias
@@ -278,7 +279,7 @@ class Team(nn.Module):
         self.register_buffer("entropy_alpha", torch.zeros(()))
         self.register_buffer("cloned", torch.zeros((), dtype=torch.bool))
 
-        # Deviation 9.
+        # A memory only where some agent does not see the whole state (Deviation 9).
         self.memory = make_memory(task, args.memory, obs_mean, obs_std)
         memory_dim = 128 if self.memory else 0
         in_dims = [memory_dim + width for width in task.obs_dims]
@@ -299,7 +300,7 @@ class Team(nn.Module):
 
     def inputs(self, observations, histories):
         """h_t^i, what agent i acts on: memory, then observation [agent, batch, memory + obs]."""
-        # Deviation 2.
+        # Standardised by the dataset's statistics (Deviation 2).
         observations = ((observations - self.obs_mean) / self.obs_std).transpose(0, 1)
         if self.memory is None:
             return observations
@@ -342,7 +343,8 @@ class WorldModel:
         self.task, self.model, self.next_states = task, exported, next_states
         self.lambda_g, self.max_uncertainty = exported["lambda_g"], exported["l_epsilon"]
         self.description = {"dataset": exported["dataset"], **exported["description"]}
-        self.members = len(exported["mask"][0][0])
+        first_weight, _ = exported["mask"][0]  # [member, in, out]
+        self.members = len(first_weight)
         self.delta = self.description["target"] == "delta"
         self.activation = {"silu": F.silu, "relu": F.relu}[self.description["activation"]]
 
@@ -518,13 +520,13 @@ class Rollouts(NamedTuple):
         return Rollouts(*[None if x is None else x[rows] for x in self])
 
 
-def new_rollouts(team, dataset, args, count):
-    """Draws the states and histories of the dataset that new rollouts start from."""
+def draw_starts(team, dataset, args, count):
+    """States and histories of the dataset, from which rollouts start."""
     rows = dataset.sample_rows(count, first=args.start_states == "first")
     return dataset.states[rows], dataset.histories(rows) if team.memory else None
 
 
-def rollout_step(team, model, dataset, args, states, histories, age):
+def rollout_step(team, model, dataset, args, states, histories):
     """One pass through the inner loop of Algorithm 1, for all rollouts at once."""
     # Sample a_j^i ~ pi_i(a^i | h_j^i). Normal.sample would check its scale, which stalls a GPU.
     observations = dataset.task.observe(states)
@@ -543,10 +545,9 @@ def rollout_step(team, model, dataset, args, states, histories, age):
     elif args.penalty == "aleatoric":
         penalty = args.lambda_a * step.epsilon_a
 
-    # zeta_j = 1 - I(j = t + k - 1 or eps_g >= l_eps), with the raw eps_g (Deviation 10).
-    age = age + 1
+    # zeta_j = 1 - I(j = t + k - 1 or eps_g >= l_eps), with the raw eps_g (Deviation 10). The first
+    # condition is met by the last step of `generate_rollouts`, which sets it.
     uncertain = step.epsilon_g >= args.max_uncertainty
-    time_out = uncertain | (age == args.rollout_length)
 
     # Add (h_j, a_j, r~_j, f_j, zeta_j, s_{j+1}) to the buffer.
     transition = Rollouts(
@@ -559,7 +560,7 @@ def rollout_step(team, model, dataset, args, states, histories, age):
         next_states=step.next_states,
         rewards=step.rewards - penalty,
         masks=step.masks,
-        time_out_masks=1 - time_out.float(),
+        time_out_masks=1 - uncertain.float(),
     )
     report = {
         "reward": step.rewards.mean(),
@@ -570,29 +571,27 @@ def rollout_step(team, model, dataset, args, states, histories, age):
 
     # Get h_{j+1} and set s_{j+1}. A rollout that ended is replaced by a new one, so that shapes
     # never change (Deviation 3).
-    ended = time_out | (step.masks == 0)
-    new_states, new_histories = new_rollouts(team, dataset, args, len(states))
+    ended = uncertain | (step.masks == 0)
+    new_states, new_histories = draw_starts(team, dataset, args, len(states))
     states = torch.where(ended[:, None], new_states, step.next_states)
     if team.memory:
         histories = append_to_histories(histories, observations, actions)
         histories = torch.where(ended[:, None, None, None], new_histories, histories)
-    return transition, report, (states, histories, torch.where(ended, 0, age))
+    return transition, report, (states, histories)
 
 
 @torch.no_grad()
 def generate_rollouts(step_function, team, model, dataset, args):
     """Algorithm 1, "generate synthetic data": at most --transitions steps of rollouts."""
     count = args.transitions // args.rollout_length
-    states, histories = new_rollouts(team, dataset, args, count)
-    age = torch.zeros(count, device=dataset.device)  # steps since a rollout began
-    carry = states, histories, age
+    carry = draw_starts(team, dataset, args, count)  # states and histories
     transitions, reports = [], []
     for _ in range(args.rollout_length):
         transition, report, carry = step_function(team, model, dataset, args, *carry)
         transitions.append(transition)
         reports.append(report)
     rollouts = Rollouts(*[None if x[0] is None else torch.stack(x) for x in zip(*transitions)])
-    rollouts.time_out_masks[-1] = 0  # rollouts begun along the way are cut here, too
+    rollouts.time_out_masks[-1] = 0  # all end here, even those begun along the way
     means = {name: sum(report[name] for report in reports) / len(reports) for name in reports[0]}
     return rollouts, means
 
@@ -648,7 +647,8 @@ def make_batch(team, rollouts, args, reward_scale):
 
 
 def ppo_loss(team, batch, args):
-    """Actor, critic, entropy bonus and action penalty (Appendix A.1)."""
+    """The loss of actor and critic, with entropy bonus and action penalty (Appendix A.1), and what
+    to log. Also updates the entropy's weight."""
     inputs = team.inputs(batch.observations, batch.histories)
     distribution = team.distribution(inputs)
     log_probs = distribution.log_prob(batch.actions)
@@ -749,9 +749,8 @@ def make_model(path, dataset, args, run):
         require(task.continues_from_states, message)
         return GroundTruth(task, args.transitions // args.rollout_length)
     if not path:  # a game's world model is trained first
-        folder = run.dir / "world_model"
-        where = run.device.type, folder
-        path = coordination_game.train_world_model(task, args.seed, *where, args.dataset)
+        folder, train_model = run.dir / "world_model", coordination_game.train_world_model
+        path = train_model(task, args.seed, run.device.type, folder, args.dataset)
     model = open_world_model(task, path, run.device, args.next_states)
     message = f"{path} predicts no variances, which --penalty aleatoric needs"
     require(args.penalty != "aleatoric" or type(model) is WorldModel, message)
@@ -783,9 +782,8 @@ def check(args):
     check_range(args, 0, math.inf, "max_uncertainty")
     count = args.transitions // args.rollout_length  # rollouts, a tenth of which is held out
     trained = (count - count // 10) * args.rollout_length
-    message = f"--minibatch-size is {args.minibatch_size}, but of --transitions only {trained} are"
-    message += " trained on: rollouts have --rollout-length steps, and a tenth of them is held out;"
-    message += " lower the one, or raise the other"
+    message = f"{trained} of --transitions are trained on (whole rollouts, less a held-out tenth);"
+    message += f" raise it, or lower --minibatch-size, which is {args.minibatch_size}"
     require(trained >= args.minibatch_size, message)
     message = "--ground-truth is instead of a world model; leave --world-model out"
     require(not (args.ground_truth and args.world_model), message)

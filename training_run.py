@@ -440,8 +440,8 @@ class Run:
             free = "device", "total_steps", "dataset", "run_dir", "resume"
             given = [(name, value) for name, value in vars(args).items() if name not in free]
             given = {name: portable(value, Path(args.resume)) for name, value in given}
-            for task in (given, saved):  # FILE:NAME, whose file may have moved
-                task["task"] = task["task"].rpartition(":")[2]
+            for options in (given, saved):  # FILE:NAME, whose file may have moved
+                options["task"] = options["task"].rpartition(":")[2]
             changed = ", ".join(name for name in given if given[name] != saved.get(name))
             advice = "take those of training_run.resumed_args"
             require(not changed, f"{args.resume} was started with another {changed}; {advice}")

@@ -205,7 +205,7 @@ class Ensemble(nn.Module):
         x = (x - self.input_mean) / self.input_std
         mean, log_std = self.state(x).chunk(2, dim=-1)
         reward, reward_log_std = self.reward(x).chunk(2, dim=-1)
-        # Deviation 9.
+        # With these bounds, no member can be arbitrarily sure or unsure (Deviation 9).
         return mean, log_std.clamp(-10, 2), reward, reward_log_std.clamp(-10, 2)
 
     def mask_logits(self, next_states):
@@ -243,22 +243,23 @@ def gaussian_nll(target, mean, log_std, beta=0.0):
     what is hard to predict as noise.
     """
     likelihood = log_std + 0.5 * ((target - mean) * (-log_std).exp()).square()
-    # Deviation 3.
+    # Detached, because the weight itself must not be minimised (Deviation 3).
     return (2 * beta * log_std).exp().detach() * likelihood
 
 
-def member_losses(ensemble, batch, mask_batch, changes, beta, reward_beta):
+def member_losses(ensemble, batch, mask_batch, varying, beta, reward_beta):
     """Next-state, reward and mask loss of every member [3, member] (Section 3.1).
 
     `batch` is states, joint actions, next states and rewards, `mask_batch` next states and masks,
-    each [member, batch, ...]; `changes` are the indices of state dimensions that ever change.
+    each [member, batch, ...]; `varying` are the indices of state dimensions whose targets
+    vary; the others are predicted by their mean.
     """
     states, joint_actions, next_states, rewards = batch
     mean, log_std, reward, reward_log_std = ensemble(states, joint_actions)
-    # Deviation 1.
+    # The standardised change of the state (Deviation 1).
     target = next_states - ensemble.delta * states - ensemble.target_mean
-    target = target[..., changes] / ensemble.target_std[changes]
-    state_loss = gaussian_nll(target, mean[..., changes], log_std[..., changes], beta)
+    target = target[..., varying] / ensemble.target_std[varying]
+    state_loss = gaussian_nll(target, mean[..., varying], log_std[..., varying], beta)
     reward_target = (rewards[..., None] - ensemble.reward_mean) / ensemble.reward_std
     reward_loss = gaussian_nll(reward_target, reward, reward_log_std, reward_beta)
     judged_states, masks = mask_batch
@@ -515,9 +516,9 @@ def train(args: Args) -> dict:
         ensemble = Ensemble(task, args).to(device)
         if args.normalize:
             ensemble.standardize(dataset, training_rows)
-        changes = ensemble.target_std.nonzero()[:, 0]
+        varying = ensemble.target_std.nonzero()[:, 0]
         message = f"the states of {task.dataset} never change; use --no-normalize"
-        require(len(changes), message)
+        require(len(varying), message)
         # Predictions are divided by the data's standard deviations before eps_g is computed.
         scale = torch.cat([dataset.states, dataset.rewards[:, None]], dim=1).std(0)
         scale = torch.where(scale < 1e-6, 1, scale)
@@ -557,7 +558,7 @@ def train(args: Args) -> dict:
             batch = [column[rows] for column in columns]
             mask_batch = dataset.next_states[mask_rows], dataset.masks[mask_rows]
             betas = args.beta, args.reward_beta
-            losses = loss_function(ensemble, batch, mask_batch, changes, *betas)
+            losses = loss_function(ensemble, batch, mask_batch, varying, *betas)
             optimizer.zero_grad()
             losses.sum().backward()
             clip_each_agent(list(ensemble.parameters()), args.members, args.max_grad_norm)

@@ -191,9 +191,10 @@ class HistoryEncoder(nn.Module):
         variance = ((x @ gram) * x).sum(dim=-1, keepdim=True)
         x = x * (variance + 1e-5).rsqrt()
 
-        # Soft attention: weights from tanh(hidden @ soft_key) @ soft_query, then the average.
-        soft_key = centred @ (self.norm_weight.transpose(1, 2) * self.soft_key)
-        keys = torch.baddbmm(self.norm_bias @ self.soft_key, x, soft_key).tanh()
+        # Soft attention over H, what LayerNorm would give: weights from
+        # tanh(H @ soft_key) @ soft_query, then the average. H itself is never formed.
+        folded_key = centred @ (self.norm_weight.transpose(1, 2) * self.soft_key)
+        keys = torch.baddbmm(self.norm_bias @ self.soft_key, x, folded_key).tanh()
         scores = (keys * self.soft_query).sum(dim=-1).view(agents, batch, length, 1)
         average = (scores.softmax(dim=2) * x.view(agents, batch, length, -1)).sum(dim=2)
         return (average @ centred) * self.norm_weight + self.norm_bias

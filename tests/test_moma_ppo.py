@@ -456,7 +456,7 @@ def test_rollouts_transition_by_transition(rollout_length, max_uncertainty, star
     assert all(field.shape[:2] == (rollout_length, count) for field in rollouts[:10])
     rows_started = []
     for i in range(count):
-        starts, age, histories, before = True, 0, None, None
+        starts, histories, before = True, None, None
         for t in range(rollout_length):
             states, actions, step = model.calls[t]
             now = SimpleNamespace(**dict(zip(Rollouts._fields, (x[t, i] for x in rollouts[:10]))))
@@ -475,12 +475,10 @@ def test_rollouts_transition_by_transition(rollout_length, max_uncertainty, star
             pair = torch.cat([limited, now.observations], dim=-1)
             histories = torch.cat([now.histories[:, 1:], pair[:, None]], dim=1)
             assert (histories[1, :, 7:] == 0).all()  # padding
-            age += 1
             uncertain = step.epsilon_g[i] >= max_uncertainty
-            cut = uncertain or age == rollout_length or t == rollout_length - 1
+            cut = uncertain or t == rollout_length - 1
             assert now.time_out_masks == (0 if cut else 1)
-            starts = bool(uncertain or step.masks[i] == 0 or age == rollout_length)
-            age, before = 0 if starts else age, now
+            starts, before = bool(uncertain or step.masks[i] == 0), now
     expected_rows = dataset.first_rows.tolist() if start_states == "first" else range(dataset.size)
     assert set(rows_started) == set(expected_rows)
     epsilon_g = torch.stack([step.epsilon_g for *_, step in model.calls])
@@ -517,22 +515,11 @@ def test_choices_are_samples_whose_density_the_rollouts_keep():
     torch.testing.assert_close(shares, outputs.softmax(-1).mean(0), rtol=0, atol=0.05)
 
 
-def test_a_rollout_ends_at_age_k_wherever_it_started():
-    args, dataset = make_args(max_uncertainty=math.inf, rollout_length=10), made_up_dataset()
-    team, carry = Team(REACHER, dataset.states, args), (torch.randn(3, 11), made_up_histories(3))
-    model, age = MadeUpModel(terminals=0), torch.tensor([0.0, 8.0, 9.0])
-    step = rollout_step(team, model, dataset, args, *carry, age)
-    transition, _, (states, _, age) = step
-    assert transition.time_out_masks.tolist() == [1, 1, 0] and age.tolist() == [1, 9, 0]
-    assert torch.equal(states[:2], transition.next_states[:2])
-    assert (states[2] == dataset.states).all(dim=1).any()
-
-
 def test_a_compiled_rollout_step_is_one_graph_and_equals_the_eager_one(saved, tmp_path):
     """A break would split it, and on a GPU its CUDA graph."""
     args, dataset = make_args(penalty="epistemic", start_states="any"), made_up_dataset()
     team, model = Team(REACHER, dataset.states, args), read(saved, tmp_path)
-    carry = dataset.states[:6], made_up_histories(6), torch.arange(6.0) + 44
+    carry = dataset.states[:6], made_up_histories(6)
     traced = torch.compile(rollout_step, backend="aot_eager", fullgraph=True)
     results = []
     for function in (rollout_step, traced):
@@ -546,10 +533,9 @@ def test_a_compiled_rollout_step_is_one_graph_and_equals_the_eager_one(saved, tm
 def test_a_terminal_is_no_time_out_but_ends_the_rollout():
     args, dataset = make_args(max_uncertainty=math.inf), made_up_dataset()
     team, carry = Team(REACHER, dataset.states, args), (torch.randn(4, 11), made_up_histories(4))
-    step = rollout_step(team, MadeUpModel(terminals=1), dataset, args, *carry, torch.zeros(4))
-    transition, _, (states, _, age) = step
+    step = rollout_step(team, MadeUpModel(terminals=1), dataset, args, *carry)
+    transition, _, (states, _) = step
     assert transition.time_out_masks.tolist() == [1] * 4 and transition.masks.tolist() == [0] * 4
-    assert age.tolist() == [0] * 4
     assert (states[:, None] == dataset.states).all(dim=-1).any(dim=1).all()
 
 

@@ -99,19 +99,19 @@ def test_losses_are_those_of_gaussians_and_a_bernoulli(target, beta, reward_beta
     states, next_states = torch.randn(2, MEMBERS, 30, 11)
     actions, rewards = torch.randn(MEMBERS, 30, 2), torch.randn(MEMBERS, 30)
     masks = (torch.rand(MEMBERS, 30) > 0.3).double()
-    changes = ensemble.target_std.nonzero()[:, 0]
+    varying = ensemble.target_std.nonzero()[:, 0]
     batch, judged = (states, actions, next_states, rewards), torch.randn(MEMBERS, 30, 11)
-    losses = member_losses(ensemble, batch, (judged, masks), changes, beta, reward_beta)
+    losses = member_losses(ensemble, batch, (judged, masks), varying, beta, reward_beta)
     constant = 0.5 * np.log(2 * np.pi)
     for i in range(MEMBERS):
         prediction = literal_prediction(ensemble, i, states[i], actions[i])
         mean, log_std, reward_mean, reward_log_std = prediction
-        assert (log_std < -9.5).any() and (log_std[:, changes] > 1.5).any()
-        normal = Normal(mean[:, changes], log_std[:, changes].exp())
+        assert (log_std < -9.5).any() and (log_std[:, varying] > 1.5).any()
+        normal = Normal(mean[:, varying], log_std[:, varying].exp())
         # Both are densities of the standardised change, and so is the variance that weighs them.
-        shift = ensemble.target_std.log()[changes]
-        nll = -normal.log_prob(next_states[i][:, changes]) - constant - shift
-        variance = (2 * (log_std[:, changes] - shift)).exp()
+        shift = ensemble.target_std.log()[varying]
+        nll = -normal.log_prob(next_states[i][:, varying]) - constant - shift
+        variance = (2 * (log_std[:, varying] - shift)).exp()
         reward_nll = -Normal(reward_mean, reward_log_std.exp()).log_prob(rewards[i])
         reward_nll -= constant + ensemble.reward_std.log()
         reward_variance = (reward_log_std.exp() / ensemble.reward_std).square()
@@ -126,8 +126,8 @@ def test_losses_are_those_of_gaussians_and_a_bernoulli(target, beta, reward_beta
 def test_a_members_loss_leaves_the_other_members_alone():
     ensemble = made_up_ensemble()
     batches = batches_of(toy_dataset(), torch.randint(5000, (MEMBERS, 30)))
-    changes = ensemble.target_std.nonzero()[:, 0]
-    losses = member_losses(ensemble, *batches, changes, 0.5, 0.5)
+    varying = ensemble.target_std.nonzero()[:, 0]
+    losses = member_losses(ensemble, *batches, varying, 0.5, 0.5)
     losses[:, 1].sum().backward()
     for name, parameter in ensemble.named_parameters():
         assert (parameter.grad[1] != 0).any(), name
@@ -168,12 +168,12 @@ def test_statistics_are_those_of_the_training_rows(target):
         "reward": rewards[:, None],
     }
     for name, values in expected.items():
-        changes = values.std(0) > 1e-6
-        assert changes.all() == (name == "reward")
+        varying = values.std(0) > 1e-6
+        assert varying.all() == (name == "reward")
         mean, std = getattr(ensemble, f"{name}_mean"), getattr(ensemble, f"{name}_std")
         np.testing.assert_allclose(mean, values.mean(0), rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(std[changes], values[:, changes].std(0, ddof=1), rtol=1e-5)
-        assert (std[~changes] == (0 if name == "target" else 1)).all()
+        np.testing.assert_allclose(std[varying], values[:, varying].std(0, ddof=1), rtol=1e-5)
+        assert (std[~varying] == (0 if name == "target" else 1)).all()
 
 
 @each_target
@@ -187,9 +187,9 @@ def test_dimensions_that_never_change_are_predicted_to_the_bit(target):
     # With absolute targets that is the only one with the same value in all rows.
     kept = CONSTANT if target == "delta" else [10]
     assert torch.equal(predicted[..., kept], states[:, kept].expand(MEMBERS, -1, -1))
-    changes = ensemble.target_std.nonzero()[:, 0]
+    varying = ensemble.target_std.nonzero()[:, 0]
     batches = batches_of(dataset, rows.expand(MEMBERS, -1))
-    assert member_losses(ensemble, *batches, changes, 0.5, 0.5).isfinite().all()
+    assert member_losses(ensemble, *batches, varying, 0.5, 0.5).isfinite().all()
 
 
 def test_held_out_errors_against_a_loop_over_members():
@@ -367,7 +367,7 @@ def test_a_linear_world_is_learned(target, beta):
     options = SMALL | {"hidden": (64, 64), "reward_hidden": (64,), "mask_hidden": (64,)}
     ensemble = Ensemble(REACHER, Args(**options, target=target))
     ensemble.standardize(dataset, training_rows)
-    changes = ensemble.target_std.nonzero()[:, 0]
+    varying = ensemble.target_std.nonzero()[:, 0]
     optimizer = torch.optim.Adam(ensemble.parameters(), lr=1e-2)
     untrained = held_out_errors(ensemble, dataset, held_out_rows, scale)
     for step in range(400):
@@ -375,7 +375,7 @@ def test_a_linear_world_is_learned(target, beta):
         rows = training_rows[torch.randint(len(training_rows), (MEMBERS, 128))]
         optimizer.zero_grad()
         batches = batches_of(dataset, rows)
-        member_losses(ensemble, *batches, changes, beta, reward_beta=0.0).sum().backward()
+        member_losses(ensemble, *batches, varying, beta, reward_beta=0.0).sum().backward()
         clip_each_agent(list(ensemble.parameters()), MEMBERS, 1.0)
         optimizer.step()
     errors = held_out_errors(ensemble, dataset, held_out_rows, scale)
@@ -444,9 +444,9 @@ def test_a_run_trains_as_its_options_say(monkeypatch, tmp_path):
     dataset, seen, steps = toy_dataset(terminals=0.002), [], []
     losses, adam_step = world_model.member_losses, torch.optim.AdamW.step
 
-    def look(ensemble, batch, mask_batch, changes, *betas):
+    def look(ensemble, batch, mask_batch, varying, *betas):
         seen.append((batch, mask_batch, betas))
-        return losses(ensemble, batch, mask_batch, changes, *betas)
+        return losses(ensemble, batch, mask_batch, varying, *betas)
 
     def keep_step(optimizer):
         groups = optimizer.param_groups
