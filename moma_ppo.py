@@ -782,8 +782,8 @@ def check(args):
     check_range(args, 0, math.inf, "max_uncertainty")
     count = args.transitions // args.rollout_length  # rollouts, a tenth of which is held out
     trained = (count - count // 10) * args.rollout_length
-    message = f"{trained} of --transitions are trained on (whole rollouts, less a held-out tenth);"
-    message += f" raise it, or lower --minibatch-size, which is {args.minibatch_size}"
+    message = f"only {trained} of --transitions are trained on (rollouts of --rollout-length steps,"
+    message += f" less a held-out tenth); raise it, or lower --minibatch-size {args.minibatch_size}"
     require(trained >= args.minibatch_size, message)
     message = "--ground-truth is instead of a world model; leave --world-model out"
     require(not (args.ground_truth and args.world_model), message)
