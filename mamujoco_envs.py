@@ -801,8 +801,8 @@ class Simulator:
 
     After `reset`, it matches gymnasium's environment bit for bit at every step. It works on global
     states, so it can continue from any row of a dataset (`set_states`); the positions of bodies are
-    computed anew there, which shifts the ant's first reward by 0.003 on average, and by 0.13 at most
-    in 1,200 steps. Time-outs are left to the caller: it does not count steps.
+    computed anew there, which shifts the ant's first reward by 0.003 on average (0.13 at most, in
+    1,200 steps). Time-outs are left to the caller: it does not count steps.
 
     Each copy has its own `MjData`, because `mj_step` runs without Python's lock, and keeps views of
     its arrays, because looking up an attribute of `MjData` costs half as much as a step of Reacher.
