@@ -3,7 +3,8 @@
 Paper: Barde et al., "A Model-Based Solution to the Offline Multi-Agent Reinforcement Learning
 Coordination Problem", AAMAS 2024 (arXiv 2305.17198). Each learning step rolls the team out for k
 steps from states of the dataset, in the ensemble world model that world_model.py trained
-(Section 3.1), and trains the team on them with multi-agent PPO (Section 3.2, Appendix A).
+(Section 3.1), and trains the team on these transitions with multi-agent PPO (Section 3.2,
+Appendix A).
 
     python moma_ppo.py --task reacher-leader-only
     python moma_ppo.py --task ant-medium-fo --ground-truth                 # Table 5
