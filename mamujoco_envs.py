@@ -1233,7 +1233,7 @@ def retargeting_error(predict: Callable, states: torch.Tensor) -> dict[str, floa
     other, states = states.roll(1, dims=0), states.clone()
     states[:, 8:10] += states[:, 4:6] - other[:, 4:6]
     states[:, 4:6] = other[:, 4:6]
-    *_, rewards = predict(states, states.new_zeros(len(states), 2))
+    rewards = predict(states, states.new_zeros(len(states), 2)).rewards
     error = (rewards.mean(0) + states[:, 8:10].norm(dim=1)).abs().mean().item()
     return {"retargeting_error": error}
 

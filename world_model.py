@@ -18,7 +18,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle OpenMP threads spin briefly, then sleep
 
@@ -160,14 +160,33 @@ class MLP(nn.Sequential):
         super().__init__(*layers)
 
 
+class Prediction(NamedTuple):
+    next_states: torch.Tensor  # [member, batch, state], each member's mean
+    rewards: torch.Tensor  # [member, batch]
+    epsilon_g: torch.Tensor  # [batch], epistemic uncertainty
+
+
+def epistemic_uncertainty(next_states, rewards, scale):
+    """eps_g, the Frobenius norm of the members' covariance of (next state, reward): [batch].
+
+    With X the centred predictions in units of `scale`, ||X^T X||_F = ||X X^T||_F: a Gram matrix of
+    members instead of one of dimensions.
+    """
+    outputs = torch.cat([next_states, rewards[..., None]], dim=-1) / scale
+    centred = (outputs - outputs.mean(0)).transpose(0, 1)  # [batch, member, state + 1]
+    gram = centred @ centred.transpose(1, 2)
+    return gram.square().sum((1, 2)).sqrt() / (centred.shape[1] - 1)
+
+
 class Ensemble(nn.Module):
     """The members of the world model, each with a state, a reward and a mask network.
 
-    Networks map standardised inputs to standardised outputs.
+    Networks map standardised inputs to standardised outputs. Those for an Ant see it at heading 0.
     """
 
     def __init__(self, task: Task, args: Args):
         super().__init__()
+        self.symmetry = task.symmetry
         self.members, self.delta = args.members, args.target == "delta"
         joint_dim = task.num_agents * task.action_dim
         in_dims = [task.state_dim + joint_dim] * args.members
@@ -179,6 +198,7 @@ class Ensemble(nn.Module):
         for name, size in sizes.items():
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
+        self.register_buffer("scale", torch.ones(task.state_dim + 1))
 
     @torch.no_grad()
     def standardize(self, dataset: OfflineDataset, rows):
@@ -215,14 +235,20 @@ class Ensemble(nn.Module):
         return self.mask((next_states - mean) / std)[..., 0]
 
     def predict(self, states, joint_actions):
-        """[batch, state], [batch, joint]: each member's mean next state [member, batch, state] and
-        mean reward [member, batch], in the units of the data."""
+        """`Prediction`, in the units of the data, from [batch, state] and [batch, joint]."""
+        if self.symmetry:
+            return self.symmetry.at_heading_zero(self.transition, states, joint_actions)
+        return self.transition(states, joint_actions)
+
+    def transition(self, states, joint_actions):
+        """`predict`, without turning."""
         all_states = states.expand(self.members, -1, -1)
         all_actions = joint_actions.expand(self.members, -1, -1)
         mean, _, reward, _ = self(all_states, all_actions)
         next_states = self.delta * states + mean * self.target_std + self.target_mean
         rewards = (reward * self.reward_std + self.reward_mean)[..., 0]
-        return next_states, rewards
+        epsilon_g = epistemic_uncertainty(next_states, rewards, self.scale)
+        return Prediction(next_states, rewards, epsilon_g)
 
     def select(self, members: list[int]) -> "Ensemble":
         """A copy with these members alone."""
@@ -298,17 +324,17 @@ def clip_each_agent(parameters, agents, max_norm):
 
 
 @torch.no_grad()
-def held_out_errors(ensemble, dataset: OfflineDataset, rows, scale) -> dict:
+def held_out_errors(ensemble, dataset: OfflineDataset, rows) -> dict:
     """Errors of each member's mean predictions [member].
 
     State (L2) and reward (absolute) in their own units, then in standard deviations of the data
     (the state's as a root mean square over dimensions), the share of wrong masks, given the true
     next state, and the share of absorbing next states that the masks miss.
     """
-    totals = 0
+    scale, totals = ensemble.scale, 0
     for part in rows.split(4096):
         joint_actions = dataset.task.join_actions(dataset.actions[part])
-        next_states, rewards = ensemble.predict(dataset.states[part], joint_actions)
+        next_states, rewards, _ = ensemble.predict(dataset.states[part], joint_actions)
         true_next_states = dataset.next_states[part]
         mask_logits = ensemble.mask_logits(true_next_states.expand(ensemble.members, -1, -1))
         absorbing = dataset.masks[part] == 0
@@ -369,7 +395,7 @@ def open_loop_starts(dataset: OfflineDataset, rows, start_states="any"):
 
 
 @torch.no_grad()
-def open_loop(ensemble, dataset: OfflineDataset, rows, scale, behavior) -> dict:
+def open_loop(ensemble, dataset: OfflineDataset, rows, behavior) -> dict:
     """Rolls the ensemble and the true simulator out from `rows`, with the same actions.
 
     Returns the state error (L2) after one and ten steps, the error and bias of the ten-step return
@@ -388,8 +414,8 @@ def open_loop(ensemble, dataset: OfflineDataset, rows, scale, behavior) -> dict:
     for t in range(open_loop_length(dataset, rows)):
         actions = disturb(task, dataset.actions[rows + t].cpu(), behavior, generator)
         joint_actions = task.join_actions(actions).to(device)
-        next_states, rewards = ensemble.predict(states, joint_actions)
-        epsilons.append(epistemic_uncertainty(next_states, rewards, scale).cpu()[alive])
+        next_states, rewards, epsilon_g = ensemble.predict(states, joint_actions)
+        epsilons.append(epsilon_g.cpu()[alive])
         member = torch.randint(ensemble.members, (count,), generator=generator).to(device)
         states = next_states[member, torch.arange(count, device=device)]
 
@@ -406,32 +432,20 @@ def open_loop(ensemble, dataset: OfflineDataset, rows, scale, behavior) -> dict:
         if not alive.any():
             break
     difference = model_return - true_return
-    epsilon_g = torch.cat(epsilons)
+    epsilons = torch.cat(epsilons)
     return {
         "one_step_error": errors[0],
         "ten_step_error": errors[-1],
         "return_error": difference.abs().mean().item(),
         "return_bias": difference.mean().item(),
-        **{f"epsilon_g_{q}": epsilon_g.quantile(q).item() for q in (0.5, 0.9, 0.99)},
+        **{f"epsilon_g_{q}": epsilons.quantile(q).item() for q in (0.5, 0.9, 0.99)},
     }
 
 
-def epistemic_uncertainty(next_states, rewards, scale):
-    """eps_g, the Frobenius norm of the members' covariance of (next state, reward): [batch].
-
-    With X the centred predictions in units of `scale`, ||X^T X||_F = ||X X^T||_F: a Gram matrix of
-    members instead of one of dimensions.
-    """
-    outputs = torch.cat([next_states, rewards[..., None]], dim=-1) / scale
-    centred = (outputs - outputs.mean(0)).transpose(0, 1)  # [batch, member, state + 1]
-    gram = centred @ centred.transpose(1, 2)
-    return gram.square().sum((1, 2)).sqrt() / (centred.shape[1] - 1)
-
-
-def evaluate_ensemble(ensemble, args: Args, dataset: OfflineDataset, rows, starts, scale) -> dict:
+def evaluate_ensemble(ensemble, args: Args, dataset: OfflineDataset, rows, starts) -> dict:
     """Chooses the elites; measures their errors on held-out `rows` and, on the data and off them,
     in open loops from `starts`."""
-    errors = held_out_errors(ensemble, dataset, rows, scale)
+    errors = held_out_errors(ensemble, dataset.at_heading_zero, rows)
     # Deviation 5. State and reward count equally, in standard deviations of the data.
     criterion = errors["scaled_state_error"] + errors["scaled_reward_error"]
     elites = criterion.argsort()[: args.elites].tolist()
@@ -439,7 +453,7 @@ def evaluate_ensemble(ensemble, args: Args, dataset: OfflineDataset, rows, start
     record = {name: error[elites].mean().item() for name, error in errors.items()}
     behaviors = BEHAVIORS if dataset.task.continues_from_states else ("on_data",)
     for behavior in behaviors:
-        measured = open_loop(best, dataset, starts, scale, behavior)
+        measured = open_loop(best, dataset, starts, behavior)
         record |= {f"{behavior}/{name}": value for name, value in measured.items()}
     if dataset.task.model_errors:
         record |= dataset.task.model_errors(best.predict, dataset.states[shuffled(rows)[:5000]])
@@ -450,17 +464,17 @@ def evaluate_ensemble(ensemble, args: Args, dataset: OfflineDataset, rows, start
 # Export.
 
 
-def calibrate(record: dict, scale) -> dict:
+def calibrate(record: dict, reward_std: float) -> dict:
     """lambda_g and l_eps by one rule for every dataset, from q, eps_g's 0.99 quantile on data.
 
     Deviation 8 of docs/moma_ppo.md. lambda_g makes the penalty at q one standard deviation of the
     reward; l_eps, which cuts a rollout, is 10 q: members hardly ever disagree that much on data.
     """
     quantile = max(record["on_data/epsilon_g_0.99"], 1e-6)
-    return {"lambda_g": float(scale[-1]) / quantile, "l_epsilon": 10 * quantile}
+    return {"lambda_g": reward_std / quantile, "l_epsilon": 10 * quantile}
 
 
-def export(ensemble, args: Args, dataset: OfflineDataset, record: dict, scale, seconds) -> dict:
+def export(ensemble, args: Args, dataset: OfflineDataset, record: dict, seconds) -> dict:
     """What inference needs: the elites' layers, normaliser, bounding box and calibration."""
     best = ensemble.select(record["elites"])
     networks = {}
@@ -472,10 +486,9 @@ def export(ensemble, args: Args, dataset: OfflineDataset, record: dict, scale, s
     stride = math.ceil(len(dataset.first_rows) / FIRST_STATES)
     return {
         **networks,
-        **dict(ensemble.named_buffers()),  # the normaliser
-        **dataset.bounding_box(),
-        **calibrate(record, scale),
-        "scale": scale,
+        **dict(ensemble.named_buffers()),  # the normaliser, and the scale of eps_g
+        **dataset.at_heading_zero.bounding_box(),
+        **calibrate(record, ensemble.scale[-1].item()),
         "first_states": dataset.states[dataset.first_rows[::stride]],
         "dataset": dataset.description,
         "description": description,
@@ -514,14 +527,15 @@ def train(args: Args) -> dict:
             say(f"note: {task.name} has no simulator that starts anywhere, so the model is judged")
             say("on the data's own actions, and not on perturbed and random ones")
         ensemble = Ensemble(task, args).to(device)
+        turned = dataset.at_heading_zero  # Deviation 10
         if args.normalize:
-            ensemble.standardize(dataset, training_rows)
+            ensemble.standardize(turned, training_rows)
         varying = ensemble.target_std.nonzero()[:, 0]
         message = f"the states of {task.dataset} never change; use --no-normalize"
         require(len(varying), message)
         # Predictions are divided by the data's standard deviations before eps_g is computed.
-        scale = torch.cat([dataset.states, dataset.rewards[:, None]], dim=1).std(0)
-        scale = torch.where(scale < 1e-6, 1, scale)
+        scale = torch.cat([turned.states, turned.rewards[:, None]], dim=1).std(0)
+        ensemble.scale.copy_(torch.where(scale < 1e-6, 1, scale))
 
         groups = [
             {"params": ensemble.state.parameters()},
@@ -538,14 +552,14 @@ def train(args: Args) -> dict:
         inputs = {"dataset": dataset.description}
         run.restore(inputs, ensemble=ensemble, optimizer=optimizer, schedule=schedule)
         loss_function = compiled(member_losses, args, device)
-        joint_actions = task.join_actions(dataset.actions)
-        absorbing_rows = training_rows[dataset.masks[training_rows] == 0]
-        rewards = dataset.rewards[training_rows]
+        joint_actions = task.join_actions(turned.actions)
+        absorbing_rows = training_rows[turned.masks[training_rows] == 0]
+        rewards = turned.rewards[training_rows]
         outlying_rows = training_rows[(rewards - rewards.mean()).abs() > 10 * rewards.std()]
-        columns = (dataset.states, joint_actions, dataset.next_states, dataset.rewards)
+        columns = turned.states, joint_actions, turned.next_states, turned.rewards
 
         def evaluate(_=None):
-            return evaluate_ensemble(ensemble, args, dataset, held_out_rows, starts, scale)
+            return evaluate_ensemble(ensemble, args, dataset, held_out_rows, starts)
 
         for _ in run.steps(evaluate):
             # Each member draws its own minibatch from the same training rows.
@@ -556,7 +570,7 @@ def train(args: Args) -> dict:
             mask_rows = with_rare(rows, absorbing_rows)
             rows = with_rare(rows, outlying_rows)
             batch = [column[rows] for column in columns]
-            mask_batch = dataset.next_states[mask_rows], dataset.masks[mask_rows]
+            mask_batch = turned.next_states[mask_rows], turned.masks[mask_rows]
             betas = args.beta, args.reward_beta
             losses = loss_function(ensemble, batch, mask_batch, varying, *betas)
             optimizer.zero_grad()
@@ -570,7 +584,7 @@ def train(args: Args) -> dict:
         record = evaluate()
         run.log_evaluation(record)
         output = args.output or run.dir / "world_model.pt"
-        save(export(ensemble, args, dataset, record, scale, run.seconds), output)
+        save(export(ensemble, args, dataset, record, run.seconds), output)
         run.write_result(record | {"evaluations": run.evaluations})
         state_error, reward_error = record["state_error"], record["reward_error"]
         say(f"held-out errors: state {state_error:.4f}, reward {reward_error:.5f}")

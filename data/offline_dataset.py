@@ -10,6 +10,8 @@ files load as they are: of the ant's 111 dimensions the first 27 are the state. 
 other names for these columns (`Task.layout`) and Minari's datasets, "minari:NAME" or a folder.
 """
 
+import copy
+import functools
 import hashlib
 import importlib
 from pathlib import Path
@@ -163,6 +165,19 @@ class OfflineDataset:
             following = rewards[row] + gamma * masks[row] * following
             returns[row] = following
         return torch.tensor(returns, device=self.device)
+
+    @functools.cached_property
+    def at_heading_zero(self) -> "OfflineDataset":
+        """The same dataset, or if the task has a symmetry a copy with each transition turned to
+        heading 0, where world models are queried. (Rows then no longer continue each other.)"""
+        symmetry = self.task.symmetry
+        if symmetry is None:
+            return self
+        turned, heading = copy.copy(self), symmetry.heading(self.states)
+        transitions = self.states, self.next_states, self.rewards
+        transitions = symmetry.turn_transition(-heading, *transitions)
+        turned.states, turned.next_states, turned.rewards = transitions
+        return turned
 
     def bounding_box(self) -> dict[str, torch.Tensor]:
         """Smallest and largest value of each state dimension and of the reward (Section 3.1)."""
