@@ -1,6 +1,7 @@
 """Tasks and simulators against gymnasium, PettingZoo's rules, and loops that are easy to check."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -482,7 +483,7 @@ def test_retargeting_error_is_that_of_arms_with_another_rows_target():
         torch.testing.assert_close(*fingertips)  # arms stay where they are
         assert (retargeted[:, 4:6] != states[:, 4:6]).all() and not joint_actions.any()
         rewards = -retargeted[:, 8:10].norm(dim=1)
-        return retargeted, torch.stack([rewards - 0.5, rewards + 0.1])
+        return SimpleNamespace(rewards=torch.stack([rewards - 0.5, rewards + 0.1]))
 
     assert retargeting_error(predict, states)["retargeting_error"] == pytest.approx(0.2)
 

@@ -9,10 +9,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from made_up import GAME, REACHER, write_dataset
+from made_up import GAME, REACHER, recorded_columns, write_dataset
 
 from data import offline_dataset
-from data.offline_dataset import DamagedFile, load_dataset
+from data.offline_dataset import DamagedFile, OfflineDataset, load_dataset
 from mamujoco_envs import InputError, find_task
 
 EPISODES = [(1, "timeout"), (12, "terminal"), (3, "timeout"), (25, "timeout"), (1, "terminal")]
@@ -179,6 +179,26 @@ def test_a_tenth_of_the_episodes_is_held_out():
     dataset = load_dataset(GAME)
     train, held_out = dataset.split()
     assert len(held_out) == dataset.size // 10 and len(train) == dataset.size - len(held_out)
+
+
+def test_transitions_are_turned_to_heading_zero():
+    ant = find_task("ant-medium-fo")
+    symmetry, dataset = ant.symmetry, OfflineDataset(ant, recorded_columns(ant, length=20))
+    turned = dataset.at_heading_zero
+    heading = symmetry.heading(dataset.states)
+    torch.testing.assert_close(symmetry.heading(turned.states), 0 * heading)
+    again = symmetry.turn_transition(heading, turned.states, turned.next_states, turned.rewards)
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(again[0], dataset.states, **close)
+    torch.testing.assert_close(again[1], dataset.next_states, **close)
+    torch.testing.assert_close(again[2], dataset.rewards, **close)
+    for name in ("actions", "masks", "episode_starts"):
+        assert getattr(turned, name) is getattr(dataset, name)
+
+
+def test_a_dataset_without_a_symmetry_is_never_turned(path):
+    dataset = load_dataset(REACHER, path)
+    assert dataset.at_heading_zero is dataset
 
 
 def test_bounding_box_covers_states_and_next_states(path, columns):

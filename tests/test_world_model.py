@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from made_up import REACHER, literal_mlp
+from made_up import REACHER, literal_mlp, recorded_columns
 from torch.distributions import Normal
 
 import world_model
@@ -26,7 +26,7 @@ from world_model import (
     open_loop_starts,
 )
 
-MEMBERS = 4
+ANT, MEMBERS = find_task("ant-medium-fo"), 4
 CONSTANT = [4, 5, 10]  # Reacher's target stays where it is, and the fingertip in its plane
 SMALL = {"members": MEMBERS, "hidden": (16, 16), "reward_hidden": (16,), "mask_hidden": (16,)}
 
@@ -183,7 +183,7 @@ def test_dimensions_that_never_change_are_predicted_to_the_bit(target):
     ensemble.standardize(dataset, rows)
     states = 100 * torch.randn(50, 11)
     states[..., 10] = 0
-    predicted, _ = ensemble.predict(states, torch.randn(50, 2))
+    predicted = ensemble.predict(states, torch.randn(50, 2)).next_states
     # With absolute targets that is the only one with the same value in all rows.
     kept = CONSTANT if target == "delta" else [10]
     assert torch.equal(predicted[..., kept], states[:, kept].expand(MEMBERS, -1, -1))
@@ -193,9 +193,10 @@ def test_dimensions_that_never_change_are_predicted_to_the_bit(target):
 
 
 def test_held_out_errors_against_a_loop_over_members():
-    dataset, ensemble, scale = toy_dataset(), made_up_ensemble(), torch.rand(12) + 0.1
+    dataset, ensemble = toy_dataset(), made_up_ensemble()
+    scale = ensemble.scale
     rows = torch.randperm(5000)[:4500]  # more than one part
-    errors = held_out_errors(ensemble, dataset, rows, scale)
+    errors = held_out_errors(ensemble, dataset, rows)
     (states, joint_actions, next_states, rewards), (_, masks) = batches_of(dataset, rows)
     for i in range(MEMBERS):
         prediction = literal_prediction(ensemble, i, states, joint_actions)
@@ -219,7 +220,7 @@ LENGTHS = {"some end": [3, 10, 1, 11, 10], "none ends": [11] * 5, "all end": [2,
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_open_loop_against_a_loop_until_the_true_episodes_end(lengths):
     """Steps after a terminal belong to no episode; the last step of an episode does."""
-    dataset, ensemble, scale = toy_dataset(), made_up_ensemble(), torch.rand(12) + 0.1
+    dataset, ensemble = toy_dataset(), made_up_ensemble()
     dataset.last_rows = torch.tensor([dataset.size - 1])  # so that only the simulator ends them
     rows, steps = torch.tensor([7, 100, 205, 3000, 4321]), torch.arange(1, 11)[:, None]
     true_states, true_rewards = 10 * torch.randn(10, 5, 11), torch.randn(10, 5)
@@ -238,7 +239,7 @@ def test_open_loop_against_a_loop_until_the_true_episodes_end(lengths):
             return next(self.steps)
 
     dataset.task = replace(REACHER, simulator=Scripted)
-    got = open_loop(ensemble, dataset, rows, scale, "on_data")
+    got = open_loop(ensemble, dataset, rows, "on_data")
     generator = torch.Generator().manual_seed(0)
     members = [torch.randint(MEMBERS, (5,), generator=generator) for _ in range(10)]
     errors, gaps, epsilons = [[] for _ in range(10)], [], []
@@ -249,7 +250,7 @@ def test_open_loop_against_a_loop_until_the_true_episodes_end(lengths):
             predictions = [literal_prediction(ensemble, m, state, action) for m in range(MEMBERS)]
             next_states = torch.stack([x[0] for x in predictions]).detach()
             rewards = torch.stack([x[2] for x in predictions]).detach()
-            variables = torch.cat([next_states, rewards[:, None]], dim=1) / scale
+            variables = torch.cat([next_states, rewards[:, None]], dim=1) / ensemble.scale
             epsilons.append(torch.linalg.matrix_norm(torch.cov(variables.T)))
             state = next_states[members[t][i]]
             errors[t].append((state - true_states[t, i]).norm().item())
@@ -313,11 +314,66 @@ def test_disturbed_actions():
         assert disturbed[..., 1].mean() == pytest.approx(share, abs=0.02)
 
 
+def test_predictions_do_not_depend_on_an_ants_heading(float64):
+    """A turned ant goes where it went before, turned, and as uncertain; the reward for its speed
+    along x is the one for where it now goes."""
+    ensemble, symmetry = Ensemble(ANT, Args(**SMALL)), ANT.symmetry
+    for buffer in ensemble.buffers():
+        buffer.copy_(torch.rand_like(buffer) + 0.5)
+    states, joint_actions = torch.randn(30, 27), torch.randn(30, 8)
+    angles = torch.linspace(-1, 1, 30)
+    before = ensemble.predict(states, joint_actions)
+    after = ensemble.predict(symmetry.turn(states, angles), joint_actions)
+    turned = symmetry.turn_transition(angles, states, before.next_states, before.rewards)
+    torch.testing.assert_close((after.next_states, after.rewards), turned[1:])
+    torch.testing.assert_close(after.epsilon_g, before.epsilon_g)
+    # At heading 0 it is what the networks say.
+    upright = symmetry.turn(states, -symmetry.heading(states))
+    prediction = ensemble.predict(upright, joint_actions)
+    torch.testing.assert_close(prediction, ensemble.transition(upright, joint_actions))
+
+
+def test_an_ants_model_learns_at_heading_zero(monkeypatch, tmp_path):
+    """Where rollouts will ask it; only the first states keep their headings."""
+    columns, seen = recorded_columns(ANT, length=30), []
+    losses, dataset = world_model.member_losses, OfflineDataset(ANT, columns)
+    spin = torch.linspace(-3, 3, dataset.size)  # every row at a heading of its own
+    transitions = dataset.states, dataset.next_states, dataset.rewards
+    spun = ANT.symmetry.turn_transition(spin, *transitions)
+    dataset.states, dataset.next_states, dataset.rewards = spun
+
+    def look(ensemble, batch, mask_batch, *others):
+        seen.append((batch, mask_batch))
+        return losses(ensemble, batch, mask_batch, *others)
+
+    functions = {"load_dataset": lambda *_: dataset, "member_losses": look, "OPEN_LOOPS": 5}
+    for name, function in functions.items():
+        monkeypatch.setattr(world_model, name, function)
+    options = SMALL | {"task": ANT.name, "elites": 2, "total_steps": 1, "batch_size": 64}
+    world_model.train(Args(**options, run_dir=tmp_path / "run", device="cpu"))
+    exported = torch.load(tmp_path / "run" / "world_model.pt", weights_only=True)
+    upright = dataset.at_heading_zero
+    ((states, _, next_states, rewards), (judged_states, _)) = seen.pop()
+    known = {tuple(row) for row in upright.states.tolist()}
+    assert {tuple(row) for row in states.flatten(0, 1).tolist()} <= known
+    known = {tuple(row) for row in upright.next_states.tolist()}
+    for rows in (next_states, judged_states):
+        assert {tuple(row) for row in rows.flatten(0, 1).tolist()} <= known
+    assert set(rewards.flatten().tolist()) <= set(upright.rewards.tolist())
+    for name, bound in upright.bounding_box().items():
+        assert torch.equal(exported[name], bound)
+    training_rows, _ = dataset.split()
+    mean = upright.states[training_rows].mean(0)
+    torch.testing.assert_close(exported["input_mean"][:27], mean)
+    torch.testing.assert_close(exported["scale"][-1], upright.rewards.std())
+    assert torch.equal(exported["first_states"], dataset.states[dataset.first_rows])
+
+
 def test_selected_members_predict_as_before_in_the_order_asked_for():
     ensemble = made_up_ensemble()
     selected = ensemble.select([3, 0, 1])
     inputs = torch.randn(20, 11), torch.randn(20, 2)
-    for one, other in zip(selected.predict(*inputs), ensemble.predict(*inputs)):
+    for one, other in zip(selected.predict(*inputs)[:2], ensemble.predict(*inputs)[:2]):
         torch.testing.assert_close(one, other[[3, 0, 1]])
     for parameter in ensemble.parameters():  # continues to learn
         parameter.data.zero_()
@@ -328,18 +384,19 @@ def test_selected_members_predict_as_before_in_the_order_asked_for():
 def test_moma_ppo_reads_what_is_exported(target, activation, tmp_path):
     """Its inference code is its own, so it is compared with the ensemble's."""
     args = Args(**SMALL, elites=3, target=target, activation=activation)
-    dataset, scale = toy_dataset(), torch.rand(12) + 0.1
+    dataset = toy_dataset()
     ensemble = made_up_ensemble(target, activation=activation)
     record = {"elites": [2, 0, 3], "on_data/epsilon_g_0.99": 0.02}
-    exported = world_model.export(ensemble, args, dataset, record, scale, 1.0)
+    exported = world_model.export(ensemble, args, dataset, record, 1.0)
     assert exported["l_epsilon"] == pytest.approx(10 * 0.02)
     # One standard deviation of the reward at the quantile.
-    assert exported["lambda_g"] * 0.02 == pytest.approx(scale[-1].item())
+    assert exported["lambda_g"] * 0.02 == pytest.approx(ensemble.scale[-1].item())
     world_model.save(exported, tmp_path / "world_model.pt")
     model = open_world_model(REACHER, tmp_path / "world_model.pt", "cpu")
     states, actions = dataset.states[:50], dataset.actions[:50]
     joint_actions = REACHER.join_actions(actions)
-    next_states, rewards = (x[[2, 0, 3]].detach() for x in ensemble.predict(states, joint_actions))
+    prediction = ensemble.select([2, 0, 3]).predict(states, joint_actions)
+    next_states, rewards, epsilon_g = (x.detach() for x in prediction)
     means, stds = model.predict(states, actions)
     close = {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(means, torch.cat([next_states, rewards[..., None]], -1), **close)
@@ -356,20 +413,19 @@ def test_moma_ppo_reads_what_is_exported(target, activation, tmp_path):
     torch.testing.assert_close(step.rewards, expected, rtol=1e-4, atol=1e-4)
     logits = ensemble.mask_logits(states.expand(MEMBERS, -1, -1))[[2, 0, 3]]
     assert torch.equal(model.masks(states), ((logits > 0).float().mean(0) > 0.5).float())
-    epsilon_g = world_model.epistemic_uncertainty(next_states, rewards, scale)
     torch.testing.assert_close(step.epsilon_g, epsilon_g, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("target, beta", [("delta", 0.5), ("absolute", 0.0)])
 def test_a_linear_world_is_learned(target, beta):
-    dataset, scale = toy_dataset(), torch.ones(12)
+    dataset = toy_dataset()
     training_rows, held_out_rows = dataset.split()
     options = SMALL | {"hidden": (64, 64), "reward_hidden": (64,), "mask_hidden": (64,)}
     ensemble = Ensemble(REACHER, Args(**options, target=target))
     ensemble.standardize(dataset, training_rows)
     varying = ensemble.target_std.nonzero()[:, 0]
     optimizer = torch.optim.Adam(ensemble.parameters(), lr=1e-2)
-    untrained = held_out_errors(ensemble, dataset, held_out_rows, scale)
+    untrained = held_out_errors(ensemble, dataset, held_out_rows)
     for step in range(400):
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 400)
         rows = training_rows[torch.randint(len(training_rows), (MEMBERS, 128))]
@@ -378,7 +434,7 @@ def test_a_linear_world_is_learned(target, beta):
         member_losses(ensemble, *batches, varying, beta, reward_beta=0.0).sum().backward()
         clip_each_agent(list(ensemble.parameters()), MEMBERS, 1.0)
         optimizer.step()
-    errors = held_out_errors(ensemble, dataset, held_out_rows, scale)
+    errors = held_out_errors(ensemble, dataset, held_out_rows)
     for name in ("state_error", "reward_error"):
         assert (errors[name] < 0.05 * untrained[name]).all(), (name, errors, untrained)
     assert (errors["mask_error"] < 0.05).all(), errors  # one in five is absorbing
