@@ -157,7 +157,7 @@ class Task:
     plot: Callable | None = None
     """`plot(evaluation, path)` draws what a team agreed on"""
     symmetry: Symmetry | None = None
-    """a symmetry of the dynamics, thanks to which world models are queried at heading 0 alone"""
+    """a symmetry of the dynamics: world models see states turned to heading 0 alone"""
     model_errors: Callable | None = None
     """`model_errors(predict, states)`: task-specific diagnostics of a world model"""
     layout: dict[str, str | tuple[str, ...]] | None = None
