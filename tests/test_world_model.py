@@ -346,8 +346,12 @@ def test_an_ants_model_learns_at_heading_zero(monkeypatch, tmp_path):
         seen.append((batch, mask_batch))
         return losses(ensemble, batch, mask_batch, *others)
 
+    def judge(ensemble, judged_dataset, rows):
+        assert judged_dataset is dataset.at_heading_zero
+        return held_out_errors(ensemble, judged_dataset, rows)
+
     functions = {"load_dataset": lambda *_: dataset, "member_losses": look, "OPEN_LOOPS": 5}
-    for name, function in functions.items():
+    for name, function in (functions | {"held_out_errors": judge}).items():
         monkeypatch.setattr(world_model, name, function)
     options = SMALL | {"task": ANT.name, "elites": 2, "total_steps": 1, "batch_size": 64}
     world_model.train(Args(**options, run_dir=tmp_path / "run", device="cpu"))
