@@ -198,6 +198,7 @@ class Ensemble(nn.Module):
         for name, size in sizes.items():
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
+        # Standard deviations of the data's states and reward, the units of eps_g.
         self.register_buffer("scale", torch.ones(task.state_dim + 1))
 
     @torch.no_grad()
@@ -327,9 +328,10 @@ def clip_each_agent(parameters, agents, max_norm):
 def held_out_errors(ensemble, dataset: OfflineDataset, rows) -> dict:
     """Errors of each member's mean predictions [member].
 
-    State (L2) and reward (absolute) in their own units, then in standard deviations of the data
-    (the state's as a root mean square over dimensions), the share of wrong masks, given the true
-    next state, and the share of absorbing next states that the masks miss.
+    `dataset` has an Ant at heading 0. Errors are those of the state (L2) and the reward (absolute)
+    in their own units, then in standard deviations of the data (the state's as a root mean square
+    over dimensions), the share of wrong masks, given the true next state, and the share of
+    absorbing next states that the masks miss.
     """
     scale, totals = ensemble.scale, 0
     for part in rows.split(4096):
@@ -533,7 +535,6 @@ def train(args: Args) -> dict:
         varying = ensemble.target_std.nonzero()[:, 0]
         message = f"the states of {task.dataset} never change; use --no-normalize"
         require(len(varying), message)
-        # Predictions are divided by the data's standard deviations before eps_g is computed.
         scale = torch.cat([turned.states, turned.rewards[:, None]], dim=1).std(0)
         ensemble.scale.copy_(torch.where(scale < 1e-6, 1, scale))
 
