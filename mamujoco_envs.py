@@ -30,7 +30,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,6 +83,13 @@ def index_tensor(indices: tuple, device) -> torch.Tensor:
     return INDEX_TENSORS[indices, device]
 
 
+@cache
+def permutations(body_symmetries: tuple, device) -> list:
+    """For states and for joint actions, which entry to read and its sign [symmetry, entry] each."""
+    matrices = [torch.stack(matrices).to(device) for matrices in zip(*body_symmetries)]
+    return [(matrix.abs().argmax(dim=-1), matrix.sum(dim=-1)) for matrix in matrices]
+
+
 class Symmetry(NamedTuple):
     """A rotation that leaves the dynamics of a task unchanged, though not its reward."""
 
@@ -94,7 +101,7 @@ class Symmetry(NamedTuple):
     """`speed(states)`: the speed along x [...], which the reward pays for"""
     body_symmetries: tuple = ()
     """pairs of signed permutations for state [state, state] and joint action [joint, joint]: with
-    both moved, a body at heading 0 behaves as before"""
+    both moved, a body at heading 0 behaves as before. The first pair are identities."""
 
     def move_transition(self, move: Callable, states, next_states, rewards):
         """The same transition with `move` applied to its states; its reward changes by the
@@ -114,20 +121,19 @@ class Symmetry(NamedTuple):
         return self.move_transition(lambda states: self.turn(states, angles), *transition)
 
     def move_at_random(self, states, joint_actions, next_states, rewards, generator=None):
-        """Transitions [...] at heading 0, each moved by a random symmetry of the body."""
+        """Transitions [...] at heading 0, about half of them moved by a symmetry of the body."""
         count, device = len(self.body_symmetries), states.device
         number = torch.randint(count, rewards.shape, device=device, generator=generator)
-        of_states, of_actions = (
-            torch.stack(matrices).to(device) for matrices in zip(*self.body_symmetries)
-        )
+        is_moved = torch.rand(rewards.shape, device=device, generator=generator) < 0.5
+        number = number * is_moved  # the first symmetry changes nothing
+        (order, signs), (action_order, action_signs) = permutations(self.body_symmetries, device)
 
-        def move(values, matrices):
-            order, signs = matrices.abs().argmax(dim=-1), matrices.sum(dim=-1)
-            return values.gather(-1, order[number]) * signs[number]
+        def move(states):
+            return states.gather(-1, order[number]) * signs[number]
 
-        transition = partial(move, matrices=of_states), states, next_states, rewards
-        states, next_states, rewards = self.move_transition(*transition)
-        return states, move(joint_actions, of_actions), next_states, rewards
+        states, next_states, rewards = self.move_transition(move, states, next_states, rewards)
+        joint_actions = joint_actions.gather(-1, action_order[number]) * action_signs[number]
+        return states, joint_actions, next_states, rewards
 
     def at_heading_zero(self, step: Callable, states, *inputs):
         """Evaluates `step(states, *inputs)` at heading 0 and turns its result back.

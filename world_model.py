@@ -109,7 +109,7 @@ DEFAULTS = {
     # Learning rate and beta: Deviation 3. Reacher's experts act, and members disagree, mostly in
     # an episode's first steps.
     "Reacher-v4": Args(learning_rate=1e-3, beta=0.0, start_states="first"),
-    "Ant-v4": Args(total_steps=54_000, eval_every=6000),
+    "Ant-v4": Args(total_steps=27_000, eval_every=3000),
     "coordination": Args(
         total_steps=500, eval_every=250, hidden=(64, 64), mask_hidden=(64,), learning_rate=3e-3,
         reward_weight_decay=0.0,

@@ -181,8 +181,8 @@ class OfflineDataset:
 
     @functools.cached_property
     def from_random_sides(self) -> "OfflineDataset":
-        """`at_heading_zero` or, if the task's body has symmetries, a copy of it with each
-        transition moved by a random one."""
+        """`at_heading_zero` or, if the task's body has symmetries, a copy of it with about half of
+        the transitions moved by a random one."""
         symmetry, upright = self.task.symmetry, self.at_heading_zero
         if symmetry is None or not symmetry.body_symmetries:
             return upright

@@ -484,8 +484,7 @@ def test_the_ants_world_is_indifferent_to_how_its_legs_are_numbered(number):
     state_matrix, action_matrix = (m.double() for m in ANT.symmetry.body_symmetries[number])
     moved_actions = ANT.split_actions(ANT.join_actions(actions) @ action_matrix.T)
     moved_states = states @ state_matrix.T
-    is_same = torch.equal(moved_states, states)
-    assert is_same == (number == 0)  # the identity comes first
+    assert torch.equal(moved_states, states) == (number == 0)  # the identity comes first
     torch.testing.assert_close(ANT.symmetry.heading(moved_states), torch.zeros(20).double())
 
     def step(states, actions):

@@ -196,7 +196,7 @@ def test_transitions_are_turned_to_heading_zero():
         assert getattr(turned, name) is getattr(dataset, name)
 
 
-def test_each_transition_is_moved_by_a_random_symmetry_of_the_body():
+def test_half_the_transitions_are_moved_by_a_random_symmetry_of_the_body():
     ant = find_task("ant-medium-fo")
     dataset = OfflineDataset(ant, recorded_columns(ant, length=30))
     upright, moved = dataset.at_heading_zero, dataset.from_random_sides
@@ -210,7 +210,7 @@ def test_each_transition_is_moved_by_a_random_symmetry_of_the_body():
         found += torch.stack(matches).all(dim=0)
     assert (found == 1).all()
     same = (moved.states == upright.states).all(dim=1)
-    assert 0.02 < same.float().mean() < 0.3  # an eighth is left as it is
+    assert 0.4 < same.float().mean() < 0.75  # one of the eight symmetries changes nothing
     # The rest of the reward does not depend on the side.
     others = [x.rewards - (x.states + x.next_states)[:, 13] / 2 for x in (upright, moved)]
     torch.testing.assert_close(*others)
