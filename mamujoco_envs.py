@@ -83,6 +83,13 @@ def index_tensor(indices: tuple, device) -> torch.Tensor:
     return INDEX_TENSORS[indices, device]
 
 
+@cache
+def permutations(body_symmetries: tuple, device) -> list:
+    """For states and for joint actions, which entry to read and its sign [symmetry, entry] each."""
+    matrices = [torch.stack(matrices).to(device) for matrices in zip(*body_symmetries)]
+    return [(matrix.abs().argmax(dim=-1), matrix.sum(dim=-1)) for matrix in matrices]
+
+
 class Symmetry(NamedTuple):
     """A rotation that leaves the dynamics of a task unchanged, though not its reward."""
 
@@ -92,17 +99,41 @@ class Symmetry(NamedTuple):
     """`turn(states, angles)`: the states, turned by these angles"""
     speed: Callable
     """`speed(states)`: the speed along x [...], which the reward pays for"""
+    body_symmetries: tuple = ()
+    """pairs of signed permutations for state [state, state] and joint action [joint, joint]: with
+    both moved, a body at heading 0 behaves as before. The first pair are identities."""
 
-    def turn_transition(self, angles, states, next_states, rewards):
-        """The same transition, turned; its reward changes by the difference in speed along x.
+    def move_transition(self, move: Callable, states, next_states, rewards):
+        """The same transition with `move` applied to its states; its reward changes by the
+        difference in speed along x.
 
         That speed is taken as the mean of those before and after the step, whereas the environment
         divides distance by time.
         """
         before = self.speed(states) + self.speed(next_states)
-        states, next_states = self.turn(states, angles), self.turn(next_states, angles)
+        states, next_states = move(states), move(next_states)
         after = self.speed(states) + self.speed(next_states)
         return states, next_states, rewards + (after - before) / 2
+
+    def turn_transition(self, angles, states, next_states, rewards):
+        """The same transition, turned by these angles."""
+        transition = states, next_states, rewards
+        return self.move_transition(lambda states: self.turn(states, angles), *transition)
+
+    def move_at_random(self, states, joint_actions, next_states, rewards, generator=None):
+        """Transitions [...] at heading 0, about half of them moved by a symmetry of the body."""
+        count, device = len(self.body_symmetries), states.device
+        number = torch.randint(count, rewards.shape, device=device, generator=generator)
+        is_moved = torch.rand(rewards.shape, device=device, generator=generator) < 0.5
+        number = number * is_moved  # the first symmetry changes nothing
+        (order, signs), (action_order, action_signs) = permutations(self.body_symmetries, device)
+
+        def move(states):
+            return states.gather(-1, order[number]) * signs[number]
+
+        states, next_states, rewards = self.move_transition(move, states, next_states, rewards)
+        joint_actions = joint_actions.gather(-1, action_order[number]) * action_signs[number]
+        return states, joint_actions, next_states, rewards
 
     def at_heading_zero(self, step: Callable, states, *inputs):
         """Evaluates `step(states, *inputs)` at heading 0 and turns its result back.
@@ -400,6 +431,9 @@ ANT_OBSERVED = {
 ANT_OWN_LEGS = ((2, 3), (4, 5), (6, 7), (0, 1))
 ANT_OTHER_LEGS = ((0, 1), (2, 3), (4, 5), (6, 7))
 ANT_STEP_SECONDS = 0.05
+# The legs' directions and the axes of their ankles, from above.
+ANT_LEGS = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]])
+ANT_ANKLES = torch.tensor([[-1.0, 1.0], [1.0, 1.0], [-1.0, 1.0], [1.0, 1.0]])
 
 
 def ant_heading(states):
@@ -427,7 +461,37 @@ def turn_ant(states, angles):
     return turned
 
 
-ANT_SYMMETRY = Symmetry(ant_heading, turn_ant, speed=lambda states: states[..., 13])
+def ant_body_symmetry(turn):
+    """Matrices [27, 27] and [8, 8] that move the state and joint action of an ant at heading 0 by
+    `turn` [2, 2], a rotation or reflection that puts each leg in the place of another."""
+    one, handedness = torch.ones(1, 1), turn.det().round().view(1, 1)  # -1 for a reflection
+    velocity = turn, one
+    rotation = handedness * turn, handedness  # rotations change sense in a mirror
+
+    # All hips turn about the vertical axis, each ankle about its own.
+    moves_to = (ANT_LEGS @ turn @ ANT_LEGS.T == 2).float()  # [new leg, old leg]
+    same_sense = handedness * (ANT_ANKLES @ turn @ ANT_ANKLES.T) / 2  # 1 or -1 where legs match
+    joints = torch.zeros(8, 8)
+    joints[0::2, 0::2], joints[1::2, 1::2] = handedness * moves_to, same_sense * moves_to
+
+    # Height, orientation (w, x, y, z) and joints, then their velocities.
+    state = torch.block_diag(one, one, *rotation, joints, *velocity, *rotation, joints)
+    return state, joints.roll((2, 2), (0, 1))  # the last leg has the first actuators
+
+
+def square_symmetries():
+    """The eight rotations and reflections [2, 2] of a square, the identity first."""
+    quarter, mirror = torch.tensor([[0.0, -1.0], [1.0, 0.0]]), torch.diag(torch.tensor([1.0, -1.0]))
+    turns = [torch.linalg.matrix_power(quarter, quarters) for quarters in range(4)]
+    return turns + [turn @ mirror for turn in turns]
+
+
+ANT_SYMMETRY = Symmetry(
+    heading=ant_heading,
+    turn=turn_ant,
+    speed=lambda states: states[..., 13],
+    body_symmetries=tuple(map(ant_body_symmetry, square_symmetries())),
+)
 
 
 def reacher_task(view: str) -> Task:

@@ -489,8 +489,8 @@ def export(ensemble, args: Args, dataset: OfflineDataset, record: dict, seconds)
     return {
         **networks,
         **dict(ensemble.named_buffers()),  # the normaliser, and the scale of eps_g
-        **dataset.at_heading_zero.bounding_box(),
-        **calibrate(record, ensemble.scale[-1].item()),
+        **dataset.from_random_sides.bounding_box(),
+        **calibrate(record, dataset.at_heading_zero.rewards.std().item()),
         "first_states": dataset.states[dataset.first_rows[::stride]],
         "dataset": dataset.description,
         "description": description,
@@ -529,13 +529,14 @@ def train(args: Args) -> dict:
             say(f"note: {task.name} has no simulator that starts anywhere, so the model is judged")
             say("on the data's own actions, and not on perturbed and random ones")
         ensemble = Ensemble(task, args).to(device)
-        turned = dataset.at_heading_zero  # Deviation 10
+        # Deviations 10 and 11. An Ant is at heading 0, and seen from random sides.
+        upright, seen = dataset.at_heading_zero, dataset.from_random_sides
         if args.normalize:
-            ensemble.standardize(turned, training_rows)
+            ensemble.standardize(seen, training_rows)
         varying = ensemble.target_std.nonzero()[:, 0]
         message = f"the states of {task.dataset} never change; use --no-normalize"
         require(len(varying), message)
-        scale = torch.cat([turned.states, turned.rewards[:, None]], dim=1).std(0)
+        scale = torch.cat([seen.states, seen.rewards[:, None]], dim=1).std(0)
         ensemble.scale.copy_(torch.where(scale < 1e-6, 1, scale))
 
         groups = [
@@ -553,11 +554,16 @@ def train(args: Args) -> dict:
         inputs = {"dataset": dataset.description}
         run.restore(inputs, ensemble=ensemble, optimizer=optimizer, schedule=schedule)
         loss_function = compiled(member_losses, args, device)
-        joint_actions = task.join_actions(turned.actions)
-        absorbing_rows = training_rows[turned.masks[training_rows] == 0]
-        rewards = turned.rewards[training_rows]
+        joint_actions = task.join_actions(upright.actions)
+        absorbing_rows = training_rows[dataset.masks[training_rows] == 0]
+        rewards = upright.rewards[training_rows]
         outlying_rows = training_rows[(rewards - rewards.mean()).abs() > 10 * rewards.std()]
-        columns = turned.states, joint_actions, turned.next_states, turned.rewards
+        columns = upright.states, joint_actions, upright.next_states, upright.rewards
+
+        def draw(rows):
+            """States, joint actions, next states and rewards, from sides that are drawn anew."""
+            batch = [column[rows] for column in columns]
+            return task.symmetry.move_at_random(*batch) if seen is not upright else batch
 
         def evaluate(_=None):
             return evaluate_ensemble(ensemble, args, dataset, held_out_rows, starts)
@@ -570,10 +576,10 @@ def train(args: Args) -> dict:
             # next state for the mask, with an outlying reward for the other networks.
             mask_rows = with_rare(rows, absorbing_rows)
             rows = with_rare(rows, outlying_rows)
-            batch = [column[rows] for column in columns]
-            mask_batch = turned.next_states[mask_rows], turned.masks[mask_rows]
+            _, _, judged_states, _ = draw(mask_rows)
+            mask_batch = judged_states, dataset.masks[mask_rows]
             betas = args.beta, args.reward_beta
-            losses = loss_function(ensemble, batch, mask_batch, varying, *betas)
+            losses = loss_function(ensemble, draw(rows), mask_batch, varying, *betas)
             optimizer.zero_grad()
             losses.sum().backward()
             clip_each_agent(list(ensemble.parameters()), args.members, args.max_grad_norm)

@@ -179,6 +179,21 @@ class OfflineDataset:
         turned.states, turned.next_states, turned.rewards = transitions
         return turned
 
+    @functools.cached_property
+    def from_random_sides(self) -> "OfflineDataset":
+        """`at_heading_zero` or, if the task's body has symmetries, a copy of it with about half of
+        the transitions moved by a random one."""
+        symmetry, upright = self.task.symmetry, self.at_heading_zero
+        if symmetry is None or not symmetry.body_symmetries:
+            return upright
+        moved, joint_actions = copy.copy(upright), self.task.join_actions(upright.actions)
+        transitions = upright.states, joint_actions, upright.next_states, upright.rewards
+        generator = torch.Generator(self.device).manual_seed(SPLIT_SEED)
+        transitions = symmetry.move_at_random(*transitions, generator)
+        moved.states, joint_actions, moved.next_states, moved.rewards = transitions
+        moved.actions = self.task.split_actions(joint_actions)
+        return moved
+
     def bounding_box(self) -> dict[str, torch.Tensor]:
         """Smallest and largest value of each state dimension and of the reward (Section 3.1)."""
         states = torch.cat([self.states, self.next_states])

@@ -475,6 +475,43 @@ def test_the_ants_world_is_indifferent_to_its_heading():
     torch.testing.assert_close(symmetry.turn(upright, symmetry.heading(states)), states)
 
 
+@pytest.mark.parametrize("number", range(8))
+def test_the_ants_world_is_indifferent_to_how_its_legs_are_numbered(number):
+    """Moved by a symmetry of its body, an ant does what it did before, moved in the same way."""
+    states = torch.as_tensor(random_states(ANT, 20, steps=30))
+    states = ANT.symmetry.turn(states, -ANT.symmetry.heading(states))
+    actions = torch.as_tensor(np.random.default_rng(1).uniform(-1, 1, (20, 4, 2)))
+    state_matrix, action_matrix = (m.double() for m in ANT.symmetry.body_symmetries[number])
+    moved_actions = ANT.split_actions(ANT.join_actions(actions) @ action_matrix.T)
+    moved_states = states @ state_matrix.T
+    assert torch.equal(moved_states, states) == (number == 0)  # the identity comes first
+    torch.testing.assert_close(ANT.symmetry.heading(moved_states), torch.zeros(20).double())
+
+    def step(states, actions):
+        simulator = Simulator(ANT, len(states))
+        simulator.set_states(states.numpy())
+        next_states, rewards, terminals = simulator.step(actions.numpy())
+        return torch.as_tensor(next_states), torch.as_tensor(rewards), terminals
+
+    next_states, rewards, terminals = step(states, actions)
+    expected, expected_rewards, expected_terminals = step(moved_states, moved_actions)
+    torch.testing.assert_close(next_states @ state_matrix.T, expected, rtol=0, atol=1e-4)
+    assert (terminals == expected_terminals).all()
+    _, _, moved_rewards = ANT.symmetry.move_transition(
+        lambda states: states @ state_matrix.T, states, next_states, rewards
+    )
+    # The mean speed is nearly the distance over the time.
+    error, difference = (moved_rewards - expected_rewards).abs(), (rewards - expected_rewards).abs()
+    assert error.mean() <= 0.2 * difference.mean() + 1e-6
+
+
+def test_the_ants_body_has_eight_different_symmetries():
+    matrices = [state_matrix for state_matrix, _ in ANT.symmetry.body_symmetries]
+    products = [a @ b for a in matrices for b in matrices]
+    assert len({tuple(matrix.flatten().tolist()) for matrix in matrices}) == 8
+    assert all(any(torch.equal(product, matrix) for matrix in matrices) for product in products)
+
+
 def test_retargeting_error_is_that_of_arms_with_another_rows_target():
     states = torch.as_tensor(random_states(REACHER, 20)).float()
 

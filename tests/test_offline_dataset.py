@@ -196,9 +196,37 @@ def test_transitions_are_turned_to_heading_zero():
         assert getattr(turned, name) is getattr(dataset, name)
 
 
+def test_half_the_transitions_are_moved_by_a_random_symmetry_of_the_body():
+    ant = find_task("ant-medium-fo")
+    dataset = OfflineDataset(ant, recorded_columns(ant, length=30))
+    upright, moved = dataset.at_heading_zero, dataset.from_random_sides
+    joint_actions, moved_joint = map(ant.join_actions, (upright.actions, moved.actions))
+    found = torch.zeros(dataset.size, dtype=torch.int)
+    for state_matrix, action_matrix in ant.symmetry.body_symmetries:
+        expected = upright.states @ state_matrix.T, upright.next_states @ state_matrix.T
+        actual = moved.states, moved.next_states
+        pairs = [*zip(expected, actual), (joint_actions @ action_matrix.T, moved_joint)]
+        matches = [torch.isclose(one, other).all(dim=1) for one, other in pairs]
+        found += torch.stack(matches).all(dim=0)
+    assert (found == 1).all()
+    same = (moved.states == upright.states).all(dim=1)
+    assert 0.4 < same.float().mean() < 0.75  # one of the eight symmetries changes nothing
+    # The rest of the reward does not depend on the side.
+    others = [x.rewards - (x.states + x.next_states)[:, 13] / 2 for x in (upright, moved)]
+    torch.testing.assert_close(*others)
+    assert moved.masks is dataset.masks
+
+
+def test_a_body_without_symmetries_is_left_at_heading_zero():
+    ant = find_task("ant-medium-fo")
+    ant = replace(ant, symmetry=ant.symmetry._replace(body_symmetries=()))
+    dataset = OfflineDataset(ant, recorded_columns(ant, length=20))
+    assert dataset.from_random_sides is dataset.at_heading_zero is not dataset
+
+
 def test_a_dataset_without_a_symmetry_is_never_turned(path):
     dataset = load_dataset(REACHER, path)
-    assert dataset.at_heading_zero is dataset
+    assert dataset.at_heading_zero is dataset and dataset.from_random_sides is dataset
 
 
 def test_bounding_box_covers_states_and_next_states(path, columns):

@@ -333,7 +333,7 @@ def test_predictions_do_not_depend_on_an_ants_heading(float64):
     torch.testing.assert_close(prediction, ensemble.transition(upright, joint_actions))
 
 
-def test_an_ants_model_learns_at_heading_zero(monkeypatch, tmp_path):
+def test_an_ants_model_learns_at_heading_zero_from_all_sides(monkeypatch, tmp_path):
     """Where rollouts will ask it; only the first states keep their headings."""
     columns, seen = recorded_columns(ANT, length=30), []
     losses, dataset = world_model.member_losses, OfflineDataset(ANT, columns)
@@ -356,20 +356,38 @@ def test_an_ants_model_learns_at_heading_zero(monkeypatch, tmp_path):
     options = SMALL | {"task": ANT.name, "elites": 2, "total_steps": 1, "batch_size": 64}
     world_model.train(Args(**options, run_dir=tmp_path / "run", device="cpu"))
     exported = torch.load(tmp_path / "run" / "world_model.pt", weights_only=True)
-    upright = dataset.at_heading_zero
-    ((states, _, next_states, rewards), (judged_states, _)) = seen.pop()
-    known = {tuple(row) for row in upright.states.tolist()}
-    assert {tuple(row) for row in states.flatten(0, 1).tolist()} <= known
-    known = {tuple(row) for row in upright.next_states.tolist()}
-    for rows in (next_states, judged_states):
-        assert {tuple(row) for row in rows.flatten(0, 1).tolist()} <= known
-    assert set(rewards.flatten().tolist()) <= set(upright.rewards.tolist())
-    for name, bound in upright.bounding_box().items():
+    upright, training_rows = dataset.at_heading_zero, dataset.split()[0]
+    (states, actions, next_states, _), (judged_states, masks) = seen.pop()
+    joint_actions, known_masks = ANT.join_actions(upright.actions), upright.masks[:, None]
+    copies = []
+    for state_matrix, action_matrix in ANT.symmetry.body_symmetries:
+        moved = [x @ state_matrix.T for x in (upright.states, upright.next_states)]
+        moved += [joint_actions @ action_matrix.T, known_masks]
+        copies.append(torch.cat(moved, dim=1)[training_rows])
+    copies = torch.cat(copies)
+
+    def is_known(rows, columns):
+        known = {tuple(row) for row in copies[:, columns].round(decimals=4).tolist()}
+        return [tuple(row) in known for row in rows.flatten(0, -2).round(decimals=4).tolist()]
+
+    assert all(is_known(torch.cat([states, next_states, actions], dim=-1), slice(62)))
+    assert all(is_known(next_states, slice(27, 54)))
+    judged = torch.cat([judged_states, masks[..., None]], dim=-1)
+    assert all(is_known(judged, [*range(27, 54), 62]))
+    # Each side is drawn, and for masks as well.
+    for drawn, columns in ((states, slice(27)), (judged_states, slice(27, 54))):
+        sides = copies[:, columns].view(8, len(training_rows), 27)
+        drawn = drawn.flatten(0, 1)
+        assert all((drawn[:, None] == side).all(-1).any() for side in sides)
+    seen_from = dataset.from_random_sides
+    for name, bound in seen_from.bounding_box().items():
         assert torch.equal(exported[name], bound)
-    training_rows, _ = dataset.split()
-    mean = upright.states[training_rows].mean(0)
+    mean = seen_from.states[training_rows].mean(0)
     torch.testing.assert_close(exported["input_mean"][:27], mean)
-    torch.testing.assert_close(exported["scale"][-1], upright.rewards.std())
+    torch.testing.assert_close(exported["scale"][-1], seen_from.rewards.std())
+    # A penalty of one standard deviation of the data's reward at eps_g's 0.99 quantile.
+    quantile = exported["errors"]["on_data/epsilon_g_0.99"]
+    assert exported["lambda_g"] == pytest.approx(upright.rewards.std().item() / quantile)
     assert torch.equal(exported["first_states"], dataset.states[dataset.first_rows])
 
 
@@ -394,7 +412,7 @@ def test_moma_ppo_reads_what_is_exported(target, activation, tmp_path):
     exported = world_model.export(ensemble, args, dataset, record, 1.0)
     assert exported["l_epsilon"] == pytest.approx(10 * 0.02)
     # One standard deviation of the reward at the quantile.
-    assert exported["lambda_g"] * 0.02 == pytest.approx(ensemble.scale[-1].item())
+    assert exported["lambda_g"] * 0.02 == pytest.approx(dataset.rewards.std().item())
     world_model.save(exported, tmp_path / "world_model.pt")
     model = open_world_model(REACHER, tmp_path / "world_model.pt", "cpu")
     states, actions = dataset.states[:50], dataset.actions[:50]
