@@ -83,15 +83,22 @@ def index_tensor(indices: tuple, device) -> torch.Tensor:
     return INDEX_TENSORS[indices, device]
 
 
-@cache
-def permutations(body_symmetries: tuple, device) -> list:
-    """For states and for joint actions, which entry to read and its sign [symmetry, entry] each."""
-    matrices = [torch.stack(matrices).to(device) for matrices in zip(*body_symmetries)]
-    return [(matrix.abs().argmax(dim=-1), matrix.sum(dim=-1)) for matrix in matrices]
+@cache  # unlike `index_tensor`, it is never called within torch.compile
+def orders_and_signs(matrices: tuple, device):
+    """Of signed permutations: which entry each reads, and its sign [permutation, entry]."""
+    matrices = torch.stack(matrices).to(device)
+    return matrices.abs().argmax(dim=-1), matrices.sum(dim=-1)
+
+
+def permuted(values, matrices: tuple, number):
+    """`values` [..., entry], each moved by the signed permutation of its `number` [...]."""
+    order, signs = orders_and_signs(matrices, values.device)
+    return values.gather(-1, order[number]) * signs[number]
 
 
 class Symmetry(NamedTuple):
-    """A rotation that leaves the dynamics of a task unchanged, though not its reward."""
+    """What leaves the dynamics of a task unchanged, though not its reward: turning the world and,
+    for some bodies, seeing them from another side."""
 
     heading: Callable
     """`heading(states)`: angles [...] of states [..., state]"""
@@ -100,8 +107,9 @@ class Symmetry(NamedTuple):
     speed: Callable
     """`speed(states)`: the speed along x [...], which the reward pays for"""
     body_symmetries: tuple = ()
-    """pairs of signed permutations for state [state, state] and joint action [joint, joint]: with
-    both moved, a body at heading 0 behaves as before. The first pair are identities."""
+    """pairs of signed permutations S [state, state] and A [action, action] of state s and joint
+    action a, such that step(S s, A a) = S step(s, a). S leaves heading 0 at 0, and the first pair
+    changes nothing."""
 
     def move_transition(self, move: Callable, states, next_states, rewards):
         """The same transition with `move` applied to its states; its reward changes by the
@@ -120,20 +128,20 @@ class Symmetry(NamedTuple):
         transition = states, next_states, rewards
         return self.move_transition(lambda states: self.turn(states, angles), *transition)
 
-    def move_at_random(self, states, joint_actions, next_states, rewards, generator=None):
-        """Transitions [...] at heading 0, about half of them moved by a symmetry of the body."""
-        count, device = len(self.body_symmetries), states.device
-        number = torch.randint(count, rewards.shape, device=device, generator=generator)
-        is_moved = torch.rand(rewards.shape, device=device, generator=generator) < 0.5
-        number = number * is_moved  # the first symmetry changes nothing
-        (order, signs), (action_order, action_signs) = permutations(self.body_symmetries, device)
+    def random_sides(self, shape, device="cpu", generator=None):
+        """Numbers of the body's symmetries: half are drawn at random, half are 0, for no change."""
+        sides = torch.randint(len(self.body_symmetries), shape, device=device, generator=generator)
+        return sides * (torch.rand(shape, device=device, generator=generator) < 0.5)
+
+    def seen_from(self, sides, states, joint_actions, next_states, rewards):
+        """Transitions [...] at heading 0, each moved by the body's symmetry of its number."""
+        state_matrices, action_matrices = zip(*self.body_symmetries)
 
         def move(states):
-            return states.gather(-1, order[number]) * signs[number]
+            return permuted(states, state_matrices, sides)
 
         states, next_states, rewards = self.move_transition(move, states, next_states, rewards)
-        joint_actions = joint_actions.gather(-1, action_order[number]) * action_signs[number]
-        return states, joint_actions, next_states, rewards
+        return states, permuted(joint_actions, action_matrices, sides), next_states, rewards
 
     def at_heading_zero(self, step: Callable, states, *inputs):
         """Evaluates `step(states, *inputs)` at heading 0 and turns its result back.
@@ -188,7 +196,8 @@ class Task:
     plot: Callable | None = None
     """`plot(evaluation, path)` draws what a team agreed on"""
     symmetry: Symmetry | None = None
-    """a symmetry of the dynamics: world models see states turned to heading 0 alone"""
+    """of the dynamics: world models see states at heading 0 alone, and learn from all sides of the
+    body"""
     model_errors: Callable | None = None
     """`model_errors(predict, states)`: task-specific diagnostics of a world model"""
     layout: dict[str, str | tuple[str, ...]] | None = None
@@ -238,6 +247,7 @@ class Task:
         message = f"an agent of {self.name or 'the task'} observes dimension {widest - 1}"
         known = f"the state has dimensions 0 to {self.state_dim - 1}"
         require(widest <= self.state_dim, f"{message}; {known}")
+        check_symmetry(self)
 
     @property
     def environment_name(self) -> str:
@@ -396,6 +406,23 @@ def check_reference(task: Task) -> None:
     require(low < high and np.isfinite(high - low), f"{message}; they are {low} and {high}")
 
 
+def check_symmetry(task: Task) -> None:
+    """Raises `InputError` unless the body's symmetries fit, and the first one changes nothing."""
+    symmetries = task.symmetry.body_symmetries if task.symmetry else ()
+    eyes = torch.eye(task.state_dim), torch.eye(sum(map(len, task.driven)))
+    name = f"body_symmetries of {task.name or 'the task'}"
+    shapes = " and ".join(str(list(eye.shape)) for eye in eyes)
+    message = f"each of {name} must be two signed permutations, {shapes}, of state and joint action"
+    for pair in symmetries:
+        fits = len(pair) == 2 and all(
+            matrix.shape == eye.shape and torch.equal(matrix.abs() @ matrix.abs().T, eye)
+            for matrix, eye in zip(pair, eyes)
+        )
+        require(fits, message)
+    message = f"the first of {name} must be two identity matrices"
+    require(not symmetries or all(map(torch.equal, symmetries[0], eyes)), message)
+
+
 def check_layout(task: Task) -> None:
     """Raises `InputError` unless the layout maps D4RL's columns to a name or several."""
     name, layout = task.name or "the task", task.layout or {}
@@ -431,7 +458,7 @@ ANT_OBSERVED = {
 ANT_OWN_LEGS = ((2, 3), (4, 5), (6, 7), (0, 1))
 ANT_OTHER_LEGS = ((0, 1), (2, 3), (4, 5), (6, 7))
 ANT_STEP_SECONDS = 0.05
-# The legs' directions and the axes of their ankles, from above.
+# From above, in the order of the state: where the legs point, and the axes of their ankles.
 ANT_LEGS = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]])
 ANT_ANKLES = torch.tensor([[-1.0, 1.0], [1.0, 1.0], [-1.0, 1.0], [1.0, 1.0]])
 
@@ -461,16 +488,20 @@ def turn_ant(states, angles):
     return turned
 
 
-def ant_body_symmetry(turn):
-    """Matrices [27, 27] and [8, 8] that move the state and joint action of an ant at heading 0 by
-    `turn` [2, 2], a rotation or reflection that puts each leg in the place of another."""
-    one, handedness = torch.ones(1, 1), turn.det().round().view(1, 1)  # -1 for a reflection
-    velocity = turn, one
-    rotation = handedness * turn, handedness  # rotations change sense in a mirror
+def ant_body_symmetry(side):
+    """Matrices [27, 27] and [8, 8] for the state and joint action of an ant at heading 0.
 
-    # All hips turn about the vertical axis, each ankle about its own.
-    moves_to = (ANT_LEGS @ turn @ ANT_LEGS.T == 2).float()  # [new leg, old leg]
-    same_sense = handedness * (ANT_ANKLES @ turn @ ANT_ANKLES.T) / 2  # 1 or -1 where legs match
+    The whole world is turned or mirrored by `side` [2, 2], an orthogonal matrix that puts each leg
+    in the place of another. Then each leg is given the name of the one whose place it has taken.
+    """
+    one, handedness = torch.ones(1, 1), side.det().round().view(1, 1)  # -1 for a mirror
+    velocity = side, one
+    rotation = handedness * side, handedness  # in a mirror, rotations go the other way round
+
+    # Legs that point the same way have a product of 2, the squared length of their vectors.
+    moves_to = (ANT_LEGS @ side @ ANT_LEGS.T == 2).float()  # [new leg, old leg]
+    # All hips turn about the vertical axis, each ankle about its own, which may point backwards.
+    same_sense = handedness * (ANT_ANKLES @ side @ ANT_ANKLES.T) / 2  # 1 or -1 where legs match
     joints = torch.zeros(8, 8)
     joints[0::2, 0::2], joints[1::2, 1::2] = handedness * moves_to, same_sense * moves_to
 

@@ -198,7 +198,7 @@ class Ensemble(nn.Module):
         for name, size in sizes.items():
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
-        # Standard deviations of the data's states and reward, the units of eps_g.
+        # Standard deviations of states and reward, the units of eps_g.
         self.register_buffer("scale", torch.ones(task.state_dim + 1))
 
     @torch.no_grad()
@@ -466,13 +466,15 @@ def evaluate_ensemble(ensemble, args: Args, dataset: OfflineDataset, rows, start
 # Export.
 
 
-def calibrate(record: dict, reward_std: float) -> dict:
+def calibrate(record: dict, rewards) -> dict:
     """lambda_g and l_eps by one rule for every dataset, from q, eps_g's 0.99 quantile on data.
 
     Deviation 8 of docs/moma_ppo.md. lambda_g makes the penalty at q one standard deviation of the
     reward; l_eps, which cuts a rollout, is 10 q: members hardly ever disagree that much on data.
     """
     quantile = max(record["on_data/epsilon_g_0.99"], 1e-6)
+    reward_std = rewards.std().item()
+    reward_std = reward_std if reward_std >= 1e-6 else 1.0  # as in `Ensemble.scale`
     return {"lambda_g": reward_std / quantile, "l_epsilon": 10 * quantile}
 
 
@@ -490,7 +492,7 @@ def export(ensemble, args: Args, dataset: OfflineDataset, record: dict, seconds)
         **networks,
         **dict(ensemble.named_buffers()),  # the normaliser, and the scale of eps_g
         **dataset.from_random_sides.bounding_box(),
-        **calibrate(record, dataset.at_heading_zero.rewards.std().item()),
+        **calibrate(record, dataset.at_heading_zero.rewards),
         "first_states": dataset.states[dataset.first_rows[::stride]],
         "dataset": dataset.description,
         "description": description,
@@ -529,14 +531,16 @@ def train(args: Args) -> dict:
             say(f"note: {task.name} has no simulator that starts anywhere, so the model is judged")
             say("on the data's own actions, and not on perturbed and random ones")
         ensemble = Ensemble(task, args).to(device)
-        # Deviations 10 and 11. An Ant is at heading 0, and seen from random sides.
-        upright, seen = dataset.at_heading_zero, dataset.from_random_sides
+        # Members learn from Ants at heading 0 (Deviation 10), in minibatches that are seen from
+        # random sides (Deviation 11). Statistics come from a copy that is moved only once.
+        upright, moved = dataset.at_heading_zero, dataset.from_random_sides
+        has_sides = moved is not upright
         if args.normalize:
-            ensemble.standardize(seen, training_rows)
+            ensemble.standardize(moved, training_rows)
         varying = ensemble.target_std.nonzero()[:, 0]
         message = f"the states of {task.dataset} never change; use --no-normalize"
         require(len(varying), message)
-        scale = torch.cat([seen.states, seen.rewards[:, None]], dim=1).std(0)
+        scale = torch.cat([moved.states, moved.rewards[:, None]], dim=1).std(0)
         ensemble.scale.copy_(torch.where(scale < 1e-6, 1, scale))
 
         groups = [
@@ -563,7 +567,10 @@ def train(args: Args) -> dict:
         def draw(rows):
             """States, joint actions, next states and rewards, from sides that are drawn anew."""
             batch = [column[rows] for column in columns]
-            return task.symmetry.move_at_random(*batch) if seen is not upright else batch
+            if not has_sides:
+                return batch
+            sides = task.symmetry.random_sides(rows.shape, device)
+            return task.symmetry.seen_from(sides, *batch)
 
         def evaluate(_=None):
             return evaluate_ensemble(ensemble, args, dataset, held_out_rows, starts)

@@ -181,15 +181,16 @@ class OfflineDataset:
 
     @functools.cached_property
     def from_random_sides(self) -> "OfflineDataset":
-        """`at_heading_zero` or, if the task's body has symmetries, a copy of it with about half of
-        the transitions moved by a random one."""
+        """`at_heading_zero` or, if the task's body has symmetries, a copy of it in which half of
+        the transitions are seen from random sides, the same ones on every device."""
         symmetry, upright = self.task.symmetry, self.at_heading_zero
         if symmetry is None or not symmetry.body_symmetries:
             return upright
         moved, joint_actions = copy.copy(upright), self.task.join_actions(upright.actions)
         transitions = upright.states, joint_actions, upright.next_states, upright.rewards
-        generator = torch.Generator(self.device).manual_seed(SPLIT_SEED)
-        transitions = symmetry.move_at_random(*transitions, generator)
+        generator = torch.Generator().manual_seed(SPLIT_SEED)
+        sides = symmetry.random_sides(self.rewards.shape, generator=generator).to(self.device)
+        transitions = symmetry.seen_from(sides, *transitions)
         moved.states, joint_actions, moved.next_states, moved.rewards = transitions
         moved.actions = self.task.split_actions(joint_actions)
         return moved

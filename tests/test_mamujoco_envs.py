@@ -495,7 +495,7 @@ def test_the_ants_world_is_indifferent_to_how_its_legs_are_numbered(number):
 
     next_states, rewards, terminals = step(states, actions)
     expected, expected_rewards, expected_terminals = step(moved_states, moved_actions)
-    torch.testing.assert_close(next_states @ state_matrix.T, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(next_states @ state_matrix.T, expected, rtol=0, atol=1e-10)
     assert (terminals == expected_terminals).all()
     _, _, moved_rewards = ANT.symmetry.move_transition(
         lambda states: states @ state_matrix.T, states, next_states, rewards
@@ -510,6 +510,21 @@ def test_the_ants_body_has_eight_different_symmetries():
     products = [a @ b for a in matrices for b in matrices]
     assert len({tuple(matrix.flatten().tolist()) for matrix in matrices}) == 8
     assert all(any(torch.equal(product, matrix) for matrix in matrices) for product in products)
+
+
+def test_a_tasks_body_symmetries_must_fit_it():
+    identity, quarter_turn = ANT.symmetry.body_symmetries[:2]
+    state, action = quarter_turn
+
+    def task(*symmetries):
+        return replace(ANT, symmetry=ANT.symmetry._replace(body_symmetries=symmetries))
+
+    task(), task(identity), task(identity, quarter_turn)
+    for pair in ((state[1:, 1:], action), (action, state), (2 * state, action), (state,)):
+        with pytest.raises(InputError, match=r"permutations, \[27, 27\] and \[8, 8\], of state"):
+            task(identity, pair)
+    with pytest.raises(InputError, match="first of body_symmetries of .* must be two identity"):
+        task(quarter_turn, identity)
 
 
 def test_retargeting_error_is_that_of_arms_with_another_rows_target():

@@ -379,12 +379,12 @@ def test_an_ants_model_learns_at_heading_zero_from_all_sides(monkeypatch, tmp_pa
         sides = copies[:, columns].view(8, len(training_rows), 27)
         drawn = drawn.flatten(0, 1)
         assert all((drawn[:, None] == side).all(-1).any() for side in sides)
-    seen_from = dataset.from_random_sides
-    for name, bound in seen_from.bounding_box().items():
+    moved = dataset.from_random_sides
+    for name, bound in moved.bounding_box().items():
         assert torch.equal(exported[name], bound)
-    mean = seen_from.states[training_rows].mean(0)
+    mean = moved.states[training_rows].mean(0)
     torch.testing.assert_close(exported["input_mean"][:27], mean)
-    torch.testing.assert_close(exported["scale"][-1], seen_from.rewards.std())
+    torch.testing.assert_close(exported["scale"][-1], moved.rewards.std())
     # A penalty of one standard deviation of the data's reward at eps_g's 0.99 quantile.
     quantile = exported["errors"]["on_data/epsilon_g_0.99"]
     assert exported["lambda_g"] == pytest.approx(upright.rewards.std().item() / quantile)
