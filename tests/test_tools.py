@@ -377,7 +377,7 @@ def test_a_stopped_table_stops_its_runs(stub, tmp_path, monkeypatch):
     sleep, processes = reproduce.time.sleep, []
 
     def sleep_and_stop(seconds):
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         sleep(0)
 
     popen = subprocess.Popen

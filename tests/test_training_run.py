@@ -8,7 +8,6 @@ import io
 import itertools
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -253,7 +252,7 @@ def stopped_at_step(step, number=signal.SIGTERM):
 
     def sample_and_signal(dataset, *arguments):
         if next(calls) == step:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         return sample_rows(dataset, *arguments)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -280,7 +279,7 @@ def test_a_second_signal_does_not_keep_a_run_from_saving(args, whole, monkeypatc
     def stopped_twice(*arguments, **options):
         signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
         for number in numbers:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
     with monkeypatch.context() as patched:
@@ -310,7 +309,7 @@ def test_a_stop_waits_for_a_checkpoint_that_is_being_written(args, whole, monkey
     torch_save = torch.save
 
     def stopped_while_writing(data, file):
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         torch_save(data, file)
 
     with monkeypatch.context() as patched:
@@ -667,7 +666,7 @@ def test_an_evaluation_that_is_stopped_half_way_changes_nothing(args, whole, mon
 
     def draw_and_stop(*arguments, **options):
         torch.rand(3)
-        signal.raise_signal(signal.SIGTERM)  # which stops this very thread
+        signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patched:
         patched.setattr(ibc, "evaluate", draw_and_stop)
@@ -700,7 +699,7 @@ def test_a_stop_at_any_moment_changes_nothing(owner, name, call, args, whole):
 
     def stop_at_call(*arguments, **options):
         if next(calls) == call:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return function(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patched:
