@@ -118,10 +118,10 @@ class Symmetry(NamedTuple):
         That speed is taken as the mean of those before and after the step, whereas the environment
         divides distance by time.
         """
-        before = self.speed(states) + self.speed(next_states)
+        speeds = self.speed(states) + self.speed(next_states)
         states, next_states = move(states), move(next_states)
-        after = self.speed(states) + self.speed(next_states)
-        return states, next_states, rewards + (after - before) / 2
+        moved_speeds = self.speed(states) + self.speed(next_states)
+        return states, next_states, rewards + (moved_speeds - speeds) / 2
 
     def turn_transition(self, angles, states, next_states, rewards):
         """The same transition, turned by these angles."""

@@ -100,8 +100,8 @@ class Args:
     """with --penalty aleatoric: weight of eps_a, the aleatoric uncertainty (MOPO), in units of the
     data's variance; l_eps does not limit it"""
     max_uncertainty: float | None = None
-    """l_eps: a rollout is cut when eps_g reaches it, and the penalty caps eps_r and eps_g at it;
-    calibrated by default, inf turns both off"""
+    """l_eps: a rollout is cut when eps_g reaches it, and the penalty counts eps_r and eps_g only up
+    to it; calibrated by default, inf means neither cuts nor such limits"""
     cloning_steps: int = 0
     """gradient steps of behavioural cloning before the first learning step (the paper: 0)"""
     transitions: int = 2000
@@ -547,7 +547,7 @@ def rollout_step(team, model, dataset, args, states, histories):
         penalty = args.lambda_a * step.epsilon_a
 
     # zeta_j = 1 - I(j = t + k - 1 or eps_g >= l_eps), with the raw eps_g (Deviation 10). The first
-    # condition is met by the last step of `generate_rollouts`, which sets it.
+    # condition holds at the last step, where `generate_rollouts` sets zeta to 0.
     uncertain = step.epsilon_g >= args.max_uncertainty
 
     # Add (h_j, a_j, r~_j, f_j, zeta_j, s_{j+1}) to the buffer.
@@ -621,8 +621,9 @@ def make_batch(team, rollouts, args, reward_scale):
 
     Both are [time * column, ...], with returns and advantages.
     """
-    # V(s_{j+1}) is the next step's value. Where a rollout is cut, it is computed here; after an
-    # absorbing state it belongs to the next rollout, and the mask removes it.
+    # V(s_{j+1}) is the value at the next step of the column. Where a rollout is cut, V(s_{j+1}) is
+    # computed here. After an absorbing state, the next step belongs to another rollout, and the
+    # mask removes its value.
     next_values = rollouts.values.roll(-1, dims=0)
     cut = rollouts.time_out_masks == 0
     last = rollouts.rows(cut)

@@ -69,7 +69,7 @@ class Args:
     output: Path | None = None
     """file to export the world model to; by default world_model.pt in the run folder"""
     paper: bool = False
-    """the paper's networks, losses and budget, and rare evaluations, overriding their options"""
+    """the paper's networks, losses and budget, with rarer evaluations; overrides their options"""
     members: int = 7
     """ensemble members to train"""
     elites: int = 5
@@ -445,8 +445,8 @@ def open_loop(ensemble, dataset: OfflineDataset, rows, behavior) -> dict:
 
 
 def evaluate_ensemble(ensemble, args: Args, dataset: OfflineDataset, rows, starts) -> dict:
-    """Chooses the elites; measures their errors on held-out `rows` and, on the data and off them,
-    in open loops from `starts`."""
+    """Chooses the elites; measures their errors on held-out `rows` and, with the data's, perturbed
+    and random actions, in open loops from `starts`."""
     errors = held_out_errors(ensemble, dataset.at_heading_zero, rows)
     # Deviation 5. State and reward count equally, in standard deviations of the data.
     criterion = errors["scaled_state_error"] + errors["scaled_reward_error"]
@@ -474,7 +474,7 @@ def calibrate(record: dict, rewards) -> dict:
     """
     quantile = max(record["on_data/epsilon_g_0.99"], 1e-6)
     reward_std = rewards.std().item()
-    reward_std = reward_std if reward_std >= 1e-6 else 1.0  # as in `Ensemble.scale`
+    reward_std = reward_std if reward_std >= 1e-6 else 1.0  # as for `Ensemble.scale`
     return {"lambda_g": reward_std / quantile, "l_epsilon": 10 * quantile}
 
 

@@ -206,7 +206,7 @@ class OfflineDataset:
         }
 
     def split(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows for training (about 90 %) and for validation, split by episode; always the same."""
+        """Rows for training (about 90 %) and held-out rows, split by episode; always the same."""
         episodes = len(self.first_rows)
         advice = "record more, or flag 'timeouts'"
         require(episodes > 1, f"the dataset has one episode, and some must be held out; {advice}")
@@ -340,7 +340,7 @@ def read_column(task: Task, path: Path, file: h5py.File, name: str) -> np.ndarra
     if task.layout and name in task.layout:
         return as_column(join_parts(task, path, parts, shape), name, path)
     (column,) = parts
-    # D4RL's ant files have 84 contact forces behind the state, all zero.
+    # D4RL's ant files have 84 contact forces after the state, all zero.
     has_contact_forces = column.shape == (size, 111) and shape == (size, 27)
     fits = column.shape == shape or has_contact_forces
     advice = ""
