@@ -4,8 +4,8 @@ Papers: Pan et al., "Plan Better Amid Conservatism: Offline Multi-Agent Reinforc
 Actor Rectification", ICML 2022 (OMAR, arXiv 2111.11188). Barde et al., "A Model-Based Solution to
 the Offline Multi-Agent Reinforcement Learning Coordination Problem", AAMAS 2024 (arXiv 2305.17198),
 Section 5.1. Each agent's critics are trained as in icql.py. A sampler searches for the action that
-the first critic values most, and the policy imitates it: gradients might end in a poor local
-optimum.
+the first critic values most, and the policy imitates it, because following the critic's gradient
+might end in a poor local optimum.
 
     python baselines/iomar.py --task reacher-leader-only
     python baselines/iomar.py --resume runs/RUN
@@ -411,8 +411,8 @@ def train(args: Args) -> dict:
     check_range(args, 0, 1, "gamma", "polyak", "omega")
     check_range(args, 0, 1e9, "policy_noise", "noise_clip", "cql_alpha", "action_penalty")
     task = find_task(args.task)
-    message = f"{task.name} has discrete actions; use ibc, iql, maiql, inspo or moma_ppo"
-    require(not task.discrete, message)
+    others = "ibc, iql, maiql, inspo, logo or moma_ppo"
+    require(not task.discrete, f"{task.name} has discrete actions; use {others}")
     quadrature(args.cql_points, task.action_dim)  # checked before a dataset is recorded
     with Run(args, "iomar") as run:
         device = run.device

@@ -1,14 +1,14 @@
 """IQL: implicit Q-learning by one learner that sees the whole state and acts for all agents.
 
-Paper: Kostrikov et al., "Offline Reinforcement Learning with Implicit Q-Learning", ICLR 2022
+Papers: Kostrikov et al., "Offline Reinforcement Learning with Implicit Q-Learning", ICLR 2022
 (arXiv 2110.06169). Barde et al., AAMAS 2024 (arXiv 2305.17198), Section 5.1, use it as the upper
-bound on strategy agreement: a single learner cannot disagree with itself. In the coordination
-game, its policy is a categorical distribution over all joint actions.
+bound on strategy agreement: a single learner cannot disagree with itself. In games of options, its
+policy is a categorical distribution over all joint actions.
 
     python baselines/iql.py --task reacher-all-observant
     python baselines/iql.py --resume runs/RUN
 
-Where it differs from the paper, why, and by how much: docs/iql.md.
+Where it differs from the papers, why, and by how much: docs/iql.md.
 """
 
 import copy

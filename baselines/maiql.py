@@ -235,7 +235,7 @@ class Team(nn.Module):
     """Policies, values, twin critics, mixers and history encoders of all agents, and targets."""
 
     def __init__(self, task: Task, states, args: Args):
-        """The statistics of `states` [N, state] standardise observations (Deviation 1)."""
+        """The statistics of `states` [N, state] standardise inputs (Deviation 1)."""
         super().__init__()
         self.task = task
         obs_mean, obs_std = observation_statistics(task, states)

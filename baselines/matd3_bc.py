@@ -319,8 +319,8 @@ def train(args: Args) -> dict:
     check_range(args, 0, 1, "gamma", "polyak")
     check_range(args, 0, 1e9, "policy_noise", "noise_clip", "alpha")
     task = find_task(args.task)
-    message = f"{task.name} has discrete actions; use ibc, iql, maiql, inspo or moma_ppo"
-    require(not task.discrete, message)
+    others = "ibc, iql, maiql, inspo, logo or moma_ppo"
+    require(not task.discrete, f"{task.name} has discrete actions; use {others}")
     with Run(args, "matd3_bc") as run:
         device = run.device
         dataset = load_dataset(task, args.dataset, device)
