@@ -10,6 +10,7 @@ its observations, horizon and dataset size are ours. docs/tasks.md lists the tas
     python coordination_game.py --agents 4    # generalised to more agents
 """
 
+import re
 import subprocess
 import sys
 import zlib
@@ -93,7 +94,9 @@ def game_of(task: Task) -> Game:
     """The game of a task, even of one in which a single agent acts for all."""
     kind, _, rest = task.dataset.partition("-")
     advice = "keep the game's dataset, and give yours with --dataset"
-    require(kind in REWARDS and rest, f"'{task.dataset}' names no game; {advice}")
+    behaviors = r"\d+(\.\d+)?" if kind == "climbing" else "|".join(BEHAVIORS)
+    is_game = kind in REWARDS and re.fullmatch(rf"({behaviors})(-\d+(x\d+)?)?", rest)
+    require(is_game, f"'{task.dataset}' names no game; {advice}")
     behavior, *size = rest.split("-")  # size: "4" agents, "4x3" with three options; or usual
     agents, _, actions = size[0].partition("x") if size else ("2", "", "")
     usual = {"coordination": 2, "climbing": 3}.get(kind, 1)
@@ -204,8 +207,9 @@ class CoordinationGame:
 def lean_left(game: Game) -> np.ndarray:
     """Whether each agent leans to the left rather than to the right [agent] (Table 1, generalised).
 
-    On unfavorable data, the first half of the agents do. In the product game only the first agent
-    does, so that following the data earns less than nothing, however many agents there are.
+    On unfavorable data, the first half of the agents (rounded down) do. In the product game only
+    the first agent does, so that following the data earns less than nothing, however many agents
+    there are.
     """
     count = 1 if game.kind == "continuous" else game.agents // 2
     return (np.arange(game.agents) < count) & (game.behavior == "unfavorable")
@@ -285,7 +289,8 @@ def train_world_model(
             # Agreement gets rarer with every agent, so its reward takes longer to learn.
             options += ["--total-steps", str(500 * (task.num_agents - 1))]
         finished = subprocess.run([sys.executable, script, *options, "--device", device])
-        require(finished.returncode == 0, f"no world model in {run_dir}; its own error is above")
+        message = f"world_model.py made no model in {run_dir}; its error is above"
+        require(finished.returncode == 0, message)
     return path
 
 

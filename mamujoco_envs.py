@@ -934,7 +934,7 @@ class Simulator:
         return self.states
 
     def set_states(self, states: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
-        """Continues from global states [B, state], in the copies `where` [B] is true."""
+        """Continues from global states [B, state]; with `where` [B], only these copies do."""
         index = np.arange(len(self.data)) if where is None else np.flatnonzero(where)
         self._place(index, *self.environment.restore(np.asarray(states, dtype=np.float64)[index]))
         now = self.states.copy()
@@ -945,9 +945,9 @@ class Simulator:
         return now
 
     def step(self, actions: np.ndarray, where: np.ndarray | None = None):
-        """One step of all copies, or of those `where` [B] is true.
+        """One step of all copies; with `where` [B], only these copies step.
 
-        Takes joint actions [B, agent, action], clipped to [-1, 1]; returns states [B, state],
+        Takes the agents' actions [B, agent, action], clipped to [-1, 1]; returns states [B, state],
         rewards [B] and terminals [B] (bool).
         """
         joint = np.empty((len(self.data), self.environment.model.nu))
@@ -1027,7 +1027,7 @@ class GymnasiumSimulator:
     def step(self, actions: np.ndarray, where: np.ndarray | None = None):
         """One step of all copies, whatever `where` says: those whose episode has ended begin anew.
 
-        Takes joint actions [B, agent, action], clipped to [-1, 1]; returns states [B, state],
+        Takes the agents' actions [B, agent, action], clipped to [-1, 1]; returns states [B, state],
         rewards [B] and ends [B] (bool), whether by a terminal or by the environment's own time-out.
         """
         joint = np.empty(self.copies.action_space.shape, self.copies.action_space.dtype)
@@ -1131,7 +1131,7 @@ class WorldModelSimulator:
         return self.states.double().numpy()
 
     def step(self, actions: np.ndarray, where: np.ndarray | None = None):
-        """Joint actions [B, agent, action] -> states [B, state], rewards [B], terminals [B]."""
+        """Agents' actions [B, agent, action] -> states [B, state], rewards [B], terminals [B]."""
         actions = torch.as_tensor(actions, dtype=torch.float32)
         step = self.model.step(self.states, actions, self.generator)
         self.states = step.next_states
@@ -1365,12 +1365,12 @@ def plot_ant_paths(evaluation: Evaluation, path: Path) -> None:
 
     states, count = evaluation.transitions["states"], len(evaluation.lengths)
     # Transitions are sorted by time, then by episode; finished episodes are left out.
-    lasts = evaluation.lengths > np.arange(evaluation.lengths.max())[:, None]  # [time, episode]
-    velocities = np.zeros((*lasts.shape, 2))
-    velocities[lasts] = states[:, 13:15]
+    alive = evaluation.lengths > np.arange(evaluation.lengths.max())[:, None]  # [time, episode]
+    velocities = np.zeros((*alive.shape, 2))
+    velocities[alive] = states[:, 13:15]
     positions = np.cumsum(velocities * ANT_STEP_SECONDS, axis=0)
-    fell = np.zeros(lasts.shape, dtype=bool)
-    fell[lasts] = evaluation.transitions["ends"] > 0
+    fell = np.zeros(alive.shape, dtype=bool)
+    fell[alive] = evaluation.transitions["ends"] > 0
     ends, falls = positions[-1], fell.any(axis=0)
     w, x, y, z = states[:, 1:5].T
     headings = np.degrees(np.arctan2(2 * (w * z + x * y), 1 - 2 * (y**2 + z**2)))
@@ -1461,7 +1461,10 @@ class ParallelEnv:
         for agent, driven in zip(self.possible_agents, self.task.driven):
             action = actions[agent]
             if self.task.discrete and np.ndim(action) == 0:
-                action = np.eye(self.task.action_dim)[action]
+                options = self.task.action_dim
+                message = f"{agent} chooses {action}; its options are 0 to {options - 1}"
+                require(0 <= action < options, message)
+                action = np.eye(options)[action]
             joint[list(driven)] = np.clip(action, -1, 1)
         self.current_state, reward, terminated, cut, _ = self.environment.step(joint)
         self.steps += 1

@@ -6,7 +6,7 @@ untrained policy, "medium" and "expert" with the first snapshot of training that
 D4RL's, and "full-replay", which stands for the replay buffer, with equal shares of all snapshots.
 
     python -m data.collect_mujoco dataset --environment ant --name medium        # minutes
-    python -m data.collect_mujoco snapshots --environment ant --output ants.pt   # 1.5 hours, a core
+    python -m data.collect_mujoco snapshots --environment ant --output ants.pt   # hours
 
 The first command writes data/ant-medium.hdf5. Snapshots of ant and halfcheetah ship with the
 repository, and scripts record a dataset when they first need it. D4RL's own: data/download_d4rl.py.
@@ -252,8 +252,8 @@ class Copies:
     def step(self, actions):
         """States, actions, rewards, next states and masks of one step, [copy, ...]."""
         states = self.states
-        joint_actions = self.task.split_actions(actions).numpy()
-        next_states, rewards, terminals = self.simulator.step(joint_actions)
+        agents_actions = self.task.split_actions(actions).numpy()
+        next_states, rewards, terminals = self.simulator.step(agents_actions)
         self.states, self.ages = next_states, self.ages + 1
         ended = terminals | (self.ages == self.task.episode_length)
         if ended.any():

@@ -290,8 +290,9 @@ def load_experts(paths) -> list[Team]:
             fault = f"{path} is truncated or holds no expert ({type(error).__name__})"
             raise InputError(f"{fault}; move it away and make it again with: {command}") from None
     opposite = min(shares) < 0.05 and max(shares) > 0.95
-    advice = "train others with --seed"
-    require(opposite, f"the experts end with theta2 > 0 in {shares} of their episodes; {advice}")
+    in_percent = " and ".join(f"{share:.0%}" for share in shares)
+    message = f"the experts end with theta2 > 0 in {in_percent} of their episodes"
+    require(opposite, f"{message}; train others with --seed")
     return teams
 
 
@@ -344,6 +345,8 @@ def record_dataset(args: Dataset) -> None:
 
 def record(task: Task, path: Path) -> None:
     """Records a task's dataset for `load_dataset`, whose caller's random state is preserved."""
+    message = f"data.collect_reacher records {TASK.dataset}; not '{task.dataset}'"
+    require(task.dataset == TASK.dataset, message)
     with torch.random.fork_rng(devices=[]):
         record_dataset(Dataset(output=path))
 

@@ -167,7 +167,8 @@ def download(args: Args) -> Path:
         kept = resumable if part.can_be_resumed() else ""
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise InputError(f"the disk is full; make room for {output}{kept}") from None
-        raise InputError(f"cannot download {url} ({error}){kept}; or {by_hand}") from None
+        advice = kept or "; try again later"
+        raise InputError(f"cannot download {url} ({error}){advice}, or {by_hand}") from None
     except KeyboardInterrupt:
         if part.can_be_resumed():
             say("stopped; the same command resumes the download")

@@ -64,7 +64,7 @@ def stand_in(path: Path, shapes: dict[str, tuple]) -> Task:
     missing = ", ".join(name for name in COLUMNS if name not in shapes)
     advice = "name your columns in a Task's layout and give it with --task"
     if missing == "timeouts":
-        advice = "give a task of your own with --task, whose files need none"
+        advice = "give --task FILE:NAME; files of a task of your own need none"
     require(not missing, f"{path} has no {missing}, so it is not in D4RL's layout; {advice}")
     two_axes = len(shapes["observations"]) == len(shapes["actions"]) == 2
     require(two_axes, f"'observations' and 'actions' in {path} must be [rows, width]; {advice}")
@@ -114,7 +114,7 @@ def find_faults(dataset: OfflineDataset) -> list[str]:
     usual = np.median(stds[stds > 1e-6]) if (stds > 1e-6).any() else 1.0
     largest = float(abs(states).max() / usual)
     if largest > 1e3:
-        faults.append(f"a state is {largest:.0f} times as large as states usually vary")
+        faults.append(f"a state is {largest:.0f} times the usual standard deviation of a dimension")
     rewards = dataset.rewards.numpy()
     if rewards.std() < 1e-6:
         faults.append("rewards never change")
@@ -126,7 +126,7 @@ def find_faults(dataset: OfflineDataset) -> list[str]:
     cut, limit = lengths[~absorbing], dataset.task.episode_length
     if dataset.task.file and len(cut) > 1 and cut.max() < limit:
         faults.append(f"time-outs come after {cut.max()} steps at most, but episode_length is")
-        faults[-1] += f" {limit}: a team's return will not compare with the data's"
+        faults[-1] += f" {limit}: a team's return cannot be compared with the data's"
     last = dataset.last_rows[:-1].numpy()
     nexts, firsts = dataset.next_states.numpy()[last], states[last + 1]
     leaks = int(np.isclose(nexts, firsts, rtol=1e-4, atol=1e-4).all(1).sum())
@@ -134,8 +134,8 @@ def find_faults(dataset: OfflineDataset) -> list[str]:
         faults.append(f"{leaks} episodes end in the first state of the next one: does")
         faults[-1] += " next_observations have an episode's own last state at its end?"
     if len(lengths) > 1 and np.median(lengths) == 1 and dataset.task.episode_length > 1:
-        faults.append("most episodes have one row: are rows shuffled, or those of several copies")
-        faults[-1] += " by turns? Write one episode after the other"
+        faults.append("most episodes have one row: are rows shuffled, or do several copies take")
+        faults[-1] += " turns? Write one episode after the other"
     if len(lengths) == 1:
         faults.append("there is one episode, and a world model needs some to be held out")
     elif len(lengths) < 10:
@@ -169,7 +169,9 @@ def main(args: Args) -> OfflineDataset:
         require(os.access(folder, os.W_OK), f"{folder} is not writable; give another --histogram")
         require(not args.histogram.exists(), f"{args.histogram} exists; give another --histogram")
     is_minari = str(args.file).startswith("minari:") or args.file.is_dir()
-    require(args.task or not is_minari, "a Minari dataset needs --task, whose states it holds")
+    is_other_folder = args.file.is_dir() and not (args.file / "data").is_dir()
+    require(not is_other_folder, f"{args.file} is a folder, but holds no Minari dataset")
+    require(args.task or not is_minari, "a Minari dataset needs a --task with the same states")
     shapes = {} if is_minari else list_columns(args.file)
     task = find_task(args.task) if args.task else stand_in(args.file, shapes)
     dataset = load_dataset(task, args.file)

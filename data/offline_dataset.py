@@ -252,6 +252,8 @@ def record_once(task: Task, path: Path) -> None:
         recorder = importlib.import_module(task.recorder)
     except ModuleNotFoundError as error:
         raise InputError(f"the recorder of {task.name} cannot be imported ({error})") from None
+    message = f"the recorder of {task.name}, {task.recorder}, has no function 'record'"
+    require(hasattr(recorder, "record"), message)
     lock = filelock.FileLock(f"{path}.lock", timeout=20)
     while not lock.is_locked:
         try:
@@ -271,7 +273,8 @@ def load_dataset(task: Task, path: Path | None = None, device="cpu") -> OfflineD
     """Loads a task's own dataset, recording it first if it is missing, or the one at `path`.
 
     `path` is an HDF5 file, the folder of a Minari dataset or "minari:NAME". Raises `InputError`,
-    naming the file and the row, if it is missing, damaged, not finite or made for another task.
+    which names the file and, where it can, the row, if data are missing, damaged, not finite or
+    made for another task.
     """
     if path is None and task.columns:
         return OfflineDataset(task, task.columns(task), device, "generated")
@@ -497,7 +500,7 @@ def check_rows(values, good, name: str, path: Path, fault: str, advice: str = ""
 def check_columns(task: Task, path: Path, columns: dict[str, np.ndarray]) -> None:
     """Raises `InputError` where actions or episodes cannot be the task's."""
     size, actions = len(columns["observations"]), columns["actions"]
-    require(size > 1, f"{path} has {size} transitions; record or download more")
+    require(size > 1, f"{path} has fewer than two transitions; record or download more")
     if not task.discrete:
         within = np.abs(actions) <= 1.001
         check_rows(actions, within, "actions", path, "is outside [-1, 1]", "rescale the actions")

@@ -277,7 +277,7 @@ def main(args: Args) -> None:
             if args.output:  # a later task may be stopped
                 save({"machine": machine, "times": times}, args.output)
     print_times(times, earlier)
-    print("\nCPU milliseconds an update; the spread is (slowest - fastest round) / median")
+    print("\nCPU milliseconds per update; the spread is (slowest - fastest round) / median")
     print(f"now: {machine_line(machine)}")
     if args.baseline:
         print(f"before: {machine_line(before['machine'])}")

@@ -198,7 +198,7 @@ def test_a_bad_expert_is_one_line(fault, tmp_path):
         path.write_bytes(contents[fault])
     if fault == "missing":
         path.unlink()
-    part = "[1.0, 1.0]" if fault == "same side" else "python -m data.collect_reacher experts"
+    part = "100% and 100% of" if fault == "same side" else "python -m data.collect_reacher experts"
     assert_refused(load_experts, (path, path), part, "" if fault == "same side" else path)
 
 

@@ -147,9 +147,17 @@ def test_bad_games_are_refused(game):
 
 
 def test_a_game_is_known_by_its_dataset():
-    task = dataclasses.replace(GAME, dataset="mine.hdf5", columns=None)
-    with pytest.raises(InputError, match="'mine.hdf5' names no game; keep the game's dataset"):
-        coordination_game.game_of(task)
+    names = (
+        "mine.hdf5",
+        "coordination-easy",
+        "coordination-neutral-x",
+        "peaks-neutral-4x",
+        "climbing-x",
+    )
+    for name in names:
+        task = dataclasses.replace(GAME, dataset=name, columns=None)
+        with pytest.raises(InputError, match=f"'{name}' names no game; keep the game's dataset"):
+            coordination_game.game_of(task)
 
 
 def test_a_game_too_large_to_print_is_refused():

@@ -610,6 +610,9 @@ def test_parallel_env_takes_an_option_as_its_number_or_one_hot():
         env.reset(seed=0)
         rewards.append(env.step(actions)[1])
     assert rewards[0] == rewards[1] == {"agent_0": 1.0, "agent_1": 1.0}
+    for action in (-1, 2):
+        with pytest.raises(InputError, match=f"agent_1 chooses {action}; its options are 0 to 1"):
+            env.step({"agent_0": 0, "agent_1": action})
 
 
 def test_parallel_env_hands_out_copies():

@@ -272,10 +272,18 @@ def test_a_recorder_that_cannot_record_is_one_line(tmp_path):
         "ONE = Task('', ((0,), (1,)), ((0,), (1,)), 5, dataset='mine.hdf5', recorder='no_module')\n"
         "TWO = Task('', ((0,), (1,)), ((0,), (1,)), 5, dataset='mine.hdf5', "
         "recorder='data.collect_mujoco')\n"
+        "THREE = Task('', ((0,), (1,)), ((0,), (1,)), 5, dataset='mine.hdf5', "
+        "recorder='data.collect_reacher')\n"
+        "FOUR = Task('', ((0,), (1,)), ((0,), (1,)), 5, dataset='mine.hdf5', recorder='math')\n"
     )
     assert_refused(lambda: load_dataset(find_task(f"{path}:ONE")), "recorder of ONE", "no_module")
     unknown = "data.collect_mujoco records ant-random", "not 'mine.hdf5'"
     assert_refused(lambda: load_dataset(find_task(f"{path}:TWO")), *unknown)
+    unknown = "data.collect_reacher records reacher-expert-mix; not 'mine.hdf5'"
+    assert_refused(lambda: load_dataset(find_task(f"{path}:THREE")), unknown)
+    assert_refused(
+        lambda: load_dataset(find_task(f"{path}:FOUR")), "math, has no function 'record'"
+    )
 
 
 def test_agents_that_do_not_fit_are_told_before_data_are_read(run_own):
@@ -849,12 +857,13 @@ def test_inspecting_data(columns, tmp_path, capsys):
         (data.inspect.Args(path, histogram=picture), "exists"),
         (data.inspect.Args(path, histogram=tmp_path / "x.pdf"), ".png"),
         (data.inspect.Args(path, task="hopper-3x1-random-fo"), "(36, 17)"),
-        (data.inspect.Args(tmp_path), "needs --task"),
+        (data.inspect.Args(tmp_path), "a folder, but holds no Minari dataset"),
+        (data.inspect.Args(Path("minari:x")), "needs a --task"),
     ]:
         assert_refused(lambda args=args: data.inspect.main(args), part)
     del columns["timeouts"]
     other = write_dataset(tmp_path / "z.hdf5", columns)
-    assert_refused(lambda: data.inspect.main(data.inspect.Args(other)), "files need none")
+    assert_refused(lambda: data.inspect.main(data.inspect.Args(other)), "of your own need none")
     del columns["rewards"]
     other = write_dataset(tmp_path / "y.hdf5", columns)
     assert_refused(lambda: data.inspect.main(data.inspect.Args(other)), "has no rewards", "layout")
