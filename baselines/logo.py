@@ -797,7 +797,7 @@ def load_exported(model: LocalToGlobal, args: Args, device) -> None:
 
 def finish_model(model: LocalToGlobal, args: Args, dataset: OfflineDataset, rows, run: Run) -> None:
     """Measures the trained model on held-out rows, which gives u its unit, and exports it."""
-    errors = model_errors(model, dataset, rows)
+    errors = model_errors(model, dataset.at_heading_zero, rows)
     run.log({f"eval/{name}": value for name, value in errors.items()})
     quantile = errors["uncertainty_0.99"]
     message = "the world model is not finite; use a smaller --model-learning-rate"
@@ -863,7 +863,8 @@ def train(args: Args) -> dict:
         training_rows, held_out_rows = dataset.split()
         torch.manual_seed(args.seed)
         team = Team(task, dataset.states, args).to(device)
-        model = LocalToGlobal(task, dataset, training_rows, args).to(device)
+        upright = dataset.at_heading_zero  # where rollouts query the model (item 7)
+        model = LocalToGlobal(task, upright, training_rows, args).to(device)
         synthetic = SyntheticData(dataset, args)
         data_alone = args.synthetic_share == 0
 
@@ -881,14 +882,14 @@ def train(args: Args) -> dict:
         model_schedule = LambdaLR(model_optimizer, lambda step: math.cos(quarter * step) ** 2)
         model_loss_function = compiled(model_losses, args, device)
         absorbing_rows = training_rows[dataset.masks[training_rows] == 0]
-        rewards = dataset.rewards[training_rows]
+        rewards = upright.rewards[training_rows]
         outlying_rows = training_rows[(rewards - rewards.mean()).abs() > 10 * rewards.std()]
 
         def update_model():
             shape = 1, args.batch_size  # [member, batch], as with_rare expects
             rows = training_rows[torch.randint(len(training_rows), shape, device=device)]
-            mask_batch = dataset.batch(with_rare(rows, absorbing_rows)[0], with_histories=False)
-            batch = dataset.batch(with_rare(rows, outlying_rows)[0], with_histories=False)
+            mask_batch = upright.batch(with_rare(rows, absorbing_rows)[0], with_histories=False)
+            batch = upright.batch(with_rare(rows, outlying_rows)[0], with_histories=False)
             losses = model_loss_function(model, batch, mask_batch, args.reconstruction)
             descend(losses, model_optimizer, model_schedule, args.max_grad_norm)
             run.log(dict(zip(MODEL_LOSSES, losses)))
@@ -927,7 +928,7 @@ def train(args: Args) -> dict:
 
         def evaluate_run(episodes):
             if run.step < last_model_step:
-                return model_errors(model, dataset, held_out_rows)
+                return model_errors(model, upright, held_out_rows)
             return evaluate(task, team.act_greedily, episodes, device=device)
 
         tracked = {"team": team, "optimizer": optimizer, "schedule": schedule}

@@ -266,6 +266,46 @@ def test_model_errors_are_those_of_both_ways_and_of_the_mask():
     assert got["uncertainty_0.99"] == pytest.approx(uncertainty.quantile(0.99).item())
 
 
+def test_an_ants_model_learns_at_heading_zero(monkeypatch, tmp_path):
+    """Where rollouts query it; only the first states keep their headings."""
+    dataset, seen, judged = OfflineDataset(ANT, recorded_columns(ANT, length=30)), [], []
+    spin = torch.linspace(-3, 3, dataset.size)  # every row at a heading of its own
+    transitions = dataset.states, dataset.next_states, dataset.rewards
+    spun = ANT.symmetry.turn_transition(spin, *transitions)
+    dataset.states, dataset.next_states, dataset.rewards = spun
+    losses, errors = logo.model_losses, logo.model_errors
+
+    def look(model, batch, mask_batch, *others):
+        seen.extend((batch, mask_batch))
+        return losses(model, batch, mask_batch, *others)
+
+    def judge(model, dataset, rows):
+        judged.append(dataset)
+        return errors(model, dataset, rows)
+
+    def stop(*_, **__):
+        raise InterruptedError
+
+    functions = {"load_dataset": lambda *_: dataset, "model_losses": look, "model_errors": judge}
+    for name, function in (functions | {"evaluate": stop}).items():
+        monkeypatch.setattr(logo, name, function)
+    options = {"model_steps": 2, "eval_every": 1, "total_steps": 2, "model_width": 16}
+    with pytest.raises(InterruptedError):  # once the model is trained
+        logo.train(logo.Args(ANT.name, run_dir=tmp_path / "run", device="cpu", **options))
+    upright, rows = dataset.at_heading_zero, dataset.split()[0]
+    known = torch.cat([upright.states, upright.next_states, upright.rewards[:, None]], dim=1)
+    assert len(seen) == 4
+    for batch in seen:
+        learned = torch.cat([batch.states, batch.next_states, batch.rewards[:, None]], dim=1)
+        assert (learned[:, None] == known[rows]).all(-1).any(-1).all()
+    assert len(judged) == 3 and all(judged_dataset is upright for judged_dataset in judged)
+    exported = torch.load(tmp_path / "run" / "world_model.pt", weights_only=True)
+    torch.testing.assert_close(exported["state_mean"], upright.states[rows].mean(0))
+    for name, bound in upright.bounding_box().items():
+        assert torch.equal(exported[name], bound)
+    assert torch.equal(exported["first_states"], dataset.states[dataset.first_rows])
+
+
 def test_the_learner_sees_rewards_in_units_of_their_deviation(monkeypatch, tmp_path):
     """So that returns are of the order of one; the game's rewards are 0 and 1."""
     seen, losses = [], logo.macql_losses
