@@ -391,8 +391,8 @@ def draw_curves(cells, folder: Path) -> None:
             for (algorithm, task), runs in cells.items()
             if task.startswith(prefix) and algorithm in NAMES
         }
-        plot_curves(shown, folder / f"curves-{table}.png", "seconds of training")
-        plot_curves(shown, folder / f"curves-{table}-steps.png", "steps")
+        plot_curves(shown, folder / f"curves-{table}.png", "seconds of training", NAMES)
+        plot_curves(shown, folder / f"curves-{table}-steps.png", "steps", NAMES)
     for table, variants in ABLATIONS.items():
         shown = {
             Cell(variant, task): runs_of_variant(variant, task, cells)
@@ -402,7 +402,7 @@ def draw_curves(cells, folder: Path) -> None:
         if table != "local-to-global" and any(
             runs and cell.algorithm not in ("moma_ppo", "maiql") for cell, runs in shown.items()
         ):
-            plot_curves(shown, folder / f"curves-{table}.png", "steps")
+            plot_curves(shown, folder / f"curves-{table}.png", "steps", VARIANT_NAMES)
 
 
 def compared_cells(table: str, cells: dict) -> dict:

@@ -639,8 +639,11 @@ def plot_panel(axes, task: str, results: dict[str, list[dict]], over: str) -> No
     axes.grid(alpha=0.3)
 
 
-def plot_curves(results: dict[Cell, list[dict]], path: Path, over: str) -> None:
-    """Learning curves of all cells with a result, one panel per task, with `over` on the x axis."""
+def plot_curves(results: dict[Cell, list[dict]], path: Path, over: str, names=None) -> None:
+    """Learning curves of all cells with a result, one panel per task, with `over` on the x axis.
+
+    The legend calls algorithms what `names` calls them or, without it, what run folders do.
+    """
     panels: dict[str, dict[str, list[dict]]] = {}
     for cell, finished in results.items():
         if finished:
@@ -660,7 +663,8 @@ def plot_curves(results: dict[Cell, list[dict]], path: Path, over: str) -> None:
             axes.set_ylabel("normalised score")
 
     used = [name for name in ALGORITHMS if any(name in own for own in panels.values())]
-    handles = [Line2D([], [], color=color_of(name), label=name) for name in used]
+    labels = {name: name for name in used} | (names or {})
+    handles = [Line2D([], [], color=color_of(name), label=labels[name]) for name in used]
     dotted = {"color": "grey", "linestyle": ":"}
     handles.append(Line2D([], [], **dotted, label="the paper's score (colour of its algorithm)"))
     handles.append(Line2D([], [], color="grey", linestyle="--", label="the dataset's mean"))
