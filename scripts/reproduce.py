@@ -665,8 +665,9 @@ def plot_curves(results: dict[Cell, list[dict]], path: Path, over: str, names=No
     used = [name for name in ALGORITHMS if any(name in own for own in panels.values())]
     labels = {name: name for name in used} | (names or {})
     handles = [Line2D([], [], color=color_of(name), label=labels[name]) for name in used]
-    dotted = {"color": "grey", "linestyle": ":"}
-    handles.append(Line2D([], [], **dotted, label="the paper's score (colour of its algorithm)"))
+    if any(task in PAPER_SCORES.get(name, {}) for task in panels for name in panels[task]):
+        paper = "the paper's score (colour of its algorithm)"
+        handles.append(Line2D([], [], color="grey", linestyle=":", label=paper))
     handles.append(Line2D([], [], color="grey", linestyle="--", label="the dataset's mean"))
     handles.append(Patch(color="grey", alpha=0.2, label="standard error over seeds"))
     for ncols in range(5, 0, -1):  # as many columns as there is room for

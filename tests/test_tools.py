@@ -677,8 +677,10 @@ def test_a_variant_with_the_defaults_of_a_task_takes_its_runs():
     assert report.runs_of_variant("moma_ppo-k25", "ant-medium-fo", cells) == []
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_curves_have_a_panel_for_each_task_and_no_empty_one(count, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "table, count", [("figure-8", 1), ("figure-8", 2), ("figure-8", 5), ("figure-9", 1)]
+)
+def test_curves_have_a_panel_for_each_task_and_a_legend(table, count, tmp_path, monkeypatch):
     figures, figure = [], reproduce.Figure
     monkeypatch.setattr(
         reproduce, "Figure", lambda **options: figures.append(figure(**options)) or figures[-1]
@@ -686,13 +688,18 @@ def test_curves_have_a_panel_for_each_task_and_no_empty_one(count, tmp_path, mon
     tasks = [name for name in mamujoco_envs.all_tasks() if name.startswith("ant-")][:count]
     results = {
         reproduce.Cell(algorithm, task): [made_up_result(0.5)]
-        for algorithm in reproduce.ABLATIONS["figure-8"]
+        for algorithm in reproduce.ABLATIONS[table]
         for task in tasks
     }
     reproduce.plot_curves(results, tmp_path / "curves.png", "steps")
     assert [axes.get_title() for axes in figures[0].axes] == tasks
     (legend,) = figures[0].legends
     assert legend.get_window_extent().width <= figures[0].bbox.width  # no name is cut off
+    names = [text.get_text().partition("'")[0] for text in legend.get_texts()]
+    # Figure 9 compares variants that the paper has no figure for.
+    of_paper = ["the paper"] if table == "figure-8" else []
+    rest = [*of_paper, "the dataset", "standard error over seeds"]
+    assert names == [*reproduce.ABLATIONS[table], *rest]
 
 
 def test_every_algorithm_has_a_colour():
